@@ -1,0 +1,241 @@
+"""One configuration class per method: `peft.LoraConfig` and a few documented fields more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from peft import LoraConfig
+
+from bara.errors import BaraError
+
+
+@dataclass
+class BayesianConfig(LoraConfig):
+    """What all Bayesian adapters share: the weights of the ELBO (design 2.4).
+
+        loss = -(1/N) sum log p(y | x, draw) + kl_weight / N * KL_global + local_kl_weight * KL_local
+
+    Every field of `peft.LoraConfig` is available and means what it means there. Values out of range
+    raise `BaraError` (a `ValueError`) when the config is made.
+    """
+
+    METHOD: ClassVar[str]
+    DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "sequence"
+
+    num_observations: int | None = field(
+        default=None,
+        metadata={
+            "help": "N, the number of terms the data loss averages over in the whole training set: "
+            "examples for classification and regression, label tokens for language models. "
+            "Filled in by bara.BayesianCallback; at least 1."
+        },
+    )
+    kl_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0."},
+    )
+    local_kl_weight: float = field(
+        default=0.003,
+        metadata={"help": "Weight of KL_local, what is drawn per input. >= 0."},
+    )
+    warmup: float = field(
+        default=0.3,
+        metadata={
+            "help": "Fraction of training, in [0, 1], over which both KL weights rise from 0 to "
+            "their value. Needs the training's progress: bara.BayesianCallback gives it, or "
+            "bara.set_progress in a loop of your own; without either the weights are full at once."
+        },
+    )
+    granularity: Literal["auto", "sequence", "token"] = field(
+        default="auto",
+        metadata={
+            "help": "What adapts to what: 'sequence' pools over an input (never for a causal "
+            "language model: it would leak the future), 'token' lets every token decide for "
+            "itself. 'auto' is 'token' for models that generate, else the method's default."
+        },
+    )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a plain string: PEFT's type mappings take it, and its enum stays as it is
+        self.peft_type = self.METHOD
+        self._refuse_other_variants()
+        self._require("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
+        n = self.num_observations
+        self._require("num_observations", n, n is None or n >= 1, "None or an integer >= 1")
+        self._require_real("kl_weight", low=0)
+        self._require_real("local_kl_weight", low=0)
+        self._require_real("warmup", low=0, high=1)
+        self._require(
+            "granularity",
+            self.granularity,
+            self.granularity in ("auto", "sequence", "token"),
+            "'auto', 'sequence' or 'token'",
+        )
+
+    def _require(self, name: str, value: Any, valid: bool, what: str) -> None:
+        if not valid:
+            raise BaraError(f"{type(self).__name__}: {name} must be {what}, got {value!r}.")
+
+    def _require_real(
+        self,
+        name: str,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+        strict: bool = False,
+        optional: bool = False,
+    ) -> None:
+        """Requires low <= value <= high, or low < value < high when strict."""
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        bounds = f"a number in {'(' if strict else '['}{low}, {high}{')' if strict else ']'}"
+        valid = (
+            isinstance(value, (int, float))
+            and math.isfinite(value)
+            and (low < value < high if strict else low <= value <= high)
+        )
+        self._require(name, value, valid, bounds + (" or None" if optional else ""))
+
+    def _refuse_other_variants(self) -> None:
+        for option in fields(self):
+            if option.metadata.get("is_lora_variant") and getattr(self, option.name):
+                raise BaraError(
+                    f"{type(self).__name__}: {option.name} selects another variant of LoRA, which "
+                    "cannot be combined with a posterior; leave it at its default."
+                )
+
+
+@dataclass
+class BaraConfig(BayesianConfig):
+    """BaRA: as much rank as the task and the input need (arXiv 2606.29184, design 2.1).
+
+    `r` is the maximum rank; the joint effective rank is learned and reported by
+    `bara.effective_rank`.
+    """
+
+    METHOD: ClassVar[str] = "BARA"
+
+    global_gate: bool = field(
+        default=True,
+        metadata={"help": "Learn which factors the task uses at all (z)."},
+    )
+    local_gate: bool = field(
+        default=True,
+        metadata={"help": "Learn which factors each input uses (g). Without it the mean merges."},
+    )
+    factor_noise: bool = field(
+        default=True,
+        metadata={"help": "Learn how uncertain each active factor still is (alpha)."},
+    )
+    intensity: bool = field(
+        default=False,
+        metadata={"help": "Let the input scale its active factors (Weibull posterior)."},
+    )
+    global_prior: float = field(
+        default=0.5,
+        metadata={"help": "Prior probability pi, in (0, 1), that the task uses a factor."},
+    )
+    global_prior_beta: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "(a, b) > 0: give pi a Beta(a, b) hyper-prior instead of a fixed value, so "
+            "that each layer learns its own sparsity."
+        },
+    )
+    local_prior: float = field(
+        default=0.25,
+        metadata={"help": "Prior probability rho, in (0, 1), that an input uses a factor."},
+    )
+    noise_prior: float = field(
+        default=0.25,
+        metadata={"help": "Prior variance c > 0 of a factor, relative to its squared mean."},
+    )
+    init_noise: float = field(
+        default=0.3,
+        metadata={"help": "Where the factors' relative variance alpha > 0 starts."},
+    )
+    prior_std: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "sigma_B > 0 of the prior on B's columns, which keeps long training from "
+            "overfitting; None for no prior."
+        },
+    )
+    intensity_prior: float = field(
+        default=4.0,
+        metadata={"help": "Shape a > 0 of the intensities' Gamma(a, a) prior, whose mean is 1."},
+    )
+    init_logit: float = field(
+        default=2.0,
+        metadata={"help": "Where the logits of the gates start; 2 is open with P = 0.97."},
+    )
+    logit_scale: float = field(
+        default=10.0,
+        metadata={
+            "help": "Fixed factor > 0 between parameter and logit: at LoRA's learning rates "
+            "gates with factor 1 hardly move."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.global_prior_beta, list):  # as JSON brings it back
+            self.global_prior_beta = tuple(self.global_prior_beta)
+        beta = self.global_prior_beta
+        self._require(
+            "global_prior_beta",
+            beta,
+            beta is None or (len(beta) == 2 and all(value > 0 for value in beta)),
+            "None or two positive numbers",
+        )
+        for name in ("global_prior", "local_prior"):
+            self._require_real(name, low=0, high=1, strict=True)
+        for name in ("noise_prior", "init_noise", "intensity_prior", "logit_scale"):
+            self._require_real(name, low=0, strict=True)
+        self._require_real("prior_std", low=0, strict=True, optional=True)
+        self._require_real("init_logit")
+        if not (self.global_gate or self.local_gate or self.factor_noise or self.intensity):
+            raise BaraError(
+                "BaraConfig: with global_gate, local_gate, factor_noise and intensity all off "
+                "there is no posterior left; use peft.LoraConfig for plain LoRA."
+            )
+
+
+@dataclass
+class BaloraConfig(BayesianConfig):
+    """BaLoRA: LoRA with input-adaptive Gaussian noise on A (arXiv 2605.08110, design 2.2).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "BALORA"
+
+    dropout_prior: float = field(
+        default=0.1,
+        metadata={
+            "help": "The dropout rate p in (0, 1) whose noise is the prior: relative variance "
+            "c = p / (1 - p)."
+        },
+    )
+    init_noise: float = field(
+        default=0.1,
+        metadata={"help": "Where the relative variance alpha > 0 starts."},
+    )
+    hidden_size: int = field(
+        default=16,
+        metadata={"help": "Width >= 1 of the network that maps an input to its alpha."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("dropout_prior", low=0, high=1, strict=True)
+        self._require_real("init_noise", low=0, strict=True)
+        self._require("hidden_size", self.hidden_size, self.hidden_size >= 1, "an integer >= 1")
+
+    @property
+    def noise_prior(self) -> float:
+        """c = p / (1 - p), the prior variance relative to the squared mean."""
+        return self.dropout_prior / (1 - self.dropout_prior)

@@ -1,0 +1,133 @@
+"""The distributions of rank space: hard-concrete gates, scale noise, and their KL divergences.
+
+Everything is elementwise, differentiable and free of state. All KL divergences are in nats and are
+meant to be evaluated in float32: the variance of a small number underflows in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EULER = 0.5772156649015329
+
+TEMPERATURE = 0.66
+"""Temperature of the hard-concrete gate (Louizos et al. 2018, arXiv 1712.01312)."""
+LOW, HIGH = -0.1, 1.1
+"""The interval to which the concrete variable is stretched before it is clipped to [0, 1]."""
+
+
+def logistic_noise(uniform: Tensor) -> Tensor:
+    """Turns uniform draws in (0, 1) into draws of the standard logistic distribution."""
+    tiny = torch.finfo(uniform.dtype).eps
+    return torch.logit(uniform, eps=tiny)
+
+
+def hard_concrete(logit: Tensor, logistic: Tensor) -> Tensor:
+    """A draw in [0, 1], with exact zeros and ones, of the hard-concrete distribution.
+
+    Args:
+        logit: location of the gate, any shape.
+        logistic: standard logistic noise, broadcastable to `logit`.
+
+    Source: Louizos et al. 2018, equations 10 and 11.
+    """
+    concrete = torch.sigmoid((logit + logistic) / TEMPERATURE)
+    return torch.clamp(concrete * (HIGH - LOW) + LOW, 0.0, 1.0)
+
+
+def open_logit(logit: Tensor) -> Tensor:
+    """Log-odds of P(gate > 0) (Louizos et al. 2018, equation 12)."""
+    return logit - TEMPERATURE * math.log(-LOW / HIGH)
+
+
+@cache
+def _quadrature(nodes: int = 16) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Points and weights for the mean of a gate: E[gate] is the integral of P(gate > v) over v.
+
+    The points come as the shift that P(gate > v) = sigmoid(logit - shift) has at each v.
+    """
+    points, weights = np.polynomial.legendre.leggauss(nodes)
+    v = (points + 1) / 2
+    shift = TEMPERATURE * np.log((v - LOW) / (HIGH - v))
+    return tuple(shift.tolist()), tuple((weights / 2).tolist())
+
+
+def hard_concrete_mean(logit: Tensor) -> Tensor:
+    """The mean of the hard-concrete gate, by Gauss-Legendre quadrature (error below 1e-6)."""
+    shift, weight = _quadrature()
+    shifts = torch.tensor(shift, dtype=logit.dtype, device=logit.device)
+    weights = torch.tensor(weight, dtype=logit.dtype, device=logit.device)
+    return torch.sigmoid(logit.unsqueeze(-1) - shifts) @ weights
+
+
+def bernoulli_kl(logit: Tensor, prior: float) -> Tensor:
+    """KL(Bernoulli(sigmoid(logit)) || Bernoulli(prior)), elementwise, stable for large logits."""
+    p = torch.sigmoid(logit)
+    prior_logit = math.log(prior) - math.log1p(-prior)
+    # p log(p/pi) + (1-p) log((1-p)/(1-pi)), regrouped so that no log of a rounded 0 occurs
+    return p * (logit - prior_logit) + F.logsigmoid(-logit) - math.log1p(-prior)
+
+
+def beta_bernoulli_kl(logit: Tensor, a: float, b: float) -> Tensor:
+    """KL of r Bernoulli gates to a prior whose inclusion probability is itself Beta(a, b).
+
+    The posterior of the inclusion probability is at its optimum Beta(a + sum p, b + sum (1 - p)),
+    which leaves the collapsed form -H(gates) - log B(a + sum p, b + sum (1-p)) + log B(a, b).
+
+    Args:
+        logit: log-odds of the gates, (r,).
+
+    Returns:
+        A scalar, summed over the gates.
+    """
+    p = torch.sigmoid(logit)
+    negative_entropy = (p * logit + F.logsigmoid(-logit)).sum()
+    on, off = p.sum(), (1 - p).sum()
+
+    def log_beta(x: Tensor, y: Tensor) -> Tensor:
+        return torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)
+
+    prior = log_beta(logit.new_tensor(a), logit.new_tensor(b))
+    return negative_entropy - log_beta(on + a, off + b) + prior
+
+
+def scale_noise_kl(alpha: Tensor, c: float) -> Tensor:
+    """KL(N(theta, alpha theta^2) || N(0, c theta^2)), which does not depend on theta.
+
+    Elementwise 0.5 * [(alpha + 1) / c - 1 - log(alpha / c)] (design 2.2).
+    """
+    return 0.5 * ((alpha + 1) / c - 1 - torch.log(alpha / c))
+
+
+def weibull_sample(shape: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
+    """A reparametrised draw of Weibull(shape, scale) from uniform draws in (0, 1)."""
+    tiny = torch.finfo(uniform.dtype).eps
+    return scale * (-torch.log(uniform.clamp(tiny, 1 - tiny))) ** (1 / shape)
+
+
+def weibull_mean(shape: Tensor, scale: Tensor) -> Tensor:
+    """The mean of Weibull(shape, scale): scale * Gamma(1 + 1 / shape)."""
+    return scale * torch.exp(torch.lgamma(1 + 1 / shape))
+
+
+def weibull_gamma_kl(shape: Tensor, scale: Tensor, a: float, b: float) -> Tensor:
+    """KL(Weibull(shape, scale) || Gamma(a, rate b)), elementwise, in closed form.
+
+    Source: Zhang et al. 2018 (WHAI, arXiv 1803.01328), equation 5.
+    """
+    return (
+        EULER * a / shape
+        - a * torch.log(scale)
+        + torch.log(shape)
+        + b * weibull_mean(shape, scale)
+        - EULER
+        - 1
+        - a * math.log(b)
+        + math.lgamma(a)
+    )

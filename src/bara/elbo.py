@@ -1,0 +1,352 @@
+"""The ELBO of one model: what its forward passes share, and the KL that joins the loss.
+
+A root hook opens a `ForwardPass` for every call of the adapted model. The layers read from it what
+they cannot see themselves (padding, draws) and hand their KL up to it; when the call ends the hook
+adds the weighted KL to `outputs.loss`, so that any trainer that uses the model's own loss trains
+the ELBO.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bara.configs import BayesianConfig
+from bara.draws import Draws, FixedNoise, FreshNoise, Noise
+from bara.errors import BaraError
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass
+class Terms:
+    """The KL terms that one adapter's layers handed up in one forward pass."""
+
+    kl_global: Tensor | None = None
+    kl_local: Tensor | None = None
+    activity: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One call of the adapted model.
+
+    Attributes:
+        batch_size: rows B of the batch.
+        masks: the padding masks given to the model, each (B, T) with True for tokens.
+        items: loss terms of each row, (B,): its weight in the mean over the batch; None for ones.
+        share: part of the whole accumulated batch that this micro-batch is, 1 if unknown.
+        draws: the draws in force, or None (fresh noise in training, else the mean).
+        adapter_names: PEFT's adapter per row of a mixed batch.
+        training: whether KL is collected: train mode with gradients.
+        terms: KL collected, by adapter.
+    """
+
+    batch_size: int
+    masks: tuple[Tensor, ...] = ()
+    items: Tensor | None = None
+    share: Tensor | float = 1.0
+    draws: Draws | None = None
+    adapter_names: tuple[str, ...] | None = None
+    training: bool = False
+    terms: dict[str, Terms] = field(default_factory=dict)
+    open: bool = True
+    kl: Tensor | None = None
+    kl_in_loss: bool = False
+    kl_reached: bool = False
+    data_reached: bool = False
+
+    def mask(self, positions: int, rows: Tensor | None) -> Tensor | None:
+        """The padding mask of a layer with this many positions per row, None if it has none."""
+        for mask in self.masks:
+            if mask.shape[1] == positions:
+                return mask if rows is None else mask[rows]
+        return None
+
+    def rows_of(self, adapter: str, device: torch.device) -> Tensor | None:
+        """Rows of the batch that an adapter works on in a mixed batch; None for all of them."""
+        if self.adapter_names is None:
+            return None
+        repeat = self.batch_size // len(self.adapter_names)  # beams
+        names = [name for name in self.adapter_names for _ in range(repeat)]
+        return torch.tensor([i for i, name in enumerate(names) if name == adapter], device=device)
+
+    def noise(
+        self, layer: str, rows: Tensor | None, batch_size: int, device: torch.device, train: bool
+    ) -> Noise | None:
+        """A layer's random numbers for its rows; None for the posterior mean."""
+        if self.draws is not None:
+            draw = self.draws.rows(self.batch_size, device)
+            return FixedNoise(self.draws, draw if rows is None else draw[rows], layer)
+        return FreshNoise(batch_size, device) if train else None
+
+    def mean_over_rows(self, values: Tensor) -> Tensor:
+        """The mean of per-row values, each row weighted by its loss terms; scalars pass."""
+        if values.dim() == 0:
+            return values
+        if self.items is None or self.items.shape != values.shape:
+            return values.mean()
+        items = self.items.to(values)
+        return (values * items).sum() / items.sum().clamp_min(1)
+
+    def add(
+        self,
+        adapter: str,
+        kl_global: Tensor | None,
+        kl_local: Tensor | None,
+        activity: Tensor | None,
+    ) -> None:
+        """Collects one layer's KL; recomputation under gradient checkpointing adds nothing."""
+        if not self.open:
+            return
+        terms = self.terms.setdefault(adapter, Terms())
+        if kl_global is not None:
+            terms.kl_global = _plus(terms.kl_global, self.mean_over_rows(kl_global))
+        if kl_local is not None:
+            terms.kl_local = _plus(terms.kl_local, self.mean_over_rows(kl_local))
+        if activity is not None:
+            terms.activity.append(activity.detach())
+
+
+def _plus(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term.to(total.device)
+
+
+class Elbo:
+    """What all forward passes of one adapted model share. Lives on the model as `bara_elbo`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.configs: dict[str, BayesianConfig] = {}
+        self.progress: float | None = None
+        self.draws: Draws | None = None
+        self.adapter_names: tuple[str, ...] | None = None
+        self.forward: ForwardPass | None = None  # the open one, or the one being differentiated
+        self.last: ForwardPass | None = None  # the last training pass
+        self.observers: list[Any] = []  # called with (layer, posterior, space) in every layer
+        self._arguments = list(inspect.signature(model.forward).parameters)
+        self._handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+        ]
+
+    @staticmethod
+    def of(model: nn.Module) -> Elbo | None:
+        """The state of an adapted model, however it is wrapped; None if it is not Bayesian."""
+        for module in model.modules():
+            elbo = module.__dict__.get("bara_elbo")
+            if isinstance(elbo, Elbo):
+                return elbo
+        return None
+
+    @classmethod
+    def attached(cls, root: nn.Module) -> Elbo:
+        """The state of a root model, made at the first call."""
+        elbo = root.__dict__.get("bara_elbo")
+        if elbo is None:
+            elbo = root.__dict__["bara_elbo"] = cls(root)
+        return elbo
+
+    def current(self) -> ForwardPass | None:
+        """The open forward pass, or in a backward pass the one that is being differentiated."""
+        forward = self.forward
+        recomputing = torch._C._current_graph_task_id() != -1
+        return forward if forward is not None and (forward.open or recomputing) else None
+
+    def detach(self, root: nn.Module) -> None:
+        """Removes the state and its hooks from a model that has been unloaded."""
+        for handle in self._handles:
+            handle.remove()
+        root.__dict__.pop("bara_elbo", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model starts without the graphs of passes it has not made
+        transient = {"forward": None, "last": None, "draws": None, "observers": []}
+        return {**self.__dict__, **transient}
+
+    # -- one forward pass ----------------------------------------------------------------------
+
+    def _begin(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        training = model.training and torch.is_grad_enabled()
+        forward = ForwardPass(
+            batch_size=_batch_size(given),
+            masks=tuple(_masks(given)),
+            draws=self.draws,
+            adapter_names=self.adapter_names,
+            training=training,
+        )
+        if training:
+            self._check_consumed()
+            labels = _loss_items(model, given)
+            if labels is not None:
+                forward.items = labels.flatten(1).sum(1) if labels.dim() > 1 else labels
+                # With the micro-batch's mean loss in hand one factor scales data and KL alike. Not
+                # every model's loss honours num_items_in_batch, so it never sees it.
+                total = kwargs.pop("num_items_in_batch", None)
+                if total is not None:
+                    forward.share = labels.sum() / total
+        self.forward = forward
+        return args, kwargs
+
+    def _end(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> Any:
+        forward, self.forward = self.forward, None
+        if forward is None:
+            return outputs
+        forward.open = False
+        if not forward.training or outputs is None:
+            return outputs
+        self.last = forward
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        forward.kl = self._weighted_kl(forward)
+        self._watch(forward, outputs)
+        return _complete(outputs, forward, has_labels=given.get("labels") is not None)
+
+    def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
+        """beta_g / N KL_global + beta_l KL_local, summed over the active adapters."""
+        total = None
+        for adapter, terms in forward.terms.items():
+            config = self.configs[adapter]
+            ramp = self.ramp(config)
+            assert config.num_observations is not None
+            if terms.kl_global is not None:
+                weight = ramp * config.kl_weight / config.num_observations
+                total = _plus(total, weight * terms.kl_global)
+            if terms.kl_local is not None:
+                total = _plus(total, ramp * config.local_kl_weight * terms.kl_local)
+        return total
+
+    def ramp(self, config: BayesianConfig) -> float:
+        """The warm-up's factor on both KL weights, in [0, 1]."""
+        if self.progress is None or config.warmup == 0:
+            return 1.0
+        return min(1.0, self.progress / config.warmup)
+
+    def require_observations(self, adapter: str) -> None:
+        """Raises BaraError if the adapter is about to train without N."""
+        if self.configs[adapter].num_observations is None:
+            raise BaraError(
+                f"Adapter {adapter!r} cannot train: num_observations (N, the number of training "
+                "examples, or of label tokens for a language model) is not known, and without it "
+                "the KL has no weight. Add bara.BayesianCallback() to the Trainer's callbacks, or "
+                f"pass num_observations=... to {type(self.configs[adapter]).__name__}."
+            )
+
+    # -- nothing passes unnoticed --------------------------------------------------------------
+
+    def _watch(self, forward: ForwardPass, outputs: Any) -> None:
+        """Notes which gradients arrive, and gives the pass back to layers recomputed for it."""
+
+        def kl_reached(_: Tensor) -> None:
+            forward.kl_reached = True
+
+        def data_reached(_: Tensor) -> None:
+            forward.data_reached = True
+            self.forward = forward
+
+        if forward.kl is not None and forward.kl.requires_grad:
+            forward.kl.register_hook(kl_reached)
+        for tensor in _tensors(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(data_reached)
+
+    def _check_consumed(self) -> None:
+        last = self.last
+        self.last = None
+        if last is not None and last.data_reached and not last.kl_reached and last.kl is not None:
+            warnings.warn(
+                "The last training step differentiated the model's outputs but not its KL: it "
+                "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "
+                "or add bara.kl_loss(model) to your loss.",
+                stacklevel=2,
+            )
+
+    def kl_loss(self) -> Tensor:
+        """See `bara.kl_loss`."""
+        last = self.last
+        if last is None or last.kl is None:
+            raise BaraError(
+                "There is no KL to add: call kl_loss after a forward pass in train mode (with "
+                "gradients and an active Bayesian adapter), once per pass."
+            )
+        if last.kl_in_loss:
+            raise BaraError(
+                "The KL of this step is already in outputs.loss, because labels were given to the "
+                "model. Use outputs.loss, or do not pass labels and add kl_loss to your own loss."
+            )
+        return last.kl
+
+
+def _complete(outputs: Any, forward: ForwardPass, has_labels: bool) -> Any:
+    """The outputs with their loss completed to the ELBO, if they have a loss."""
+
+    def elbo(loss: Tensor) -> Tensor:
+        if forward.kl is not None:
+            forward.kl_in_loss = True
+            loss = loss + forward.kl.to(loss.device)
+        return forward.share * loss
+
+    if isinstance(outputs, Mapping):
+        if isinstance(outputs.get("loss"), Tensor):
+            outputs["loss"] = elbo(outputs["loss"])  # type: ignore[index]
+    elif isinstance(outputs, tuple) and has_labels and outputs[0].dim() == 0:
+        outputs = (elbo(outputs[0]), *outputs[1:])
+    return outputs
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    if isinstance(values, Tensor):
+        return [values]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _batch_size(given: dict[str, Any]) -> int:
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 3:  # multiple choice: (B, choices, T)
+        return mask.shape[0] * mask.shape[1]
+    for value in given.values():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            if value.dim() == 3 and not value.is_floating_point():
+                return value.shape[0] * value.shape[1]
+            return value.shape[0]
+    return 1
+
+
+def _masks(given: dict[str, Any]) -> list[Tensor]:
+    masks = []
+    for name in MASKS:
+        mask = given.get(name)
+        if isinstance(mask, Tensor) and mask.dim() in (2, 3):
+            masks.append(mask.flatten(0, -2).bool())
+    return masks
+
+
+def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
+    """Which labels are terms of the loss, by Trainer's rule; None without labels."""
+    labels = given.get("shift_labels")
+    if not isinstance(labels, Tensor):
+        labels = given.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            return None
+        if predicts_next_token(model):
+            labels = labels[..., 1:]
+    return labels.ne(-100)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the model's loss shifts its labels, so that the first is no term of it."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    loss_type = getattr(model, "loss_type", None)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not encoder_decoder

@@ -1,0 +1,16 @@
+"""The posterior families, one small file each."""
+
+from collections.abc import Callable
+
+from bara.configs import BaloraConfig, BaraConfig, BayesianConfig
+from bara.posteriors.balora import BaloraPosterior
+from bara.posteriors.bara import BaraPosterior
+from bara.posteriors.base import Posterior
+
+FAMILIES: dict[type[BayesianConfig], Callable[..., Posterior]] = {
+    BaraConfig: BaraPosterior,
+    BaloraConfig: BaloraPosterior,
+}
+"""Which posterior a config makes: called with the config, the layer's rank and the granularity."""
+
+__all__ = ["FAMILIES", "Posterior"]

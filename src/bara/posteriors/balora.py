@@ -1,0 +1,70 @@
+"""BaLoRA: LoRA whose A has input-adaptive Gaussian noise (arXiv 2605.08110; design 2.2).
+
+    q(A | x) = N(theta_A, alpha_l(x) theta_A^2),    prior N(0, c theta_A^2),  c = p / (1 - p)
+
+sampled in rank space, where A x has mean theta_A x and variance alpha_l(x) (theta_A^2)(x^2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from bara.configs import BaloraConfig
+from bara.distributions import scale_noise_kl
+from bara.draws import Noise
+from bara.posteriors.base import (
+    Granularity,
+    Posterior,
+    PosteriorOutput,
+    RankSpace,
+    rms_normalised,
+)
+
+
+class BaloraPosterior(Posterior):
+    """The network behind one layer's noise level alpha_l(x), and its prior.
+
+    Its features are the layer's pooled rank-space activations with the gradient stopped: they cost
+    nothing, and the network cannot bend A to lower the noise.
+    """
+
+    def __init__(self, config: BaloraConfig, rank: int, granularity: Granularity) -> None:
+        super().__init__(granularity)
+        self.config = config
+        self.rank = rank
+        self.network = nn.Sequential(
+            nn.Linear(rank, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, 1)
+        )
+        output = self.network[-1]
+        assert isinstance(output, nn.Linear)
+        nn.init.zeros_(output.weight)
+        nn.init.constant_(output.bias, math.log(math.expm1(config.init_noise)))
+
+    def alpha(self, space: RankSpace) -> Tensor:
+        """The noise level, (B, 1 or T, 1), positive."""
+        features = rms_normalised(space.pooled(self.granularity).detach())
+        return softplus(self.network(features)) + 1e-6
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        if noise is None and not with_kl:
+            return PosteriorOutput(space.u, None, None, None)
+        with torch.autocast(space.u.device.type, enabled=False):
+            alpha = self.alpha(space)
+            u = space.u
+            if noise is not None:
+                a, x = space.a.float(), space.x.float()
+                variance = alpha * space.project(x.square(), a.square())
+                # the root's gradient at 0 (an input of zeros) would be infinite
+                std = variance.clamp_min(1e-12).sqrt()
+                u = u + (std * noise.normal("A", (self.rank,)).unsqueeze(1)).to(u.dtype)
+            if not with_kl:
+                return PosteriorOutput(u, None, None, None)
+            kl = space.a.numel() * scale_noise_kl(alpha.squeeze(-1), self.config.noise_prior)
+            return PosteriorOutput(u, space.mean_over_positions(kl), None, None)
+
+    def mean_scale(self) -> Tensor | None:
+        return None

@@ -1,0 +1,189 @@
+"""BaRA: sparse, input-dependent factors (arXiv 2606.29184; the details are design 2.1).
+
+    m_k(x) = z_k * g_k(x) * theta_k(x) * (1 + sqrt(alpha_k) * eps_k)
+
+with the task's gates z, the input's gates g, optional intensities theta and the factors' noise.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, softplus
+
+from bara.configs import BaraConfig
+from bara.distributions import (
+    bernoulli_kl,
+    beta_bernoulli_kl,
+    hard_concrete,
+    hard_concrete_mean,
+    logistic_noise,
+    open_logit,
+    scale_noise_kl,
+    weibull_gamma_kl,
+    weibull_mean,
+    weibull_sample,
+)
+from bara.draws import Noise
+from bara.errors import BaraError
+from bara.posteriors.base import (
+    Granularity,
+    Posterior,
+    PosteriorOutput,
+    RankSpace,
+    rms_normalised,
+)
+
+
+class BaraPosterior(Posterior):
+    """The gates, intensities, noise and priors of one layer's r factors."""
+
+    def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
+        super().__init__(granularity)
+        self.config = config
+        self.rank = rank
+        self.calibrated_gate: Tensor | None = None  # E[g theta] over data, see calibrate_gates
+        start = config.init_logit / config.logit_scale
+        if config.global_gate:
+            self.global_logit = nn.Parameter(torch.full((rank,), start))
+        if config.local_gate:
+            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * 0.01)
+            self.gate_bias = nn.Parameter(torch.full((rank,), start))
+        if config.intensity:
+            self.intensity_weight = nn.Parameter(torch.zeros(rank, rank))
+            self.intensity_bias = nn.Parameter(torch.zeros(rank))
+            self.intensity_log_shape = nn.Parameter(torch.full((rank,), math.log(4.0)))
+        if config.factor_noise:
+            # a logarithm, so that Adam changes alpha by a factor per step
+            self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise)))
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        config = self.config
+        with torch.autocast(space.u.device.type, enabled=False):
+            features = None
+            if config.local_gate or config.intensity:
+                features = rms_normalised(space.pooled(self.granularity))
+            multipliers = self._task_multipliers(noise) + self._input_multipliers(features, noise)
+            u = space.u
+            if multipliers:
+                u = u * reduce(torch.mul, multipliers).to(u.dtype)
+            if not with_kl:
+                return PosteriorOutput(u, None, None, None)
+            return PosteriorOutput(u, *self._kl(space, features))
+
+    def _gate(self, name: str, logit: Tensor, noise: Noise | None) -> Tensor:
+        """A draw of the gates, or their mean; one number per input is shared by its tokens."""
+        if noise is None:
+            return hard_concrete_mean(logit)
+        uniform = noise.uniform(name, (self.rank,)).unsqueeze(1)
+        return hard_concrete(logit, logistic_noise(uniform))
+
+    def _task_multipliers(self, noise: Noise | None) -> list[Tensor]:
+        """z and 1 + sqrt(alpha) eps, each broadcastable to (B, T, r)."""
+        multipliers = []
+        if self.config.global_gate:
+            multipliers.append(self._gate("z", self.global_gate_logit(), noise))
+        if self.config.factor_noise and noise is not None:
+            eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
+            multipliers.append(1 + (0.5 * self.log_alpha.float()).exp() * eps)
+        return multipliers
+
+    def _input_multipliers(self, features: Tensor | None, noise: Noise | None) -> list[Tensor]:
+        """g(x) and theta(x), each (B, 1 or T, r)."""
+        multipliers = []
+        if self.config.local_gate:
+            assert features is not None
+            multipliers.append(self._gate("g", self.local_gate_logit(features), noise))
+        if self.config.intensity:
+            assert features is not None
+            shape, scale = self.intensity(features)
+            if noise is None:
+                multipliers.append(weibull_mean(shape, scale))
+            else:
+                uniform = noise.uniform("theta", (self.rank,)).unsqueeze(1)
+                multipliers.append(weibull_sample(shape, scale, uniform))
+        return multipliers
+
+    def global_gate_logit(self) -> Tensor:
+        """Location of the task's gates, (r,)."""
+        return self.config.logit_scale * self.global_logit.float()
+
+    def local_gate_logit(self, features: Tensor) -> Tensor:
+        """Location of the input's gates, (B, 1 or T, r), from normalised features."""
+        logit = linear(features, self.gate_weight.float(), self.gate_bias.float())
+        return self.config.logit_scale * logit
+
+    def intensity(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Shape (r,) and scale (B, 1 or T, r) of the Weibull posterior; its mean starts at 1."""
+        shape = self.intensity_log_shape.float().exp()
+        log_mean = linear(features, self.intensity_weight.float(), self.intensity_bias.float())
+        return shape, torch.exp(log_mean - torch.lgamma(1 + 1 / shape))
+
+    def _kl(
+        self, space: RankSpace, features: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """KL_global, KL_local (B,) and the activity (B, r) or (r,) of design 2.1.
+
+        What belongs to a factor is paid for in proportion to P(z_k > 0): an inactive factor has
+        gone back to its prior.
+        """
+        config = self.config
+        active = torch.ones(self.rank, device=space.u.device)
+        kl_global: list[Tensor] = []
+        if config.global_gate:
+            opened = open_logit(self.global_gate_logit())
+            active = torch.sigmoid(opened)
+            if config.global_prior_beta is None:
+                kl_global.append(bernoulli_kl(opened, config.global_prior).sum())
+            else:
+                kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
+        if config.factor_noise:
+            alpha = self.log_alpha.float().exp()
+            kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum())
+        if config.prior_std is not None:
+            kl_global.append((space.squared_columns() * active).sum() / (2 * config.prior_std**2))
+
+        kl_local: list[Tensor] = []
+        activity = active
+        local_open: Tensor | None = None
+        if config.local_gate:
+            assert features is not None
+            opened = open_logit(self.local_gate_logit(features))
+            local_open = torch.sigmoid(opened)
+            kl_local.append(bernoulli_kl(opened, config.local_prior))
+            activity = active * space.mean_over_positions(local_open)
+        if config.intensity:
+            assert features is not None
+            a = config.intensity_prior  # Gamma(a, rate a) has mean 1
+            kl = weibull_gamma_kl(*self.intensity(features), a, a)
+            kl_local.append(kl if local_open is None else kl * local_open)
+        return (
+            sum(kl_global[1:], kl_global[0]) if kl_global else None,
+            space.mean_over_positions(sum(kl_local[1:], kl_local[0]) @ active)
+            if kl_local
+            else None,
+            activity,
+        )
+
+    def expected_input_multiplier(self, space: RankSpace) -> Tensor:
+        """E[g theta] averaged over the batch's inputs and positions, (r,)."""
+        features = rms_normalised(space.pooled(self.granularity))
+        multiplier = reduce(torch.mul, self._input_multipliers(features, None))
+        return space.mean_over_positions(multiplier).mean(dim=0)
+
+    def mean_scale(self) -> Tensor | None:
+        scale = torch.ones(self.rank, device=next(self.parameters()).device)
+        if self.config.global_gate:
+            scale = scale * hard_concrete_mean(self.global_gate_logit())
+        if self.config.local_gate or self.config.intensity:
+            if self.calibrated_gate is None:
+                raise BaraError(
+                    "A BaRA adapter with input-dependent gates has no exact merged form. Keep it "
+                    "unmerged, or call bara.calibrate_gates(model, data) first to merge the "
+                    "approximation in which every gate is at its average over that data."
+                )
+            scale = scale * self.calibrated_gate.to(scale)
+        return scale

@@ -1,0 +1,109 @@
+"""What every posterior family has in common: tensors in rank space in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bara.draws import Noise
+
+Granularity = Literal["sequence", "token"]
+
+
+@dataclass(frozen=True)
+class RankSpace:
+    """One layer's adapter applied to one batch, seen from rank space.
+
+    Attributes:
+        u: A x, (B, T, r) with T positions (tokens, pixels) per input.
+        x: the layer's input, in the layer's own layout.
+        a: the weight of A, (r, d_in) or (r, channels, kernel...).
+        b: the weight of B, (d_out, r) or (d_out, r, 1, ...).
+        mask: True where a position is not padding, (B, T), or None when there is no padding.
+        project: applies A's operation with another weight to another input, giving (B, T, r).
+        groups: groups of a grouped convolution, else 1.
+    """
+
+    u: Tensor
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    mask: Tensor | None
+    project: Callable[[Tensor, Tensor], Tensor]
+    groups: int = 1
+
+    def squared_columns(self) -> Tensor:
+        """|b_k|^2 for every factor, (r,), float32."""
+        b = self.b.float().reshape(self.groups, -1, self.b.shape[1])
+        return b.square().sum(dim=1).flatten()
+
+    def pooled(self, granularity: Granularity) -> Tensor:
+        """The features a gate reads, float32: (B, 1, r) masked means, or (B, T, r) tokens."""
+        u = self.u.float()
+        if granularity == "token" or u.shape[1] == 1:
+            return u
+        return self.mean_over_positions(u).unsqueeze(1)
+
+    def mean_over_positions(self, values: Tensor) -> Tensor:
+        """Averages values (B, 1 or T, ...) over the positions that are not padding: (B, ...)."""
+        if values.shape[1] == 1:
+            return values[:, 0]
+        if self.mask is None:
+            return values.mean(dim=1)
+        weight = self.mask.to(values.dtype).reshape(*self.mask.shape, *[1] * (values.dim() - 2))
+        return (values * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+
+
+class PosteriorOutput(NamedTuple):
+    """What a posterior makes of one batch.
+
+    Attributes:
+        u: the multiplied rank-space activations that go into B, (B, T, r).
+        kl_global: KL of the parameters, to be divided by N: a scalar, or (B,) if it varies by
+            input; None when not asked for.
+        kl_local: KL of what is drawn per input, (B,); None without such variables.
+        activity: P(factor k is active) per input, averaged over its positions, (B, r) or (r,).
+    """
+
+    u: Tensor
+    kl_global: Tensor | None
+    kl_local: Tensor | None
+    activity: Tensor | None
+
+
+class Posterior(nn.Module):
+    """A posterior over one layer's adapter. Subclasses hold its parameters.
+
+    Made by `Family(config, rank, granularity)`.
+    """
+
+    def __init__(self, granularity: Granularity) -> None:
+        super().__init__()
+        self.granularity = granularity
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        """Applies a draw of the posterior, or its mean when `noise` is None.
+
+        Args:
+            space: the layer's rank-space activations.
+            noise: source of this layer's random numbers; None for the posterior mean.
+            with_kl: also compute the KL divergences and the activity.
+        """
+        raise NotImplementedError
+
+    def mean_scale(self) -> Tensor | None:
+        """The constants (r,) by which the mean mode multiplies B's columns; None for ones.
+
+        Raises:
+            BaraError: the mean depends on the input, so that no constants reproduce it.
+        """
+        raise NotImplementedError
+
+
+def rms_normalised(features: Tensor) -> Tensor:
+    """Divides by the root mean square over the last dimension."""
+    return features * torch.rsqrt(features.square().mean(dim=-1, keepdim=True) + 1e-12)

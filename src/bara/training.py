@@ -1,0 +1,163 @@
+"""What training needs besides the loss: N, the warm-up, and a log of KL and effective rank."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bara.elbo import Elbo, predicts_next_token
+from bara.errors import BaraError
+
+
+def kl_loss(model: nn.Module) -> Tensor:
+    """The weighted KL of the last forward pass, to be added to a loss of your own.
+
+    Use it when the loss is computed from `outputs.logits`; when labels are given to the model its
+    `outputs.loss` already contains the KL.
+
+    Returns:
+        A scalar: kl_weight / N * KL_global + local_kl_weight * KL_local, times the warm-up
+        (design 2.4). Add it to a data loss that is the mean over the batch.
+
+    Raises:
+        BaraError: there was no training pass, its KL is in outputs.loss already, or the model has
+            no Bayesian adapter.
+    """
+    return elbo_of(model).kl_loss()
+
+
+def set_progress(model: nn.Module, fraction: float) -> None:
+    """Tells the KL's warm-up how far training is; `BayesianCallback` does this in a Trainer.
+
+    Args:
+        model: a model with a Bayesian adapter.
+        fraction: optimiser steps done over optimiser steps in all, in [0, 1].
+
+    Raises:
+        BaraError: the fraction is outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise BaraError(f"set_progress: fraction must be in [0, 1], got {fraction!r}.")
+    elbo_of(model).progress = fraction
+
+
+def kl_terms(model: nn.Module) -> dict[str, float]:
+    """The unweighted KL terms in nats and the effective rank of the last training pass.
+
+    Returns:
+        `kl_global`, `kl_local` and `effective_rank` (mean over layers and inputs), as far as the
+        active adapters have them; empty before the first training pass.
+    """
+    last = elbo_of(model).last
+    if last is None:
+        return {}
+    values: dict[str, list[Tensor]] = {}
+    for terms in last.terms.values():
+        for name in ("kl_global", "kl_local"):
+            term = getattr(terms, name)
+            if term is not None:
+                values.setdefault(name, []).append(term.detach())
+        if terms.activity:
+            ranks = [activity.sum(-1).mean().cpu() for activity in terms.activity]
+            values["effective_rank"] = [torch.stack(ranks).mean()]
+    return {name: float(sum(parts)) for name, parts in values.items()}
+
+
+def elbo_of(model: nn.Module) -> Elbo:
+    elbo = Elbo.of(model)
+    if elbo is None:
+        raise BaraError(
+            "This model has no Bayesian adapter. Make one with peft.get_peft_model(model, "
+            "bara.BaraConfig(...))."
+        )
+    return elbo
+
+
+class BayesianCallback(TrainerCallback):
+    """Gives a Bayesian adapter under `transformers.Trainer` (or TRL) what its ELBO needs.
+
+    It counts N (examples, or label tokens for a language model), drives the warm-up of the KL
+    weights, and adds `kl_global`, `kl_local` and `effective_rank` to the logs.
+
+    Args:
+        num_observations: N, if it should not be counted (needed for data sets without a length).
+    """
+
+    def __init__(self, num_observations: int | None = None) -> None:
+        self.num_observations = num_observations
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        elbo = elbo_of(model)
+        n = self.num_observations
+        if n is None:
+            n = count_observations(kwargs["train_dataloader"], model)
+        for name, config in elbo.configs.items():
+            if config.num_observations not in (None, n):
+                warnings.warn(
+                    f"Adapter {name!r} was configured with num_observations="
+                    f"{config.num_observations}, but the training data has {n}; using {n}. Pass "
+                    "BayesianCallback(num_observations=...) to set another value.",
+                    stacklevel=2,
+                )
+            config.num_observations = n
+        self._set_progress(elbo, state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._set_progress(elbo_of(kwargs["model"]), state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs.get("logs")
+        if logs is None or "loss" not in logs:
+            return
+        terms = kl_terms(kwargs["model"])
+        logs.update(terms)
+        if state.log_history:
+            state.log_history[-1].update(terms)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        elbo_of(kwargs["model"]).progress = None
+
+    @staticmethod
+    def _set_progress(elbo: Elbo, state: TrainerState) -> None:
+        if state.max_steps > 0:
+            elbo.progress = min(1.0, state.global_step / state.max_steps)
+
+
+def count_observations(dataloader: DataLoader[Any], model: nn.Module) -> int:
+    """N of a training set: its examples, or for per-token labels the labels that count.
+
+    Raises:
+        BaraError: the data set has no length.
+    """
+    dataset = getattr(dataloader, "dataset", None)
+    if dataset is None or not hasattr(dataset, "__len__"):
+        raise BaraError(
+            "The training data has no length, so N cannot be counted: pass "
+            "bara.BayesianCallback(num_observations=...)."
+        )
+    first = next(iter(dataloader), {})
+    labels = first.get("labels") if hasattr(first, "get") else None
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return len(dataset)
+    shift = predicts_next_token(getattr(model, "base_model", model).model)
+    # one more pass over this process's batches, scaled to all processes
+    count, rows = 0, 0
+    for batch in dataloader:
+        labels = batch["labels"][..., 1:] if shift else batch["labels"]
+        count += int(labels.ne(-100).sum())
+        rows += labels.shape[0]
+    return round(count * len(dataset) / rows)

@@ -1,0 +1,288 @@
+"""Posteriors on PEFT's LoRA: attaching, the layers' forward pass, merging, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import mapping as peft_mapping
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, MultiheadAttention, ParamWrapper
+from torch import Tensor, nn
+
+from bara.configs import BayesianConfig
+from bara.elbo import Elbo, ForwardPass
+from bara.errors import BaraError
+from bara.posteriors import FAMILIES, Posterior
+from bara.posteriors.base import Granularity, RankSpace
+
+CONTAINER = "lora_posterior"
+"""Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
+
+
+class RankSpaceVariant(LoraVariant):
+    """Connects one LoRA layer to its posterior: y = W0 x + s B posterior(A x)."""
+
+    def __init__(self, layer: str, elbo: Elbo) -> None:
+        self.layer = layer
+        self.elbo = elbo
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    def init(  # type: ignore[override]
+        self, module: LoraLayer, adapter_name: str, posterior: Posterior
+    ) -> None:
+        """Adds the posterior's parameters to the layer."""
+        if not hasattr(module, CONTAINER):
+            module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
+            setattr(module, CONTAINER, nn.ModuleDict())
+        posteriors(module)[adapter_name] = posterior
+
+    def forward(  # type: ignore[override]
+        self,
+        module: LoraLayer,
+        active_adapter: str,
+        x: Tensor,
+        result: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """PEFT's hook: the layer's output with the adapter's contribution."""
+        posterior = posteriors(module)[active_adapter]
+        forward = self._forward_pass(posterior, x)
+        trainable = posterior.training and module.lora_B[active_adapter].weight.requires_grad
+        with_kl = trainable and torch.is_grad_enabled()
+        if with_kl:
+            self.elbo.require_observations(active_adapter)
+        elif trainable and forward.training:
+            raise BaraError(
+                "Reentrant gradient checkpointing would drop the KL of the recomputed layers. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+
+        x = module.lora_dropout[active_adapter](x)
+        space, restore = self._rank_space(module, active_adapter, x, forward)
+        rows = forward.rows_of(active_adapter, x.device)
+        noise = forward.noise(self.layer, rows, space.u.shape[0], x.device, posterior.training)
+        output = posterior(space, noise, with_kl=with_kl)
+        if with_kl:
+            forward.add(active_adapter, output.kl_global, output.kl_local, output.activity)
+        for observe in self.elbo.observers:
+            observe(self.layer, posterior, space)
+        u = restore(output.u)
+        return result + module.lora_B[active_adapter](u) * module.scaling[active_adapter]
+
+    def _forward_pass(self, posterior: Posterior, x: Tensor) -> ForwardPass:
+        forward = self.elbo.current()
+        if forward is not None:
+            return forward
+        if posterior.training and torch.is_grad_enabled():
+            raise BaraError(
+                f"Layer {self.layer} was trained outside of the adapted model's own forward pass, "
+                "so that its KL would be lost. Call the PEFT model itself."
+            )
+        if posterior.granularity == "sequence" and x.dim() == 3 and x.shape[1] > 1:
+            raise BaraError(
+                f"Layer {self.layer} was called outside of the adapted model's own forward pass, "
+                "where padding cannot be told from text. Call the PEFT model itself, or use "
+                "granularity='token'."
+            )
+        return ForwardPass(batch_size=x.shape[0], draws=self.elbo.draws)
+
+    def _rank_space(
+        self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
+    ) -> tuple[RankSpace, Any]:
+        """The layer's rank space as (rows, positions, r), and the way back to its own layout."""
+        lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
+        convolution = not isinstance(lora_a, nn.Linear)
+        rows = forward.rows_of(adapter, x.device)
+        batch = forward.batch_size if rows is None else len(rows)
+
+        def flatten(u: Tensor) -> Tensor:
+            if convolution:
+                return u.flatten(2).transpose(1, 2)
+            # windows or flattened tokens of one input follow each other
+            size = batch if batch and u.shape[0] % batch == 0 else u.shape[0]
+            return u.reshape(size, -1, u.shape[-1])
+
+        u = lora_a(x)
+        layout = u.shape
+
+        def restore(flat: Tensor) -> Tensor:
+            if convolution:
+                return flat.transpose(1, 2).reshape(layout)
+            return flat.reshape(layout)
+
+        def project(x: Tensor, weight: Tensor) -> Tensor:
+            if isinstance(lora_a, nn.Linear):
+                return flatten(nn.functional.linear(x, weight))
+            return flatten(lora_a._conv_forward(x, weight, None))
+
+        flat = flatten(u)
+        mask = None if convolution else forward.mask(flat.shape[1], rows)
+        if mask is None and not convolution and flat.shape[1] > 1:
+            self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
+        groups = getattr(lora_b, "groups", 1)
+        return RankSpace(flat, x, lora_a.weight, lora_b.weight, mask, project, groups), restore
+
+    def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
+        if posterior.granularity == "sequence" and any(not mask.all() for mask in forward.masks):
+            raise BaraError(
+                f"Layer {self.layer} has {positions} positions per input, which no padding mask "
+                "given to the model matches: a gate pooled over them would read padding. Use "
+                "granularity='token'."
+            )
+
+    # -- merging: the posterior mean, where it is a matrix -------------------------------------
+
+    def merge_safe(  # type: ignore[override]
+        self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
+        return orig_weight + self._mean_delta(module, active_adapter).to(orig_weight.dtype)
+
+    def merge_unsafe(  # type: ignore[override]
+        self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
+    ) -> None:
+        orig_weight.data += self._mean_delta(module, active_adapter).to(orig_weight.dtype)
+
+    def unmerge(  # type: ignore[override]
+        self, module: LoraLayer, active_adapter: str, orig_weight: Tensor
+    ) -> Tensor:
+        return orig_weight - self._mean_delta(module, active_adapter).to(orig_weight.dtype)
+
+    def _mean_delta(self, module: Any, adapter: str) -> Tensor:
+        scale = posteriors(module)[adapter].mean_scale()
+        with torch.no_grad(), _scaled_columns(module.lora_B[adapter], scale):
+            return module.get_delta_weight(adapter)
+
+
+@contextmanager
+def _scaled_columns(lora_b: Any, scale: Tensor | None) -> Iterator[None]:
+    """B with its columns multiplied by `scale`, (r,), for as long as the context lasts."""
+    original = lora_b.weight.data
+    if scale is not None:
+        groups = getattr(lora_b, "groups", 1)
+        grouped = original.reshape(groups, -1, *original.shape[1:])
+        shape = (groups, 1, original.shape[1], *[1] * (original.dim() - 2))
+        lora_b.weight.data = (grouped * scale.to(original).reshape(shape)).reshape(original.shape)
+    try:
+        yield
+    finally:
+        lora_b.weight.data = original
+
+
+def posteriors(module: nn.Module) -> Any:
+    """The module dict of a layer's posteriors by adapter name."""
+    return getattr(module, CONTAINER)
+
+
+def posterior_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """The adapted layers that carry a posterior, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and hasattr(module, CONTAINER)
+        and (adapter is None or adapter in posteriors(module))
+    }
+
+
+class BayesianLoraModel(LoraModel):
+    """PEFT's `LoraModel` with a posterior on every adapted layer."""
+
+    @property
+    def elbo(self) -> Elbo:
+        return Elbo.attached(self.model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # PEFT calls self.model.forward, which would go past the hooks that collect the KL
+        return self.model(*args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        lora_config: BayesianConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        granularity = resolve_granularity(lora_config, self.model)
+        super()._create_and_replace(
+            lora_config,
+            adapter_name,
+            target,
+            target_name,
+            parent,
+            current_key,
+            parameter_name=parameter_name,
+        )
+        layer = parent.get_submodule(target_name)
+        if not isinstance(layer, LoraLayer) or isinstance(
+            layer, (Embedding, MultiheadAttention, ParamWrapper)
+        ):
+            raise BaraError(
+                f"{type(lora_config).__name__} cannot adapt {current_key}, a {type(target).__name__}:"
+                " target linear and convolution layers only (exclude_modules leaves this one out)."
+            )
+        elbo = self.elbo
+        elbo.configs[adapter_name] = lora_config
+        posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)
+        variant = RankSpaceVariant(current_key, elbo)
+        layer.lora_variant[adapter_name] = variant
+        variant.init(layer, adapter_name, posterior)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.get("adapter_names")
+        elbo = self.elbo
+        elbo.adapter_names = None if names is None else tuple(names)
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            elbo.adapter_names = None
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.elbo.configs.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self.elbo.detach(model)
+        return model
+
+
+def resolve_granularity(config: BayesianConfig, model: nn.Module) -> Granularity:
+    """What the config's granularity means on this model.
+
+    Raises:
+        BaraError: sequence granularity on a model that generates.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    generates = config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or bool(
+        callable(can_generate) and can_generate()
+    )
+    if generates and config.granularity == "sequence":
+        raise BaraError(
+            "granularity='sequence' pools over the whole input, which would show a language model "
+            "the future it is to predict. Use granularity='token' (or leave it at 'auto')."
+        )
+    if config.granularity != "auto":
+        return config.granularity
+    return "token" if generates else config.DEFAULT_GRANULARITY
+
+
+def register() -> None:
+    """Enters the methods into PEFT's type mappings, so that PEFT builds, saves and loads them."""
+    for config in FAMILIES:
+        name: Any = config.METHOD
+        peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
+        peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = BayesianLoraModel
+        peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = BayesianLoraModel.prefix
