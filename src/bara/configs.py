@@ -15,7 +15,8 @@ from bara.errors import BaraError
 class BayesianConfig(LoraConfig):
     """What all Bayesian adapters share: the weights of the ELBO (design 2.4).
 
-        loss = -(1/N) sum log p(y | x, draw) + kl_weight / N * KL_global + local_kl_weight * KL_local
+        loss = -(1/N) sum log p(y | x, draw)
+               + kl_weight / N * KL_global + local_kl_weight * KL_local
 
     Every field of `peft.LoraConfig` is available and means what it means there. Values out of range
     raise `BaraError` (a `ValueError`) when the config is made.
@@ -56,6 +57,7 @@ class BayesianConfig(LoraConfig):
             "itself. 'auto' is 'token' for models that generate, else the method's default."
         },
     )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # a plain string: PEFT's type mappings take it, and its enum stays as it is

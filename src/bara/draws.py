@@ -70,9 +70,7 @@ class Draws:
             batch_size // self.num_draws
         )
 
-    def numbers(
-        self, key: str, kind: str, shape: tuple[int, ...], device: torch.device
-    ) -> Tensor:
+    def numbers(self, key: str, kind: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The random numbers called `key` of all draws, (S, *shape), float32."""
         cached = self._cache.get((key, device))
         if cached is None:

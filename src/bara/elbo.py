@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from bara.configs import BayesianConfig
 from bara.draws import Draws, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
+from bara.posteriors.base import Posterior, RankSpace
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -128,7 +130,7 @@ class Elbo:
         self.adapter_names: tuple[str, ...] | None = None
         self.forward: ForwardPass | None = None  # the open one, or the one being differentiated
         self.last: ForwardPass | None = None  # the last training pass
-        self.observers: list[Any] = []  # called with (layer, posterior, space) in every layer
+        self.observers: list[Callable[[str, Posterior, RankSpace], None]] = []  # told every layer
         self._arguments = list(inspect.signature(model.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -158,6 +160,25 @@ class Elbo:
         recomputing = torch._C._current_graph_task_id() != -1
         return forward if forward is not None and (forward.open or recomputing) else None
 
+    @contextmanager
+    def drawing(self, draws: Draws) -> Iterator[None]:
+        """Forward passes inside use these draws."""
+        before = self.draws
+        self.draws = draws
+        try:
+            yield
+        finally:
+            self.draws = before
+
+    @contextmanager
+    def observing(self, observe: Callable[[str, Posterior, RankSpace], None]) -> Iterator[None]:
+        """Every adapted layer's forward pass inside calls `observe(layer, posterior, space)`."""
+        self.observers.append(observe)
+        try:
+            yield
+        finally:
+            self.observers.remove(observe)
+
     def detach(self, root: nn.Module) -> None:
         """Removes the state and its hooks from a model that has been unloaded."""
         for handle in self._handles:
@@ -166,7 +187,7 @@ class Elbo:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model starts without the graphs of passes it has not made
-        transient = {"forward": None, "last": None, "draws": None, "observers": []}
+        transient: dict[str, Any] = {"forward": None, "last": None, "draws": None, "observers": []}
         return {**self.__dict__, **transient}
 
     # -- one forward pass ----------------------------------------------------------------------
@@ -347,6 +368,6 @@ def predicts_next_token(model: nn.Module) -> bool:
     """Whether the model's loss shifts its labels, so that the first is no term of it."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    loss_type = getattr(model, "loss_type", None)
+    loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss and not encoder_decoder
+    return loss is ForCausalLMLoss and not encoder_decoder

@@ -31,10 +31,6 @@ def sampling(
     Raises:
         BaraError: num_draws < 1, no Bayesian adapter, or a batch that S does not divide.
     """
-    elbo = elbo_of(model)
-    before = elbo.draws
-    elbo.draws = Draws(num_draws, seed, first_draw)
-    try:
-        yield elbo.draws
-    finally:
-        elbo.draws = before
+    draws = Draws(num_draws, seed, first_draw)
+    with elbo_of(model).drawing(draws):
+        yield draws

@@ -68,6 +68,11 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
     return {name: float(sum(parts)) for name, parts in values.items()}
 
 
+def adapted_root(model: nn.Module) -> nn.Module:
+    """The transformers model inside the wrappers of PEFT and accelerate."""
+    return next(module for module in model.modules() if "bara_elbo" in module.__dict__)
+
+
 def elbo_of(model: nn.Module) -> Elbo:
     elbo = Elbo.of(model)
     if elbo is None:
@@ -149,11 +154,11 @@ def count_observations(dataloader: DataLoader[Any], model: nn.Module) -> int:
             "The training data has no length, so N cannot be counted: pass "
             "bara.BayesianCallback(num_observations=...)."
         )
-    first = next(iter(dataloader), {})
+    first: Any = next(iter(dataloader), {})
     labels = first.get("labels") if hasattr(first, "get") else None
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return len(dataset)
-    shift = predicts_next_token(getattr(model, "base_model", model).model)
+    shift = predicts_next_token(adapted_root(model))
     # one more pass over this process's batches, scaled to all processes
     count, rows = 0, 0
     for batch in dataloader:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Embedding, LoraLayer, LoraVariant, MultiheadAttention, ParamWrapper
+from peft.tuners.lora.layer import (
+    Embedding,
+    LoraLayer,
+    LoraVariant,
+    MultiheadAttention,
+    ParamWrapper,
+)
 from torch import Tensor, nn
 
 from bara.configs import BayesianConfig
@@ -95,7 +101,8 @@ class RankSpaceVariant(LoraVariant):
         self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
     ) -> tuple[RankSpace, Any]:
         """The layer's rank space as (rows, positions, r), and the way back to its own layout."""
-        lora_a, lora_b = module.lora_A[adapter], module.lora_B[adapter]
+        lora_a: Any = module.lora_A[adapter]
+        lora_b: Any = module.lora_B[adapter]
         convolution = not isinstance(lora_a, nn.Linear)
         rows = forward.rows_of(adapter, x.device)
         batch = forward.batch_size if rows is None else len(rows)
@@ -173,7 +180,7 @@ def _scaled_columns(lora_b: Any, scale: Tensor | None) -> Iterator[None]:
         lora_b.weight.data = original
 
 
-def posteriors(module: nn.Module) -> Any:
+def posteriors(module: Any) -> Any:
     """The module dict of a layer's posteriors by adapter name."""
     return getattr(module, CONTAINER)
 
@@ -200,7 +207,7 @@ class BayesianLoraModel(LoraModel):
         # PEFT calls self.model.forward, which would go past the hooks that collect the KL
         return self.model(*args, **kwargs)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: BayesianConfig,
         adapter_name: str,
@@ -226,8 +233,8 @@ class BayesianLoraModel(LoraModel):
             layer, (Embedding, MultiheadAttention, ParamWrapper)
         ):
             raise BaraError(
-                f"{type(lora_config).__name__} cannot adapt {current_key}, a {type(target).__name__}:"
-                " target linear and convolution layers only (exclude_modules leaves this one out)."
+                f"{type(lora_config).__name__} cannot adapt {current_key}, a "
+                f"{type(target).__name__}: target linear and convolution layers only (exclude_modules leaves this one out)."
             )
         elbo = self.elbo
         elbo.configs[adapter_name] = lora_config
@@ -253,8 +260,9 @@ class BayesianLoraModel(LoraModel):
         super().delete_adapter(adapter_name)
         self.elbo.configs.pop(adapter_name, None)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        # unlike its annotation, PEFT's method returns the model
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         self.elbo.detach(model)
         return model
 

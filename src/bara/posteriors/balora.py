@@ -22,6 +22,7 @@ from bara.posteriors.base import (
     PosteriorOutput,
     RankSpace,
     rms_normalised,
+    wide,
 )
 
 
@@ -47,7 +48,8 @@ class BaloraPosterior(Posterior):
     def alpha(self, space: RankSpace) -> Tensor:
         """The noise level, (B, 1 or T, 1), positive."""
         features = rms_normalised(space.pooled(self.granularity).detach())
-        return softplus(self.network(features)) + 1e-6
+        raw = self.network(features.to(next(self.network.parameters()).dtype))
+        return softplus(wide(raw)) + 1e-6
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None and not with_kl:
@@ -56,7 +58,7 @@ class BaloraPosterior(Posterior):
             alpha = self.alpha(space)
             u = space.u
             if noise is not None:
-                a, x = space.a.float(), space.x.float()
+                a, x = wide(space.a), wide(space.x)
                 variance = alpha * space.project(x.square(), a.square())
                 # the root's gradient at 0 (an input of zeros) would be infinite
                 std = variance.clamp_min(1e-12).sqrt()

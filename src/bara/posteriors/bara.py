@@ -12,7 +12,7 @@ from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import linear
 
 from bara.configs import BaraConfig
 from bara.distributions import (
@@ -35,6 +35,7 @@ from bara.posteriors.base import (
     PosteriorOutput,
     RankSpace,
     rms_normalised,
+    wide,
 )
 
 
@@ -61,11 +62,8 @@ class BaraPosterior(Posterior):
             self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise)))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        config = self.config
         with torch.autocast(space.u.device.type, enabled=False):
-            features = None
-            if config.local_gate or config.intensity:
-                features = rms_normalised(space.pooled(self.granularity))
+            features = self._features(space)
             multipliers = self._task_multipliers(noise) + self._input_multipliers(features, noise)
             u = space.u
             if multipliers:
@@ -73,6 +71,12 @@ class BaraPosterior(Posterior):
             if not with_kl:
                 return PosteriorOutput(u, None, None, None)
             return PosteriorOutput(u, *self._kl(space, features))
+
+    def _features(self, space: RankSpace) -> Tensor | None:
+        """What the input-dependent parts read, (B, 1 or T, r); None if there are none."""
+        if not (self.config.local_gate or self.config.intensity):
+            return None
+        return rms_normalised(space.pooled(self.granularity))
 
     def _gate(self, name: str, logit: Tensor, noise: Noise | None) -> Tensor:
         """A draw of the gates, or their mean; one number per input is shared by its tokens."""
@@ -88,7 +92,7 @@ class BaraPosterior(Posterior):
             multipliers.append(self._gate("z", self.global_gate_logit(), noise))
         if self.config.factor_noise and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            multipliers.append(1 + (0.5 * self.log_alpha.float()).exp() * eps)
+            multipliers.append(1 + (0.5 * wide(self.log_alpha)).exp() * eps)
         return multipliers
 
     def _input_multipliers(self, features: Tensor | None, noise: Noise | None) -> list[Tensor]:
@@ -109,17 +113,17 @@ class BaraPosterior(Posterior):
 
     def global_gate_logit(self) -> Tensor:
         """Location of the task's gates, (r,)."""
-        return self.config.logit_scale * self.global_logit.float()
+        return self.config.logit_scale * wide(self.global_logit)
 
     def local_gate_logit(self, features: Tensor) -> Tensor:
         """Location of the input's gates, (B, 1 or T, r), from normalised features."""
-        logit = linear(features, self.gate_weight.float(), self.gate_bias.float())
+        logit = linear(features, wide(self.gate_weight), wide(self.gate_bias))
         return self.config.logit_scale * logit
 
     def intensity(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Shape (r,) and scale (B, 1 or T, r) of the Weibull posterior; its mean starts at 1."""
-        shape = self.intensity_log_shape.float().exp()
-        log_mean = linear(features, self.intensity_weight.float(), self.intensity_bias.float())
+        shape = wide(self.intensity_log_shape).exp()
+        log_mean = linear(features, wide(self.intensity_weight), wide(self.intensity_bias))
         return shape, torch.exp(log_mean - torch.lgamma(1 + 1 / shape))
 
     def _kl(
@@ -141,7 +145,7 @@ class BaraPosterior(Posterior):
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
         if config.factor_noise:
-            alpha = self.log_alpha.float().exp()
+            alpha = wide(self.log_alpha).exp()
             kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum())
         if config.prior_std is not None:
             kl_global.append((space.squared_columns() * active).sum() / (2 * config.prior_std**2))
@@ -168,9 +172,21 @@ class BaraPosterior(Posterior):
             activity,
         )
 
-    def expected_input_multiplier(self, space: RankSpace) -> Tensor:
-        """E[g theta] averaged over the batch's inputs and positions, (r,)."""
-        features = rms_normalised(space.pooled(self.granularity))
+    def open_probability(self, space: RankSpace) -> Tensor:
+        with torch.autocast(space.u.device.type, enabled=False):
+            probability = super().open_probability(space)
+            if self.config.global_gate:
+                probability = probability * torch.sigmoid(open_logit(self.global_gate_logit()))
+            features = self._features(space)
+            if self.config.local_gate and features is not None:
+                logit = self.local_gate_logit(features)
+                probability = probability * torch.sigmoid(open_logit(logit))
+            return probability
+
+    def expected_input_multiplier(self, space: RankSpace) -> Tensor | None:
+        features = self._features(space)
+        if features is None:
+            return None
         multiplier = reduce(torch.mul, self._input_multipliers(features, None))
         return space.mean_over_positions(multiplier).mean(dim=0)
 

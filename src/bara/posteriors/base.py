@@ -38,12 +38,12 @@ class RankSpace:
 
     def squared_columns(self) -> Tensor:
         """|b_k|^2 for every factor, (r,), float32."""
-        b = self.b.float().reshape(self.groups, -1, self.b.shape[1])
+        b = wide(self.b).reshape(self.groups, -1, self.b.shape[1])
         return b.square().sum(dim=1).flatten()
 
     def pooled(self, granularity: Granularity) -> Tensor:
         """The features a gate reads, float32: (B, 1, r) masked means, or (B, T, r) tokens."""
-        u = self.u.float()
+        u = wide(self.u)
         if granularity == "token" or u.shape[1] == 1:
             return u
         return self.mean_over_positions(u).unsqueeze(1)
@@ -95,6 +95,14 @@ class Posterior(nn.Module):
         """
         raise NotImplementedError
 
+    def open_probability(self, space: RankSpace) -> Tensor:
+        """P(factor k is active), (B, 1 or T, r); all ones for a family without gates."""
+        return space.u.new_ones(space.u.shape[0], 1, space.u.shape[-1], dtype=torch.float32)
+
+    def expected_input_multiplier(self, space: RankSpace) -> Tensor | None:
+        """The input-dependent part of the mean multiplier, averaged over the batch: (r,)."""
+        return None
+
     def mean_scale(self) -> Tensor | None:
         """The constants (r,) by which the mean mode multiplies B's columns; None for ones.
 
@@ -102,6 +110,11 @@ class Posterior(nn.Module):
             BaraError: the mean depends on the input, so that no constants reproduce it.
         """
         raise NotImplementedError
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 or wider: KL and gates are not to be computed in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def rms_normalised(features: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""Turning what a user has (a data set, a loader, one batch) into batches a model can take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bara.errors import BaraError
+
+Batch = dict[str, Any]
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
+
+PADDING = {"labels": -100}
+"""What pads a column of sequences, where it is not 0; input_ids take the model's pad token."""
+
+
+def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
+    """Stacks rows to tensors, padding sequences on the right; columns of text are left out.
+
+    Raises:
+        BaraError: rows of unequal length without an attention mask.
+    """
+    batch: Batch = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if isinstance(first, str) or first is None:
+            continue
+        tensors = [torch.as_tensor(value) for value in values]
+        lengths = {len(tensor) for tensor in tensors if tensor.dim() == 1}
+        if len(lengths) > 1:
+            if name == "input_ids" and "attention_mask" not in rows[0]:
+                raise BaraError("Texts of unequal length need an attention_mask column.")
+            padding = pad_token_id if name == "input_ids" else PADDING.get(name, 0)
+            batch[name] = nn.utils.rnn.pad_sequence(tensors, True, padding)
+        else:
+            batch[name] = torch.stack(tensors)
+    return batch
+
+
+def num_rows(batch: Mapping[str, Any]) -> int:
+    """Number of inputs in a batch."""
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+
+
+def batches(
+    data: Any,
+    model: nn.Module,
+    batch_size: int,
+    collate_fn: Collate | None = None,
+    progress: bool | None = None,
+    description: str = "predicting",
+) -> Iterator[tuple[Batch, list[int]]]:
+    """Batches of tensors with the numbers of their rows in the data.
+
+    A data set is taken in order of length, so that little is padding. Long work shows a progress
+    bar on a terminal's standard error.
+
+    Args:
+        data: a tokenised `datasets.Dataset` (or list of rows), a DataLoader, or one batch.
+        model: gives the pad token.
+        batch_size: rows per batch for a data set; loaders and batches are taken as they are.
+        collate_fn: for a data set, instead of padding on the right.
+        progress: show a bar; None decides by whether standard error is a terminal.
+
+    Raises:
+        BaraError: empty data, or data of a type that is none of the above.
+    """
+    if batch_size < 1:
+        raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
+    show = sys.stderr.isatty() if progress is None else progress
+
+    def bar(items: Iterable[Any], total: int | None) -> Iterable[Any]:
+        console = Console(stderr=True)
+        return track(items, description, total, console=console, transient=True, disable=not show)
+
+    if isinstance(data, Mapping):
+        yield dict(data), list(range(num_rows(data)))
+    elif isinstance(data, DataLoader):
+        seen = 0
+        for batch in bar(data, len(data) if hasattr(data, "__len__") else None):
+            rows = num_rows(batch)
+            yield dict(batch), list(range(seen, seen + rows))
+            seen += rows
+        if not seen:
+            raise BaraError("The data loader gave no batch.")
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        if not len(data):
+            raise BaraError("The data set is empty.")
+        first = data[0]
+        if not isinstance(first, Mapping) or not any(_is_numeric(v) for v in first.values()):
+            raise BaraError(
+                "The data set's rows hold nothing a model can take: tokenise it first "
+                "(dataset.map(lambda row: tokenizer(row['text'], truncation=True)))."
+            )
+        order = _by_length(data, first)
+        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        starts = range(0, len(order), batch_size)
+        for start in bar(starts, len(starts)):
+            index = order[start : start + batch_size]
+            items = [data[i] for i in index]
+            yield dict(collate_fn(items) if collate_fn else pad_rows(items, pad)), index
+    else:
+        raise BaraError(
+            "data must be a tokenised datasets.Dataset, a DataLoader or a batch (a mapping of "
+            f"tensors), got {type(data).__name__}."
+        )
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, (int, float, list, tuple, Tensor)) or hasattr(value, "__array__")
+
+
+def _by_length(data: Any, first: Mapping[str, Any]) -> list[int]:
+    if "input_ids" not in first:
+        return list(range(len(data)))
+    lengths = (
+        [len(ids) for ids in data["input_ids"]]
+        if hasattr(data, "column_names")
+        else [len(row["input_ids"]) for row in data]
+    )
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def repeat_rows(batch: Mapping[str, Any], times: int) -> Batch:
+    """The batch repeated block by block, as `bara.sampling` wants it."""
+    return {
+        name: value.repeat(times, *[1] * (value.dim() - 1))
+        if isinstance(value, Tensor) and value.dim() > 0
+        else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,181 @@
+"""The predictive distribution: a mixture over draws of the posterior."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bara.batches import Collate, batches, num_rows, repeat_rows, to_device
+from bara.draws import Draws
+from bara.elbo import Elbo
+from bara.errors import BaraError
+from bara.metrics import Evaluation, classification_metrics, regression_metrics
+from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+
+
+def predict(
+    model: nn.Module,
+    data: Any,
+    *,
+    num_draws: int = 10,
+    seed: int = 0,
+    deterministic: bool = False,
+    batch_size: int = 64,
+    collate_fn: Collate | None = None,
+    progress: bool | None = None,
+    noise_variance: float = 0.5,
+) -> Predictive:
+    """Predictive distribution of a classifier or a regression model.
+
+    A model without a Bayesian adapter is predicted with as it is, as one draw.
+
+    Args:
+        model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs).
+        data: a tokenised `datasets.Dataset`, a DataLoader or one batch; labels are kept.
+        num_draws: S, draws of the posterior. All are computed in one pass as far as `batch_size`
+            allows. The same seed gives the same draws, whatever the batch size.
+        deterministic: use the posterior mean, as `model.eval()` does, instead of draws.
+        batch_size: most rows (inputs times draws) in one forward pass: bounds the memory.
+        collate_fn: makes a batch of a data set's rows; None pads on the right.
+        progress: show a progress bar on standard error; None does so on a terminal.
+        noise_variance: for regression with one output, the variance of the noise in the units of
+            the model's output, squared; 0.5 is what a mean-squared-error loss trains.
+
+    Returns:
+        A `ClassificationPredictive`, or for regression (one output, or two outputs for mean and
+        log-variance with `config.problem_type == "regression"`) a `RegressionPredictive`.
+
+    Raises:
+        BaraError: num_draws < 1, empty or untokenised data, logits that are not finite or not of
+            shape (n, outputs).
+    """
+    if num_draws < 1:
+        raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
+    elbo = None if deterministic else Elbo.of(model)
+    draws = _Portions(elbo, num_draws if elbo is not None else 1, seed)
+    device = next(model.parameters()).device
+    takes = _accepted(model)
+    was_training = model.training
+    model.eval()
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    order: list[int] = []
+    try:
+        inputs = max(1, batch_size // draws.num_draws)
+        for batch, index in batches(data, model, inputs, collate_fn, progress):
+            if isinstance(batch.get("labels"), Tensor):
+                labels.append(batch.pop("labels").cpu())
+            known = {k: v for k, v in batch.items() if takes is None or k in takes}
+            logits.append(draws.forward(model, to_device(known, device), batch_size))
+            order += index
+    finally:
+        model.train(was_training)
+    position = torch.tensor(order).argsort()
+    stacked = torch.cat(logits, dim=1)[:, position]
+    target = torch.cat(labels)[position] if labels else None
+    return _predictive(stacked, target, getattr(model, "config", None), noise_variance)
+
+
+def evaluate(
+    model: nn.Module,
+    data: Any,
+    *,
+    ood: Any = None,
+    **options: Any,
+) -> Evaluation:
+    """Predicts labelled data and measures accuracy, calibration and out-of-distribution detection.
+
+    Args:
+        model: see `predict`.
+        data: labelled data, see `predict`.
+        ood: inputs from elsewhere (their labels are not used): adds `ood_auroc` and `ood_fpr95`.
+        **options: those of `predict`, `num_draws` and `seed` among them.
+
+    Raises:
+        BaraError: labels are missing, or any error of `predict`.
+    """
+    predictive = predict(model, data, **options)
+    elsewhere = None if ood is None else predict(model, ood, **options)
+    if isinstance(predictive, RegressionPredictive):
+        if elsewhere is not None:
+            raise BaraError("OOD detection is measured for classification only: leave out ood.")
+        return Evaluation(regression_metrics(predictive), predictive, None)
+    if isinstance(elsewhere, RegressionPredictive):
+        raise BaraError("The model is a classifier, but its OOD prediction is a regression.")
+    metrics = classification_metrics(predictive, ood=elsewhere)
+    return Evaluation(metrics, predictive, elsewhere)
+
+
+class _Portions:
+    """S draws, computed in as many forward passes as the batch size asks for."""
+
+    def __init__(self, elbo: Elbo | None, num_draws: int, seed: int) -> None:
+        self.elbo = elbo
+        self.num_draws = num_draws
+        self.seed = seed
+        self._draws: dict[tuple[int, int], Draws] = {}
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module, batch: dict[str, Any], batch_size: int) -> Tensor:
+        """Logits of one batch under every draw, (S, n, outputs), float32 on the CPU."""
+        rows = num_rows(batch)
+        if self.elbo is None:
+            return _logits(model(**batch), rows).unsqueeze(0)
+        at_once = max(1, min(self.num_draws, batch_size // rows))
+        parts = []
+        for first in range(0, self.num_draws, at_once):
+            count = min(at_once, self.num_draws - first)
+            draws = self._draws.setdefault((first, count), Draws(count, self.seed, first))
+            with self.elbo.drawing(draws):
+                output = _logits(model(**repeat_rows(batch, count)), rows * count)
+            parts.append(output.view(count, rows, -1))
+        return torch.cat(parts)
+
+
+def _logits(output: Any, rows: int) -> Tensor:
+    logits = output.get("logits") if hasattr(output, "get") else None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != rows:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+        raise BaraError(
+            f"predict needs a model whose output has logits of shape (inputs, outputs), got "
+            f"{shape}: a model for sequence or image classification, or regression."
+        )
+    if not torch.isfinite(logits).all():
+        raise BaraError(
+            "The model's logits are not finite: the adapter was damaged or training diverged."
+        )
+    return logits.float().cpu()
+
+
+def _accepted(model: nn.Module) -> set[str] | None:
+    """The forward arguments the base model names, None if there is no telling."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(base.forward).parameters
+    return set(parameters) if "input_ids" in parameters or "pixel_values" in parameters else None
+
+
+def _predictive(
+    logits: Tensor, labels: Tensor | None, config: Any, noise_variance: float
+) -> Predictive:
+    outputs = logits.shape[-1]
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification":
+        raise BaraError("Multi-label classification is not supported by predict.")
+    if problem == "regression" or outputs == 1:
+        if outputs > 2:
+            raise BaraError(f"Regression with {outputs} outputs is not supported: one, or two.")
+        mean = logits[..., 0]
+        variance = logits[..., 1].exp() if outputs == 2 else torch.full_like(mean, noise_variance)
+        shift = getattr(config, "target_mean", 0.0)
+        scale = getattr(config, "target_std", 1.0)
+        target = None if labels is None else labels.float().flatten() * scale + shift
+        return RegressionPredictive(mean * scale + shift, variance * scale**2, target)
+    names = getattr(config, "id2label", None)
+    label_names = (
+        tuple(names[i] for i in range(outputs)) if names and len(names) == outputs else None
+    )
+    return ClassificationPredictive(logits.log_softmax(-1), labels, label_names)

@@ -1,0 +1,102 @@
+"""Small models and adapters for the tests of the core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from bara import BaloraConfig, BaraConfig
+
+CONFIGS = {"bara": BaraConfig, "balora": BaloraConfig}
+
+
+class TinyNet(nn.Module):
+    """One linear layer to adapt, between nothing and a mean-squared error."""
+
+    def __init__(self, inputs: int = 6, outputs: int = 5) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits = self.layer(x)
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": (logits - labels).square().mean()}
+
+
+class TinyConv(nn.Module):
+    """A convolution to adapt, pooled to logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.conv(pixel_values).relu().mean(dim=(2, 3)))
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def tiny_llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
+    config.pad_token_id = 0
+    return GPT2LMHeadModel(config)
+
+
+def adapt(model: nn.Module, method: str = "bara", seed: int = 0, **options: Any) -> PeftModel:
+    """A model with an adapter of rank 4 on its attention, N = 50."""
+    torch.manual_seed(seed)
+    options = {"r": 4, "lora_alpha": 8, "num_observations": 50} | options
+    return get_peft_model(model, CONFIGS[method](**options))
+
+
+def stir(model: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
+    """Moves every trainable parameter away from where it starts, so that nothing is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def layer_posterior(model: nn.Module) -> tuple[Any, Any]:
+    """The first adapted layer and its posterior."""
+    layer = next(m for m in model.modules() if hasattr(m, "lora_posterior"))
+    return layer, layer.lora_posterior["default"]
