@@ -28,10 +28,14 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 @dataclass
 class Terms:
-    """The KL terms that one adapter's layers handed up in one forward pass."""
+    """The KL terms that one adapter's layers handed up in one forward pass, a list entry each.
 
-    kl_global: Tensor | None = None
-    kl_local: Tensor | None = None
+    They are reduced when the pass is over: recomputation under gradient checkpointing repeats what
+    a layer did, and the reduction must not be part of it.
+    """
+
+    kl_global: list[Tensor] = field(default_factory=list)
+    kl_local: list[Tensor] = field(default_factory=list)
     activity: list[Tensor] = field(default_factory=list)
 
 
@@ -109,15 +113,18 @@ class ForwardPass:
             return
         terms = self.terms.setdefault(adapter, Terms())
         if kl_global is not None:
-            terms.kl_global = _plus(terms.kl_global, self.mean_over_rows(kl_global))
+            terms.kl_global.append(kl_global)
         if kl_local is not None:
-            terms.kl_local = _plus(terms.kl_local, self.mean_over_rows(kl_local))
+            terms.kl_local.append(kl_local)
         if activity is not None:
             terms.activity.append(activity.detach())
 
-
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term if total is None else total + term.to(total.device)
+    def total(self, parts: list[Tensor]) -> Tensor | None:
+        """A KL term summed over the layers and averaged over the batch; None without layers."""
+        if not parts:
+            return None
+        device = parts[0].device
+        return torch.stack([self.mean_over_rows(part).to(device) for part in parts]).sum()
 
 
 class Elbo:
@@ -234,17 +241,18 @@ class Elbo:
 
     def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
         """beta_g / N KL_global + beta_l KL_local, summed over the active adapters."""
-        total = None
+        weighted = []
         for adapter, terms in forward.terms.items():
             config = self.configs[adapter]
-            ramp = self.ramp(config)
             assert config.num_observations is not None
-            if terms.kl_global is not None:
-                weight = ramp * config.kl_weight / config.num_observations
-                total = _plus(total, weight * terms.kl_global)
-            if terms.kl_local is not None:
-                total = _plus(total, ramp * config.local_kl_weight * terms.kl_local)
-        return total
+            for parts, weight in (
+                (terms.kl_global, config.kl_weight / config.num_observations),
+                (terms.kl_local, config.local_kl_weight),
+            ):
+                kl = forward.total(parts)
+                if kl is not None:
+                    weighted.append(self.ramp(config) * weight * kl)
+        return sum(weighted[1:], weighted[0]) if weighted else None
 
     def ramp(self, config: BayesianConfig) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""
@@ -359,15 +367,14 @@ def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
         labels = given.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() == 0:
             return None
-        if predicts_next_token(model):
+        if labels.dim() > 1 and predicts_next_token(model):
             labels = labels[..., 1:]
     return labels.ne(-100)
 
 
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the model's loss shifts its labels, so that the first is no term of it."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.loss.loss_utils import ForCausalLMLoss
 
-    loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None)))
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return loss is ForCausalLMLoss and not encoder_decoder
+    return getattr(model, "loss_function", None) is ForCausalLMLoss and not encoder_decoder

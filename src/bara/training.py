@@ -56,16 +56,16 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
     last = elbo_of(model).last
     if last is None:
         return {}
-    values: dict[str, list[Tensor]] = {}
+    values: dict[str, float] = {}
     for terms in last.terms.values():
-        for name in ("kl_global", "kl_local"):
-            term = getattr(terms, name)
-            if term is not None:
-                values.setdefault(name, []).append(term.detach())
+        for name, parts in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
+            kl = last.total(parts)
+            if kl is not None:
+                values[name] = values.get(name, 0.0) + float(kl.detach())
         if terms.activity:
             ranks = [activity.sum(-1).mean().cpu() for activity in terms.activity]
-            values["effective_rank"] = [torch.stack(ranks).mean()]
-    return {name: float(sum(parts)) for name, parts in values.items()}
+            values["effective_rank"] = float(torch.stack(ranks).mean())
+    return values
 
 
 def adapted_root(model: nn.Module) -> nn.Module:
