@@ -402,8 +402,8 @@ import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from test_elbo import batch, gradients, net
 import bara
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank = int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}.rendezvous", rank=rank, world_size=2)
 model = net(local_kl_weight=0.1)
 wrapped = torch.nn.parallel.DistributedDataParallel(model)
 x, y = (part.chunk(2)[rank] for part in batch())
@@ -418,23 +418,16 @@ dist.destroy_process_group()
 def test_two_processes_equal_one(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(textwrap.dedent(DDP))
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--master-port=0",
-            str(script),
-            os.path.dirname(__file__),
-            str(tmp_path / "gradients.pt"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    arguments = [sys.executable, str(script), os.path.dirname(__file__)]
+    arguments.append(str(tmp_path / "gradients.pt"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen([*arguments, str(rank)], stderr=subprocess.PIPE, env=environment)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()[-2000:]
     model = net(local_kl_weight=0.1)
     x, y = batch()
     with bara.sampling(model, seed=0):
