@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 from torch.distributions import Bernoulli, kl_divergence
 
 import bara
+from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
 METHODS = ["bara", "balora"]
 OPTIONS = {
@@ -305,7 +305,9 @@ def test_balora_convolution_noise_has_the_variance_of_sampled_weights():
     u = torch.stack([torch.nn.functional.conv2d(x, w, padding=1)[0] for w in weights])
     expected = u.var(0)  # per factor and pixel
     with torch.no_grad():
-        variance = alpha.view(1, 1, 1) * torch.nn.functional.conv2d(x.square(), a.square(), padding=1)
+        variance = alpha.view(1, 1, 1) * torch.nn.functional.conv2d(
+            x.square(), a.square(), padding=1
+        )
     torch.testing.assert_close(variance[0], expected, rtol=0.25, atol=1e-3)
     base = layer.base_layer(x)
     with torch.no_grad(), bara.sampling(model, num_draws=draws, seed=0):

@@ -2,6 +2,9 @@
 
 from bara.configs import BaloraConfig, BaraConfig
 from bara.errors import BaraError
+from bara.predict import evaluate, predict
+from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
 from bara.sampling import sampling
 from bara.training import BayesianCallback, kl_loss, kl_terms, set_progress
 from bara.tuner import register
@@ -13,8 +16,16 @@ __all__ = [
     "BaraConfig",
     "BaraError",
     "BayesianCallback",
+    "ClassificationPredictive",
+    "EffectiveRank",
+    "Predictive",
+    "RegressionPredictive",
+    "calibrate_gates",
+    "effective_rank",
+    "evaluate",
     "kl_loss",
     "kl_terms",
+    "predict",
     "sampling",
     "set_progress",
 ]

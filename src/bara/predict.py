@@ -55,6 +55,8 @@ def predict(
     """
     if num_draws < 1:
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
+    if batch_size < 1:
+        raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
     elbo = None if deterministic else Elbo.of(model)
     draws = _Portions(elbo, num_draws if elbo is not None else 1, seed)
     device = next(model.parameters()).device

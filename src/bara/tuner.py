@@ -185,17 +185,6 @@ def posteriors(module: Any) -> Any:
     return getattr(module, CONTAINER)
 
 
-def posterior_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
-    """The adapted layers that carry a posterior, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and hasattr(module, CONTAINER)
-        and (adapter is None or adapter in posteriors(module))
-    }
-
-
 class BayesianLoraModel(LoraModel):
     """PEFT's `LoraModel` with a posterior on every adapted layer."""
 

@@ -42,6 +42,8 @@ from bara.posteriors.base import (
 class BaraPosterior(Posterior):
     """The gates, intensities, noise and priors of one layer's r factors."""
 
+    V_SCALE = 1.0
+
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
         super().__init__(granularity)
         self.config = config
@@ -117,7 +119,7 @@ class BaraPosterior(Posterior):
 
     def local_gate_logit(self, features: Tensor) -> Tensor:
         """Location of the input's gates, (B, 1 or T, r), from normalised features."""
-        logit = linear(features, wide(self.gate_weight), wide(self.gate_bias))
+        logit = linear(features, wide(self.gate_weight) * self.V_SCALE, wide(self.gate_bias))
         return self.config.logit_scale * logit
 
     def intensity(self, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,7 @@
+"""`python -m bara`."""
+
+import sys
+
+from bara.cli import main
+
+sys.exit(main())

@@ -1,0 +1,122 @@
+"""Files that are either written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from bara.errors import BaraError
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Put ``content`` into the file ``path``; missing parent folders are made.
+
+    The bytes go to a temporary file beside ``path``, which takes its place only when complete.
+    What is not a file (``/dev/null``, a named pipe) is written to as it is.
+
+    Raises:
+        BaraError: it cannot be written (a full disk, no permission, …). A file that was there
+            before is then unchanged and nothing else is left behind.
+    """
+    target = Path(path).resolve()
+    temporary = _sibling(target)
+    try:
+        if _is_device(Path(path)):
+            Path(path).write_bytes(content)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`atomic_write_bytes` of ``text`` as UTF-8; what UTF-8 cannot hold (a lone half of a
+    surrogate pair, as broken JSON has it) becomes a question mark."""
+    atomic_write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a temporary folder in the body; it becomes the folder ``path`` when the body succeeds.
+
+    Files and folders of the same name in an earlier ``path`` are replaced, others stay, so that
+    no choice of ``path`` deletes anything it does not write.
+
+    Yields:
+        The temporary folder, beside ``path``.
+
+    Raises:
+        BaraError: the body or the exchange met a file-system error (or safetensors did). On this
+            and on any other exception the earlier folder survives and the temporary one is gone.
+    """
+    target = Path(path).resolve()
+    temporary = _sibling(target)
+    try:
+        if target.exists() and not target.is_dir():
+            raise BaraError(f"cannot write the folder {path}: a file of that name exists")
+        if Path.cwd().is_relative_to(target):
+            raise BaraError(
+                f"cannot write the folder {path}: it is, or holds, the current folder; "
+                "name a folder inside it"
+            )
+        temporary.mkdir(parents=True)
+        yield temporary
+        _flush(temporary)
+        _exchange(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sibling(target: Path) -> Path:
+    # Not `tempfile`: its files are private to the owner, and would stay so under the final name.
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _is_device(path: Path) -> bool:
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def _flush(folder: Path) -> None:
+    """Make the file system report now whatever it would only have reported on writing back."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _exchange(new: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = _sibling(target)
+    with ExitStack() as undo:
+        for entry in list(target.iterdir()):
+            if not os.path.lexists(new / entry.name):
+                os.rename(entry, new / entry.name)
+                undo.callback(os.rename, new / entry.name, entry)
+        os.rename(target, old)
+        undo.callback(os.rename, old, target)
+        os.rename(new, target)
+        undo.pop_all()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _cannot_write(path: str | os.PathLike[str], error: Exception) -> BaraError:
+    reason = getattr(error, "strerror", None) or error
+    return BaraError(f"cannot write {path}: {reason}")

@@ -1,0 +1,238 @@
+"""How good predictions are, and how far their confidence can be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from bara.errors import BaraError
+from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+
+NUM_BINS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Metrics of one model on one data set, with the predictions they came from.
+
+    Attributes:
+        metrics: what `classification_metrics` or `regression_metrics` returned.
+        predictive: predictions for the labelled data.
+        ood_predictive: predictions for the out-of-distribution data, if there were any.
+    """
+
+    metrics: dict[str, float]
+    predictive: Predictive
+    ood_predictive: Predictive | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """The metrics as plain floats, for JSON."""
+        return {name: float(value) for name, value in self.metrics.items()}
+
+    def __str__(self) -> str:
+        width = max(map(len, self.metrics), default=0)
+        return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in self.metrics.items())
+
+
+def classification_metrics(
+    predictive: ClassificationPredictive,
+    labels: Tensor | None = None,
+    ood: ClassificationPredictive | None = None,
+) -> dict[str, float]:
+    """Metrics of the mixture over draws.
+
+    Args:
+        predictive: predictions for n inputs.
+        labels: (n,) reference classes; ``predictive.labels`` if None.
+        ood: predictions of the same model for inputs that are not of the task at all.
+
+    Returns:
+        - ``accuracy``: share of inputs whose most probable class is the label.
+        - ``nll``: mean negative log-likelihood of the label, nats.
+        - ``ece``: expected calibration error of the predicted class's probability, 15 bins of
+          equal width (Guo et al. 2017, arXiv 1706.04599).
+        - ``brier``: squared distance between probabilities and the one-hot label, summed over
+          classes, so between 0 and 2.
+        - ``aurc``: area under the risk–coverage curve (see `risk_coverage`) of the error rate,
+          uncertainty = 1 - largest probability.
+        - with ``ood``, score = predictive entropy, out-of-distribution = positive: ``ood_auroc``,
+          and ``ood_fpr95``, the share of in-distribution inputs taken for OOD at the highest
+          threshold that finds at least 95% of the OOD inputs.
+
+    Raises:
+        BaraError: no inputs, no labels, or a label that is not a class.
+    """
+    labels = _class_labels(predictive, labels)
+    probs = predictive.probs
+    uncertainty, errors = _selection(predictive, labels)
+    metrics = {
+        "accuracy": 1 - errors.mean().item(),
+        "nll": F.nll_loss(predictive.log_probs, labels).item(),
+        "ece": multiclass_calibration_error(
+            _below_one(probs), labels, num_classes=predictive.num_classes, n_bins=NUM_BINS
+        ).item(),
+        "brier": (probs - F.one_hot(labels, predictive.num_classes)).square().sum(-1).mean().item(),
+        "aurc": risk_coverage(uncertainty, errors)[1].mean().item(),
+    }
+    if ood is not None:
+        metrics |= _ood_metrics(predictive.total_uncertainty, ood.total_uncertainty)
+    return metrics
+
+
+def regression_metrics(
+    predictive: RegressionPredictive, labels: Tensor | None = None
+) -> dict[str, float]:
+    """Metrics of the Gaussian mixture over draws.
+
+    Args:
+        predictive: predictions for n inputs.
+        labels: (n,) targets; ``predictive.labels`` if None.
+
+    Returns:
+        ``rmse``, ``mae`` of the mean, in the unit of the target; ``nll``, mean negative
+        log-density; ``coverage_90``, share of targets inside the central 90% interval (0.9 is
+        calibrated); ``aurc``, area under the risk–coverage curve of the squared error,
+        uncertainty = variance; ``spearman``, rank correlation of variance and absolute error (0
+        if all variances are equal).
+
+    Raises:
+        BaraError: no inputs, no labels, NaN among them, or a noise variance of 0.
+    """
+    labels = _targets(predictive, labels)
+    uncertainty, squared_error = _selection(predictive, labels)
+    lower, upper = predictive.interval(0.9)
+    return {
+        "rmse": squared_error.mean().sqrt().item(),
+        "mae": squared_error.sqrt().mean().item(),
+        "nll": -predictive.log_prob(labels).mean().item(),
+        "coverage_90": ((lower <= labels) & (labels <= upper)).double().mean().item(),
+        "aurc": risk_coverage(uncertainty, squared_error)[1].mean().item(),
+        "spearman": spearman_corrcoef(uncertainty, squared_error.sqrt()).item(),
+    }
+
+
+def risk_coverage(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss on the inputs that are left when the most uncertain ones go unanswered.
+
+    Geifman & El-Yaniv (2017, arXiv 1705.08500). Equally uncertain inputs are answered in random
+    order, and the expectation over that order is returned; so the inputs' own order never counts.
+
+    Args:
+        uncertainty: (n,), larger = answered later.
+        loss: (n,), for instance 1 for a wrong answer and 0 for a right one.
+
+    Returns:
+        (n,) coverages 1/n … 1 and (n,) risks, float64. The area under the curve is the mean risk.
+
+    Raises:
+        BaraError: no inputs, or two different numbers of them.
+    """
+    if uncertainty.shape != loss.shape or loss.dim() != 1 or len(loss) == 0:
+        raise BaraError(
+            "uncertainty and loss must be one number for each input, at least one, not of the "
+            f"shapes {tuple(uncertainty.shape)} and {tuple(loss.shape)}"
+        )
+    _, group, size = uncertainty.unique(return_inverse=True, return_counts=True)
+    group_loss = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, loss.double())
+    answered = torch.arange(1, len(loss) + 1, dtype=torch.float64)
+    risk = (group_loss / size).repeat_interleave(size).cumsum(0) / answered
+    return answered / len(loss), risk
+
+
+def reliability(
+    probs: Tensor, labels: Tensor, bins: int = NUM_BINS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence and accuracy of the predicted class, in ``bins`` of equal width on [0, 1].
+
+    Args:
+        probs: (n, C) probabilities.
+        labels: (n,) reference classes.
+
+    Returns:
+        (bins,) mean confidences, accuracies and counts; the former two NaN where the count is 0.
+    """
+    confidence, prediction = _below_one(probs).max(-1)
+    index = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1), right=True) - 1
+    count = index.bincount(minlength=bins)
+
+    def mean(values: Tensor) -> Tensor:
+        return index.bincount(values.double(), minlength=bins) / count
+
+    return mean(confidence), mean(prediction == labels), count
+
+
+def selective_risk(predictive: Predictive) -> tuple[Tensor, Tensor]:
+    """The risk–coverage curve of labelled predictions, as `risk_coverage` returns it: of the
+    error rate for classification, of the squared error for regression.
+
+    Raises:
+        BaraError: as the metrics do.
+    """
+    if isinstance(predictive, ClassificationPredictive):
+        return risk_coverage(*_selection(predictive, _class_labels(predictive, None)))
+    return risk_coverage(*_selection(predictive, _targets(predictive, None)))
+
+
+def _selection(predictive: Predictive, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) uncertainties and (n,) float64 losses that selective prediction is judged by."""
+    if isinstance(predictive, ClassificationPredictive):
+        return 1 - predictive.probs.amax(-1), (predictive.prediction != labels).double()
+    return predictive.variance, (predictive.mean - labels).double().square()
+
+
+def _ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    if len(outside) == 0:
+        raise BaraError("the out-of-distribution data has no inputs")
+    is_outside = torch.cat([torch.zeros_like(inside), torch.ones_like(outside)]).numpy()
+    score = torch.cat([inside, outside]).numpy()
+    false_positives, true_positives, _ = roc_curve(is_outside, score, drop_intermediate=False)
+    return {
+        "ood_auroc": float(roc_auc_score(is_outside, score)),
+        "ood_fpr95": float(false_positives[(true_positives >= 0.95).argmax()]),
+    }
+
+
+def _below_one(probs: Tensor) -> Tensor:
+    # torchmetrics gives a probability of exactly 1 a bin of its own, and takes one that rounding
+    # has put above 1 for a logit.
+    return probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
+
+
+def _labels(predictive: Predictive, labels: Tensor | None, num_inputs: int) -> Tensor:
+    labels = predictive.labels if labels is None else labels
+    if labels is None:
+        raise BaraError("metrics need labels: the data has no label column and none were given")
+    if num_inputs == 0:
+        raise BaraError("the data has no inputs: there is nothing to evaluate")
+    if tuple(labels.shape) != (num_inputs,):
+        raise BaraError(
+            f"labels must be one for each of the {num_inputs} inputs, "
+            f"not of the shape {tuple(labels.shape)}"
+        )
+    return labels
+
+
+def _class_labels(predictive: ClassificationPredictive, labels: Tensor | None) -> Tensor:
+    labels = _labels(predictive, labels, predictive.log_probs_draws.shape[1])
+    if labels.is_floating_point():
+        raise BaraError("the labels of a classification must be whole numbers, the classes")
+    outside = labels[(labels < 0) | (labels >= predictive.num_classes)]
+    if len(outside):
+        raise BaraError(
+            f"label {outside[0].item()} is not a class: the model knows "
+            f"0 to {predictive.num_classes - 1}"
+        )
+    return labels.long()
+
+
+def _targets(predictive: RegressionPredictive, labels: Tensor | None) -> Tensor:
+    labels = _labels(predictive, labels, predictive.mean_draws.shape[1]).to(predictive.mean.dtype)
+    if labels.isnan().any():
+        raise BaraError(f"{int(labels.isnan().sum())} of the {len(labels)} targets are NaN")
+    return labels

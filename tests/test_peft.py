@@ -1,0 +1,384 @@
+"""PEFT's operations on BaRA and BaLoRA adapters."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from safetensors.torch import load_file
+from torch import nn
+
+import bara
+from bara import BaloraConfig, BaraConfig, BaraError
+from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+
+METHODS = ["bara", "balora"]
+MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
+IDS = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, seed=None, **inputs):
+    inputs = inputs or {"input_ids": IDS}
+    model.eval()
+    with torch.no_grad():
+        if seed is None:
+            return model(**inputs).logits
+        with bara.sampling(model, seed=seed):
+            return model(**inputs).logits
+
+
+# -- what we rely on in PEFT ---------------------------------------------------------------------
+
+
+def test_the_private_surface_of_peft_that_we_use_is_there():
+    """A failure here means that PEFT moved something: adapt src/bara/tuner.py to the new place."""
+    from peft import mapping
+
+    for name in ("CONFIG", "TUNER", "PREFIX"):
+        registered = getattr(mapping, f"PEFT_TYPE_TO_{name}_MAPPING", None)
+        assert registered is not None, f"PEFT no longer has PEFT_TYPE_TO_{name}_MAPPING"
+        assert "BARA" in registered
+    for method in ("init", "forward", "merge_safe", "merge_unsafe", "unmerge"):
+        assert hasattr(LoraVariant, method), f"PEFT's LoraVariant lost {method}"
+    layer = get_peft_model(TinyNet(), LoraConfig(target_modules=["layer"])).base_model.model.layer
+    assert isinstance(layer, LoraLayer)
+    for attribute in ("lora_variant", "adapter_layer_names", "lora_A", "lora_B", "scaling", "r"):
+        assert hasattr(layer, attribute), f"PEFT's LoraLayer lost {attribute}"
+    assert hasattr(layer, "_move_adapter_to_device_of_base_layer")
+    from peft.tuners.lora import LoraModel
+
+    for method in (
+        "_create_and_replace",
+        "_enable_peft_forward_hooks",
+        "_unload_and_optionally_merge",
+        "delete_adapter",
+    ):
+        assert hasattr(LoraModel, method), f"PEFT's LoraModel lost {method}"
+
+
+# -- saving and loading --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load(method, name, tmp_path):
+    model = stir(adapt(MODELS[name](), method, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert type(config) is {"bara": BaraConfig, "balora": BaloraConfig}[method]
+    assert config.num_observations == 50
+    loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=0, rtol=0)
+    torch.testing.assert_close(logits(loaded, seed=1), logits(model, seed=1), atol=0, rtol=0)
+    assert not torch.equal(logits(loaded, seed=1), logits(loaded))
+    lean = PeftModel.from_pretrained(MODELS[name](), tmp_path, low_cpu_mem_usage=True)
+    torch.testing.assert_close(logits(lean, seed=1), logits(model, seed=1), atol=0, rtol=0)
+
+
+OTHER_PROCESS = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from helpers import tiny_llama
+from peft import PeftModel
+import bara
+model = PeftModel.from_pretrained(tiny_llama(), sys.argv[2]).eval()
+ids = torch.load(sys.argv[2] + "/ids.pt")
+with torch.no_grad(), bara.sampling(model, num_draws=3, seed=11):
+    torch.save(model(input_ids=ids.repeat(3, 1)).logits, sys.argv[2] + "/logits.pt")
+"""
+
+
+def test_another_process_predicts_the_same(tmp_path):
+    model = stir(adapt(tiny_llama(), task_type="CAUSAL_LM")).eval()
+    model.save_pretrained(tmp_path)
+    torch.save(IDS, tmp_path / "ids.pt")
+    subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESS, os.path.dirname(__file__), str(tmp_path)], check=True
+    )
+    with torch.no_grad(), bara.sampling(model, num_draws=3, seed=11):
+        ours = model(input_ids=IDS.repeat(3, 1)).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours, atol=1e-6, rtol=0)
+
+
+def test_the_saved_file_holds_the_posterior_and_no_base_weights(tmp_path):
+    stir(adapt(tiny_llama(), task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name for name in names)
+    for part in ("global_logit", "gate_weight", "gate_bias", "log_alpha"):
+        assert any(name.endswith(f"lora_posterior.{part}") for name in names)
+
+
+# -- several adapters ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_add_set_disable_and_delete_adapters(method):
+    base = tiny_llama()
+    plain = logits(base)
+    model = stir(adapt(base, method, task_type="CAUSAL_LM"))
+    first = logits(model, seed=0)
+    config = {"bara": BaraConfig, "balora": BaloraConfig}[method](
+        r=2, num_observations=9, task_type="CAUSAL_LM"
+    )
+    model.add_adapter("other", config)
+    torch.testing.assert_close(logits(model, seed=0), first)
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(model, seed=0), plain, atol=1e-6, rtol=0)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lora_posterior.other" in name for name in trainable)
+    assert not any(".default" in name for name in trainable)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, seed=0), plain)
+    torch.testing.assert_close(logits(model, seed=0), first)
+    model.delete_adapter("other")
+    assert not any(".other" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(logits(model, seed=0), first)
+
+
+def test_disabled_adapters_train_without_kl_and_without_complaint():
+    model = stir(adapt(tiny_llama(), task_type="CAUSAL_LM", num_observations=None)).train()
+    with model.disable_adapter():
+        loss = model(input_ids=IDS, labels=IDS, num_items_in_batch=18).loss
+    base = tiny_llama().train()(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(loss, base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_batches(method, tiny_bert):
+    """Every row under its own adapter, with padding, in mean mode and under draws."""
+    model = stir(adapt(tiny_bert, method, task_type="SEQ_CLS", granularity="sequence"))
+    config = {"bara": BaraConfig, "balora": BaloraConfig}[method](
+        r=4, num_observations=9, task_type="SEQ_CLS", granularity="sequence"
+    )
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    stir(model, seed=2)
+    ids = torch.randint(5, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = mask[2, 4:] = 0
+    names = ["default", "other", "default", "__base__"]
+    with torch.no_grad():
+        for seed in (None, 5):
+            expected = []
+            for i, name in enumerate(names):
+                row = {"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}
+                if name == "__base__":
+                    with model.disable_adapter():
+                        expected.append(hidden(model, row, seed))
+                else:
+                    model.set_adapter(name)
+                    expected.append(hidden(model, row, seed))
+            batch = {"input_ids": ids, "attention_mask": mask, "adapter_names": names}
+            mixed = hidden(model, batch, seed)
+            torch.testing.assert_close(mixed, torch.cat(expected), atol=1e-5, rtol=1e-4)
+
+
+def hidden(model, inputs, seed):
+    """The first token's last state: modules_to_save would hide the adapters' heads."""
+    model.eval()
+    if seed is None:
+        return model(**inputs, output_hidden_states=True).hidden_states[-1][:, 0]
+    with bara.sampling(model, seed=seed):
+        return model(**inputs, output_hidden_states=True).hidden_states[-1][:, 0]
+
+
+# -- options of LoraConfig -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_patterns_scaling_targets_and_saved_modules(method, tiny_bert, tmp_path):
+    model = adapt(
+        copy.deepcopy(tiny_bert),
+        method,
+        task_type="SEQ_CLS",
+        target_modules="all-linear",
+        rank_pattern={"query": 2},
+        alpha_pattern={"query": 6},
+        use_rslora=True,
+        modules_to_save=["classifier"],
+        lora_dropout=0.1,
+        lora_bias=True,
+    )
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_posterior")}
+    query = next(m for n, m in layers.items() if n.endswith("query"))
+    dense = next(m for n, m in layers.items() if n.endswith("intermediate.dense"))
+    assert query.lora_posterior["default"].rank == query.r["default"] == 2
+    assert query.scaling["default"] == pytest.approx(6 / 2**0.5)
+    assert dense.lora_posterior["default"].rank == 4
+    assert dense.scaling["default"] == pytest.approx(8 / 4**0.5)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(tiny_bert), tmp_path)
+    inputs = {"input_ids": torch.arange(5, 11).view(1, 6)}
+    torch.testing.assert_close(logits(loaded, 3, **inputs), logits(model, 3, **inputs))
+    classifier = loaded.base_model.model.classifier.modules_to_save["default"]
+    assert not torch.equal(classifier.weight, tiny_bert.classifier.weight)
+
+
+# -- merging -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["balora", "bara without local gate"])
+def test_merging_is_exact_where_the_mean_is_a_matrix(kind, name, safe):
+    options = {} if kind == "balora" else {"local_gate": False}
+    model = stir(adapt(MODELS[name](), kind.split(" ")[0], task_type="CAUSAL_LM", **options))
+    model.peft_config["default"].num_observations = None
+    mean = logits(model)
+    model.merge_adapter(safe_merge=safe)
+    torch.testing.assert_close(logits(model), mean, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), mean, atol=1e-4, rtol=1e-4)
+    merged = model.merge_and_unload(safe_merge=safe)
+    torch.testing.assert_close(logits(merged), mean, atol=1e-4, rtol=1e-4)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+    merged.train()(input_ids=IDS, labels=IDS)  # no hook is left behind to ask for N
+    assert not hasattr(merged, "bara_elbo")
+
+
+def test_merging_an_input_dependent_gate_is_refused_and_changes_nothing():
+    model = stir(adapt(tiny_llama(), task_type="CAUSAL_LM"))
+    before = logits(model)
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
+
+
+def test_calibrated_gates_merge_at_their_average():
+    torch.manual_seed(0)
+    model = stir(adapt(TinyNet(), target_modules=["layer"])).eval()
+    layer, posterior = layer_posterior(model)
+    x = torch.randn(40, 6)
+    bara.calibrate_gates(model, {"x": x})
+    with torch.no_grad():
+        u = x @ layer.lora_A["default"].weight.T
+        h = u / u.square().mean(-1, keepdim=True).sqrt()
+        v = (torch.arange(20_000) + 0.5) / 20_000
+        shift = 0.66 * torch.log((v + 0.1) / (1.1 - v))
+        local = 10 * (h @ posterior.gate_weight.T + posterior.gate_bias)
+        g = torch.sigmoid(local.unsqueeze(-1) - shift).mean(-1).mean(0)
+        z = torch.sigmoid((10 * posterior.global_logit).unsqueeze(-1) - shift).mean(-1)
+        b = layer.lora_B["default"].weight * (z * g)
+        expected = layer.base_layer(x) + 2.0 * u @ b.T
+        unmerged = model(x=x)["logits"]
+        model.merge_adapter()
+        torch.testing.assert_close(model(x=x)["logits"], expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(unmerged, expected, atol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x=x)["logits"], unmerged, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_convolutions_save_load_and_merge(method, tmp_path):
+    options = {"local_gate": False} if method == "bara" else {}
+    torch.manual_seed(0)
+    base = TinyConv()
+    model = stir(adapt(copy.deepcopy(base), method, target_modules=["conv"], **options)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad(), bara.sampling(model, seed=0), bara.sampling(loaded, seed=0):
+        torch.testing.assert_close(loaded(pixel_values=x), model(pixel_values=x))
+    with torch.no_grad():
+        mean = model(pixel_values=x)["logits"]
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(pixel_values=x)["logits"], mean, atol=1e-5, rtol=1e-4)
+
+
+def test_grouped_convolutions():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 8, 3, groups=2)
+
+        def forward(self, x):
+            return {"logits": self.conv(x)}
+
+    torch.manual_seed(0)
+    model = stir(adapt(Grouped(), target_modules=["conv"])).train()
+    model(x=torch.randn(2, 4, 5, 5))
+    layer, posterior = layer_posterior(model)
+    b = layer.lora_B["default"].weight  # (8, 2, 1, 1): columns 0, 1 belong to the first 4 outputs
+    expected = [b[4 * (k // 2) : 4 * (k // 2) + 4, k % 2].square().sum().item() for k in range(4)]
+    seen = []
+    model.eval()
+    elbo = model.base_model.model.bara_elbo
+    with elbo.observing(lambda name, posterior, space: seen.append(space.squared_columns())):
+        model(x=torch.randn(2, 4, 5, 5))
+    assert seen[0].tolist() == pytest.approx(expected)
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r must be an integer >= 1, got 0"),
+        ({"num_observations": 0}, "num_observations must be"),
+        ({"kl_weight": -1.0}, "kl_weight must be a number in"),
+        ({"kl_weight": float("nan")}, "kl_weight must be"),
+        ({"warmup": 1.5}, "warmup must be a number in"),
+        ({"granularity": "word"}, "granularity must be 'auto', 'sequence' or 'token'"),
+        ({"global_prior": 1.0}, "global_prior must be"),
+        ({"local_prior": 0}, "local_prior must be"),
+        ({"noise_prior": 0.0}, "noise_prior must be"),
+        ({"prior_std": 0.0}, "prior_std must be a number in .* or None"),
+        ({"global_prior_beta": (1.0, -1.0)}, "global_prior_beta must be"),
+        ({"use_dora": True}, "use_dora selects another variant"),
+        (
+            {"global_gate": False, "local_gate": False, "factor_noise": False},
+            "no posterior left",
+        ),
+    ],
+)
+def test_impossible_configurations_are_refused(options, message):
+    with pytest.raises(BaraError, match=message):
+        BaraConfig(**options)
+
+
+def test_impossible_balora_configurations_are_refused():
+    with pytest.raises(BaraError, match="dropout_prior must be"):
+        BaloraConfig(dropout_prior=1.0)
+    with pytest.raises(BaraError, match="hidden_size must be"):
+        BaloraConfig(hidden_size=0)
+
+
+def test_every_field_is_documented():
+    from dataclasses import fields
+
+    inherited = {field.name for field in fields(LoraConfig)}
+    for config in (BaraConfig, BaloraConfig):
+        for field in fields(config):
+            if field.name not in inherited:
+                assert len(field.metadata["help"]) > 20, field.name
+
+
+def test_a_sequence_gate_on_a_language_model_is_refused():
+    with pytest.raises(BaraError, match="the future"):
+        adapt(tiny_llama(), task_type="CAUSAL_LM", granularity="sequence")
+    with pytest.raises(BaraError, match="the future"):
+        adapt(tiny_gpt2(), granularity="sequence")  # told from the model, not the task
+
+
+def test_embeddings_are_refused():
+    with pytest.raises(BaraError, match="cannot adapt .*embed_tokens"):
+        adapt(tiny_llama(), target_modules=["embed_tokens"])
+
+
+def test_a_configuration_survives_json(tmp_path):
+    config = BaraConfig(global_prior_beta=(1.0, 2.0), target_modules=["a"], kl_weight=0.5)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "BARA"
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded.global_prior_beta == (1.0, 2.0)
+    assert loaded.kl_weight == 0.5
