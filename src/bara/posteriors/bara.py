@@ -43,6 +43,7 @@ class BaraPosterior(Posterior):
     """The gates, intensities, noise and priors of one layer's r factors."""
 
     V_SCALE = 1.0
+    NS = 1.0
 
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
         super().__init__(granularity)
@@ -61,7 +62,7 @@ class BaraPosterior(Posterior):
             self.intensity_log_shape = nn.Parameter(torch.full((rank,), math.log(4.0)))
         if config.factor_noise:
             # a logarithm, so that Adam changes alpha by a factor per step
-            self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise)))
+            self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise) / self.NS))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -94,7 +95,7 @@ class BaraPosterior(Posterior):
             multipliers.append(self._gate("z", self.global_gate_logit(), noise))
         if self.config.factor_noise and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            multipliers.append(1 + (0.5 * wide(self.log_alpha)).exp() * eps)
+            multipliers.append(1 + (0.5 * self.NS * wide(self.log_alpha)).exp() * eps)
         return multipliers
 
     def _input_multipliers(self, features: Tensor | None, noise: Noise | None) -> list[Tensor]:
@@ -147,7 +148,7 @@ class BaraPosterior(Posterior):
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
         if config.factor_noise:
-            alpha = wide(self.log_alpha).exp()
+            alpha = (self.NS * wide(self.log_alpha)).exp()
             kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum())
         if config.prior_std is not None:
             kl_global.append((space.squared_columns() * active).sum() / (2 * config.prior_std**2))

@@ -1,0 +1,21 @@
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test lint install
+
+quickstart: $(STAMP)
+	$(VENV)/bin/bara quickstart
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml scripts/install.sh
+	scripts/install.sh $(VENV)
+	touch $@

@@ -1,0 +1,88 @@
+"""`bara predict`: probabilities and uncertainties for a table or a stream of texts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+CHUNK = 64
+"""Texts that are read, predicted and written at a time."""
+
+
+def predict(
+    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    data: Annotated[str, Option(help="Table of texts; - reads JSONL from standard input.")] = "-",
+    output: Annotated[str, Option(help="JSONL file; - is standard output.")] = "-",
+    split: Annotated[str | None, Option(help="Split of a hub data set.")] = None,
+    num_draws: Annotated[int, Option(min=1, help="Posterior draws.")] = 10,
+    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
+    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+) -> None:
+    """Write one JSON object per text, in order: the prediction and how uncertain it is."""
+    from tqdm.auto import tqdm
+
+    from bara.cli.terminal import quieten_libraries
+    from bara.data import table_from_records, tokenise
+    from bara.errors import BaraError
+    from bara.files import atomic_write_text
+    from bara.loading import load_adapter
+    from bara.predict import predict as predict_texts
+
+    quieten_libraries()
+    with ExitStack() as files:
+        chunks = _chunks(_read(data, split, files))
+        first_chunk = next(chunks, None)
+        if first_chunk is None:
+            raise BaraError(f"{data} has no rows; give at least one")
+        model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+
+        def predicted() -> Iterator[str]:
+            done = 0
+            with tqdm(desc="predicting", unit="text", disable=None) as bar:
+                for chunk in chain([first_chunk], chunks):
+                    table = table_from_records(chunk, data)
+                    inputs = tokenise(table, tokenizer, task, labels=False, first_row=done + 1)
+                    predictive = predict_texts(
+                        model,
+                        inputs,
+                        num_draws=num_draws,
+                        seed=seed,
+                        batch_size=batch_size,
+                        progress=False,
+                    )
+                    for record in predictive.to_records():
+                        yield json.dumps(record, ensure_ascii=False) + "\n"
+                    done += len(chunk)
+                    bar.update(len(chunk))
+
+        if output == "-":
+            for number, line in enumerate(predicted(), start=1):
+                sys.stdout.write(line)
+                if number % CHUNK == 0:
+                    sys.stdout.flush()
+        else:
+            atomic_write_text(output, "".join(predicted()))
+
+
+def _read(data: str, split: str | None, files: ExitStack) -> Iterable[dict[str, Any]]:
+    from bara.data import load_table, read_jsonl
+
+    if data == "-":
+        return read_jsonl(sys.stdin, "standard input")
+    if data.endswith(".jsonl") and Path(data).is_file():
+        return read_jsonl(files.enter_context(open(data, encoding="utf-8-sig")), data)
+    return load_table(data, split=split)
+
+
+def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk

@@ -1,0 +1,99 @@
+"""`bara train`: fine-tune a model on the user's own table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+
+def train(
+    model: Annotated[str | None, Option(help="Folder or hub name of the base model.")] = None,
+    data: Annotated[
+        str | None, Option(help="CSV, TSV, JSONL, JSON or Parquet file, or a hub data set.")
+    ] = None,
+    validation: Annotated[str | None, Option(help="A second table, for the loss on it.")] = None,
+    output: Annotated[str | None, Option(help="Folder for the adapter.")] = None,
+    text_column: Annotated[str | None, Option(help="Column with the texts.")] = None,
+    text_pair_column: Annotated[str | None, Option(help="Column with second texts.")] = None,
+    label_column: Annotated[str | None, Option(help="Column with classes or targets.")] = None,
+    task: Annotated[str | None, Option(help="classification or regression.")] = None,
+    max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,
+    method: Annotated[str | None, Option(help="bara, balora or lora.")] = None,
+    rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
+    epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, Option(help="Examples in a training step.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of all randomness.")] = None,
+    options: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any option of the recipe, e.g. training.weight_decay=0.01 or "
+            "method_options.target_modules=all-linear. Repeatable.",
+        ),
+    ] = None,
+    config: Annotated[Path | None, Option(help="Recipe (YAML); flags go before it.")] = None,
+    save_config: Annotated[
+        Path | None, Option(help="Write the whole recipe to this file, and train.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check the recipe; do not train.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Fine-tune a model on a table of texts; writes an adapter folder."""
+    from bara.cli.terminal import quieten_libraries
+    from bara.files import atomic_write_text
+    from bara.finetune import CHECKPOINTS, finetune
+    from bara.loading import RECIPE_FILE
+    from bara.recipe import TrainRecipe
+
+    quieten_libraries()
+    recipe = TrainRecipe.load(config) if config else TrainRecipe()
+    earlier = Path(output or recipe.output) / CHECKPOINTS / RECIPE_FILE
+    if resume and config is None and earlier.is_file():
+        recipe = TrainRecipe.load(earlier)
+    flags: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "validation": validation,
+        "output": output,
+        "text_column": text_column,
+        "text_pair_column": text_pair_column,
+        "label_column": label_column,
+        "task": task,
+        "max_length": max_length,
+        "method": method,
+        "method_options.r": rank,
+        "training.num_train_epochs": epochs,
+        "training.learning_rate": learning_rate,
+        "training.per_device_train_batch_size": batch_size,
+        "seed": seed,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe = recipe.with_options({**_parse(options or []), **given})
+    recipe.check()
+    if save_config:
+        atomic_write_text(save_config, recipe.to_yaml())
+    if dry_run:
+        print(recipe.to_yaml(), end="")
+        return
+    folder = finetune(recipe, resume=resume, overwrite=overwrite)
+    print(f"The adapter is in {folder}. Next:")
+    print(f"  bara evaluate {folder} --data {recipe.validation or 'TABLE'}")
+    print(f"  bara predict {folder} --data TABLE --output predictions.jsonl")
+
+
+def _parse(options: list[str]) -> dict[str, Any]:
+    from bara.errors import BaraError
+    from bara.recipe import parse_yaml
+
+    values = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise BaraError(f"--set needs NAME=VALUE, not {option!r}")
+        values[name.strip()] = parse_yaml(value)
+    return values

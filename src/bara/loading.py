@@ -1,0 +1,209 @@
+"""Base models and saved adapters: loaded only after checking that nothing would be ignored."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import bara  # noqa: F401  (enters the methods into PEFT's mappings)
+from bara.data import TextTask, first_line
+from bara.errors import BaraError
+from bara.recipe import TrainRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+TASK_FILE = "text_task.json"
+RECIPE_FILE = "recipe.yaml"
+HEADS = ("classifier", "score")
+"""Modules that PEFT saves with every sequence-classification adapter."""
+
+
+def load_adapter(
+    path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase, TextTask]:
+    """Load what `bara.finetune.finetune` saved, in evaluation mode.
+
+    Args:
+        path: the adapter's folder.
+        base_model: folder or hub name of the base model, if it is not where it was in training.
+        device: where to put the model; a GPU if there is one.
+
+    Returns:
+        The model, its tokeniser, and the task with its columns and label names.
+
+    Raises:
+        BaraError: something is missing or damaged, or the adapter does not fit the base model.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    saved_shapes = read_shapes(folder)
+    task = TextTask.load(folder / TASK_FILE)
+    options = TrainRecipe.load(folder / RECIPE_FILE).model_options
+    name = base_model or config.base_model_name_or_path
+    if not name:
+        raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
+    base, _ = load_base(name, task, options)
+    tokenizer = load_tokenizer(str(folder), base)
+    with warnings.catch_warnings():
+        # PEFT warns about what it skipped; the comparison below refuses it.
+        warnings.simplefilter("ignore")
+        try:
+            model = PeftModel.from_pretrained(
+                base, str(folder), config=config, ignore_mismatched_sizes=True
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise BaraError(
+                f"the adapter {folder} does not fit the base model {name!r}: {first_line(error)}"
+            ) from error
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    _refuse_mismatch(saved_shapes, expected, folder, name)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer, task
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The adapter's configuration.
+
+    Raises:
+        BaraError: the folder or the file is missing, or the file is damaged.
+    """
+    if not folder.is_dir():
+        raise BaraError(f"there is no adapter folder {folder}; `bara train` makes one")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise BaraError(f"{folder} is not an adapter: it has no {CONFIG_FILE}")
+    try:
+        json.loads(path.read_text("utf-8"))
+        return PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BaraError(
+            f"{path} is damaged or of another version ({first_line(error)}); train again or "
+            "restore the file"
+        ) from error
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the saved tensors, from the file's header.
+
+    Raises:
+        BaraError: there are no weights, they are a pickle, or the file is cut off or damaged.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        if (folder / PICKLE_FILE).exists():
+            raise BaraError(
+                f"{folder / PICKLE_FILE} is a pickle, which can run any code when it is loaded; "
+                "where you trust it, load it with PEFT and save it again with save_pretrained, "
+                f"which writes {WEIGHTS_FILE}"
+            )
+        raise BaraError(f"{folder} has no {WEIGHTS_FILE}; train again or restore the file")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = tensors.keys()
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise BaraError(
+            f"{path} is cut off or damaged ({first_line(error)}); train again or restore the file"
+        ) from error
+
+
+def load_base(
+    name: str, task: TextTask, options: Mapping[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """A base model with a head for the task.
+
+    For regression, `model.config.target_mean` and `target_std` tell `bara.predict` how outputs
+    become targets: output * std + mean.
+
+    Args:
+        name: folder or hub name.
+        task: decides the number of outputs and their names.
+        options: further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the modules that the checkpoint has no weights for besides the head that
+        PEFT saves anyway. They have to be saved with the adapter.
+
+    Raises:
+        BaraError: the model cannot be loaded.
+    """
+    head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": "regression"}
+    if task.task == "classification":
+        names = dict(enumerate(task.label_names))
+        head["problem_type"] = "single_label_classification"
+        head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
+    if task.task == "regression":
+        model.config.target_mean = task.target_mean
+        model.config.target_std = task.target_std
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    modules = sorted({key.rpartition(".")[0] for key in new})
+    unexpected = [
+        module
+        for module in modules
+        if module.startswith(f"{model.base_model_prefix}.") and "pooler" not in module
+    ]
+    if unexpected:
+        raise BaraError(
+            f"the base model {name!r} has no weights for {len(unexpected)} of its modules (first: "
+            f"{unexpected[0]}); give a complete checkpoint"
+        )
+    return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in HEADS)]
+
+
+def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokeniser, with a padding token that the model knows too.
+
+    Raises:
+        BaraError: it cannot be loaded, or has nothing to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(f"cannot load the tokeniser of {name!r}: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BaraError(f"the tokeniser of {name!r} has no padding token; set its pad_token")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _refuse_mismatch(
+    saved: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    base: str,
+) -> None:
+    problem = None
+    if missing := sorted(expected.keys() - saved.keys()):
+        problem = f"{len(missing)} tensors are not in it (first: {missing[0]})"
+    elif extra := sorted(saved.keys() - expected.keys()):
+        problem = f"{len(extra)} of its tensors have no place there (first: {extra[0]})"
+    elif wrong := sorted(key for key in saved if saved[key] != expected[key]):
+        key = wrong[0]
+        problem = f"{key} has the shape {saved[key]}, where {expected[key]} is needed"
+    if problem:
+        raise BaraError(
+            f"the adapter {folder} does not fit the base model {base!r}: {problem}; "
+            "give the model it was trained on with --base-model"
+        )

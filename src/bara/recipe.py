@@ -1,0 +1,195 @@
+"""Everything that decides a training run, in one value that is written to and read from YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from bara.errors import BaraError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+METHOD_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16}
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 20,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "warmup_steps": 0.06,
+    "lr_scheduler_type": "linear",
+    "max_grad_norm": 1.0,
+    "train_sampling_strategy": "group_by_length",
+    "logging_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
+"""Options of `TrainingArguments` that the recipe sets from a field of its own."""
+
+
+@dataclass
+class TrainRecipe:
+    """One training run.
+
+    Attributes:
+        model: folder or hub name of the base model.
+        data, validation: what `bara.data.load_table` reads; validation is optional.
+        split, validation_split: splits of hub data sets.
+        output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
+        text_column, text_pair_column, label_column, task, max_length: see
+            `bara.data.TextTask.infer`.
+        method: `lora`, or one of the Bayesian methods (`bara`, `balora`, ...).
+        method_options: fields of the method's configuration class, over `METHOD_DEFAULTS`.
+            Without `target_modules` the attention's projections are adapted.
+        model_options: arguments of the base model's `from_pretrained` (`dtype`, ...).
+        training: fields of `transformers.TrainingArguments`, over `TRAINING_DEFAULTS`.
+        seed: of the new weights, the order of the data and the noise in training.
+
+    Raises:
+        BaraError: a value has the wrong type.
+    """
+
+    model: str = ""
+    data: str = ""
+    validation: str | None = None
+    split: str | None = None
+    validation_split: str | None = None
+    output: str = "bara-adapter"
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    label_column: str | None = None
+    task: str | None = None
+    max_length: int = 128
+    method: str = "bara"
+    method_options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            kind = {"str": str, "int": int}.get(str(option.type).removesuffix(" | None"), dict)
+            optional = value is None and str(option.type).endswith("None")
+            if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
+                what = {str: "text", int: "a whole number", dict: "a mapping"}[kind]
+                raise BaraError(f"recipe: {option.name} must be {what}, not {value!r}")
+        self.method_options = {**METHOD_DEFAULTS, **self.method_options}
+        self.model_options = {"dtype": "float32", **self.model_options}
+        self.training = {**TRAINING_DEFAULTS, **self.training}
+
+    def check(self) -> None:
+        """Check the method and the names of all options (imports the training libraries).
+
+        Raises:
+            BaraError: a name is unknown; the message has the nearest that is known.
+        """
+        from transformers import TrainingArguments
+
+        if not self.model:
+            raise BaraError("which model? Give a folder or a hub name with --model")
+        known = {option.name for option in fields(config_class(self.method))}
+        refuse_unknown(self.method_options, known - {"peft_type", "task_type"}, "method_options")
+        for name, instead in ELSEWHERE.items():
+            if name in self.training:
+                raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
+        known = {option.name for option in fields(TrainingArguments)} - set(ELSEWHERE)
+        refuse_unknown(self.training, known, "training")
+
+    def with_options(self, options: Mapping[str, Any]) -> TrainRecipe:
+        """A copy with some options changed; `training.learning_rate` names a nested one."""
+        values = asdict(self)
+        for name, value in options.items():
+            group, _, key = name.partition(".")
+            if key and isinstance(values.get(group), dict):
+                values[group][key] = value
+            else:
+                values[name] = value
+        return TrainRecipe.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainRecipe:
+        """A recipe from its fields.
+
+        Raises:
+            BaraError: a field is unknown or has the wrong type.
+        """
+        refuse_unknown(values, {option.name for option in fields(cls)}, "recipe")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainRecipe:
+        """Read a YAML file.
+
+        Raises:
+            BaraError: the file is missing, not YAML, or not a recipe.
+        """
+        try:
+            values = parse_yaml(Path(path).read_text("utf-8")) or {}
+        except OSError as error:
+            raise BaraError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise BaraError(f"the recipe {path} is not YAML: {reason}") from error
+        if not isinstance(values, dict):
+            raise BaraError(f"the recipe {path} must be a mapping of options to values")
+        return cls.from_dict(values)
+
+    def to_yaml(self) -> str:
+        """All options, the defaults among them."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text and `no` as false; this reads both as YAML 1.2 does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, of safe types only."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def config_class(method: str) -> type[LoraConfig]:
+    """The configuration class of a method.
+
+    Raises:
+        BaraError: there is no such method.
+    """
+    from peft import LoraConfig
+
+    from bara.configs import BayesianConfig
+
+    classes: dict[str, type[LoraConfig]] = {"lora": LoraConfig}
+    classes |= {config.METHOD.lower(): config for config in BayesianConfig.__subclasses__()}
+    refuse_unknown([method.lower()], classes, "method")
+    return classes[method.lower()]
+
+
+def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str) -> None:
+    """Raise `BaraError` for the first name that is not known, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise BaraError(f"{where}: there is no {name!r}; {hint}")

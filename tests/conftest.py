@@ -1,0 +1,62 @@
+"""Tiny models, made from a configuration in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+WORDS = "a the it is was not film plot food good great fine bad awful poor warm cold . , !"
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(" ")]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> BertTokenizerFast:
+    """A WordPiece tokeniser with a few English words."""
+    wordpiece = Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    )
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.post_processor = processors.BertProcessing(
+        ("[SEP]", VOCABULARY.index("[SEP]")), ("[CLS]", VOCABULARY.index("[CLS]"))
+    )
+    return BertTokenizerFast(tokenizer_object=wordpiece, model_max_length=64)
+
+
+@pytest.fixture
+def tiny_bert() -> BertForSequenceClassification:
+    """A classifier of 3 classes with 2 layers of width 32; its weights are always the same."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            num_labels=3,
+        )
+    )
+
+
+@pytest.fixture
+def tiny_model_dir(
+    tmp_path: Path, tiny_bert: BertForSequenceClassification, tiny_tokenizer: BertTokenizerFast
+) -> Path:
+    """A folder with the tiny classifier and its tokeniser."""
+    folder = tmp_path / "tiny-bert"
+    tiny_bert.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
