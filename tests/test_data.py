@@ -119,7 +119,7 @@ def test_class_label_features_keep_their_order() -> None:
 def test_regression_is_inferred_and_standardised(table: Dataset) -> None:
     task = TextTask.infer(table, label_column="score")
     assert task.task == "regression"
-    assert task.num_labels == 1
+    assert task.num_labels == 2
     scores = [row["score"] for row in ROWS]
     mean, std = statistics.mean(scores), statistics.pstdev(scores)
     assert task.encode_labels(table) == pytest.approx([(s - mean) / std for s in scores])

@@ -48,7 +48,7 @@ def test_bara_mean_is_lora_with_expected_gates():
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     u = x @ a.T
     h = u / u.square().mean(-1, keepdim=True).sqrt()
-    local = 10 * (h @ posterior.gate_weight.T + posterior.gate_bias)
+    local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
     m = gate_mean(10 * posterior.global_logit) * gate_mean(local)
     expected = layer.base_layer(x) + 2.0 * (m * u) @ b.T
     torch.testing.assert_close(model(x=x)["logits"], expected, atol=1e-5, rtol=1e-5)
@@ -78,7 +78,7 @@ def test_bara_draws_are_the_explicit_weights(options):
         m = gate(10 * posterior.global_logit, numbers("z", "uniform")[d])
         m = m * (1 + posterior.log_alpha.exp().sqrt() * numbers("eps", "normal")[d])
         if posterior.config.local_gate:
-            local = 10 * (h @ posterior.gate_weight.T + posterior.gate_bias)
+            local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
             m = m * gate(local, numbers("g", "uniform")[d])
         if posterior.config.intensity:
             k = posterior.intensity_log_shape.exp()
@@ -138,7 +138,7 @@ def test_bara_kl_is_the_sum_of_its_parts():
         z = torch.sigmoid(10 * posterior.global_logit - shift)
         u = x @ layer.lora_A["default"].weight.T
         h = u / u.square().mean(-1, keepdim=True).sqrt()
-        g = torch.sigmoid(10 * (h @ posterior.gate_weight.T + posterior.gate_bias) - shift)
+        g = torch.sigmoid(10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias) - shift)
         alpha = posterior.log_alpha.exp()
         noise = 0.5 * ((alpha + 1) / 0.5 - 1 - torch.log(alpha / 0.5))
         columns = layer.lora_B["default"].weight.square().sum(0) / (2 * 0.2**2)
@@ -277,7 +277,7 @@ def test_convolutions_share_a_gate_over_the_image():
     u = layer.lora_A["default"](x)
     pooled = u.mean(dim=(2, 3))
     h = pooled / pooled.square().mean(-1, keepdim=True).sqrt()
-    local = 10 * (h @ posterior.gate_weight.T + posterior.gate_bias)
+    local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
     m = gate_mean(10 * posterior.global_logit) * gate_mean(local)
     expected = layer.base_layer(x) + 2.0 * layer.lora_B["default"](u * m[:, :, None, None])
     torch.testing.assert_close(layer_output(model, layer, x), expected, atol=1e-5, rtol=1e-4)

@@ -155,7 +155,7 @@ def test_effective_rank_by_hand(granularity):
             if granularity == "sequence":
                 tokens = tokens.mean(0, keepdim=True)
             h = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
-            local = 10 * (h @ posterior.gate_weight.T + posterior.gate_bias)
+            local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
             p = z * torch.sigmoid(local - shift)
             assert rank.soft[0, i].item() == pytest.approx(p.sum(-1).mean().item(), rel=1e-4)
             hard = (p > 0.5).sum(-1).float().mean().item()
@@ -194,9 +194,9 @@ def test_bad_input(model, tiny_bert):
     with pytest.raises(BaraError, match="labels"):
         bara.evaluate(model, rows().remove_columns("labels"))
     with pytest.raises(BaraError, match="no Bayesian adapter"):
-        bara.effective_rank(tiny_bert, rows())
+        bara.effective_rank(type(tiny_bert)(tiny_bert.config), rows())
+    language = adapt(tiny_llama(), task_type="CAUSAL_LM")
     with pytest.raises(BaraError, match="logits of shape"):
-        language = adapt(tiny_llama(), task_type="CAUSAL_LM")
         bara.predict(language, {"input_ids": torch.ones(2, 3, dtype=torch.long)})
     broken = copy.deepcopy(model)
     layer_posterior(broken)[1].log_alpha.data.fill_(float("nan"))

@@ -6,7 +6,14 @@ from bara.predict import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
 from bara.sampling import sampling
-from bara.training import BayesianCallback, kl_loss, kl_terms, set_progress
+from bara.training import (
+    BayesianCallback,
+    elbo_loss,
+    gaussian_nll,
+    kl_loss,
+    kl_terms,
+    set_progress,
+)
 from bara.tuner import register
 
 register()
@@ -22,7 +29,9 @@ __all__ = [
     "RegressionPredictive",
     "calibrate_gates",
     "effective_rank",
+    "elbo_loss",
     "evaluate",
+    "gaussian_nll",
     "kl_loss",
     "kl_terms",
     "predict",

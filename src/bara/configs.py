@@ -42,11 +42,13 @@ class BayesianConfig(LoraConfig):
         metadata={"help": "Weight of KL_local, what is drawn per input. >= 0."},
     )
     warmup: float = field(
-        default=0.3,
+        default=0.5,
         metadata={
-            "help": "Fraction of training, in [0, 1], over which both KL weights rise from 0 to "
-            "their value. Needs the training's progress: bara.BayesianCallback gives it, or "
-            "bara.set_progress in a loop of your own; without either the weights are full at once."
+            "help": "Fraction of training, in [0, 1], after which the KL has its full weight. For "
+            "the first 40% of it the weight is 0, so that B leaves zero before anything "
+            "pulls it back, then it rises linearly. Needs the training's progress: "
+            "bara.BayesianCallback gives it, or bara.set_progress in a loop of your own; without "
+            "either the weight is full at once."
         },
     )
     granularity: Literal["auto", "sequence", "token"] = field(

@@ -248,8 +248,8 @@ class TextTask:
 
     @property
     def num_labels(self) -> int:
-        """Outputs of the model: one a class, or one."""
-        return len(self.label_names) or 1
+        """Outputs of the model: one a class; for regression mean and log-variance."""
+        return 2 if self.task == "regression" else len(self.label_names)
 
     def encode_labels(self, dataset: Dataset, *, first_row: int = 1) -> list[int] | list[float]:
         """Class indices, or standardised targets, one per row.

@@ -23,6 +23,8 @@ from bara.draws import Draws, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
 
+HOLD = 0.4
+"""Part of the warm-up during which the KL has no weight."""
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -258,7 +260,9 @@ class Elbo:
         """The warm-up's factor on both KL weights, in [0, 1]."""
         if self.progress is None or config.warmup == 0:
             return 1.0
-        return min(1.0, self.progress / config.warmup)
+        # Adam takes full steps along even the smallest KL gradient while B is still near zero, so
+        # a weight that starts to rise at once would close the gates before the data has a say.
+        return min(1.0, max(0.0, (self.progress / config.warmup - HOLD) / (1 - HOLD)))
 
     def require_observations(self, adapter: str) -> None:
         """Raises BaraError if the adapter is about to train without N."""

@@ -35,7 +35,7 @@ from bara.loading import (
     load_tokenizer,
 )
 from bara.recipe import TrainRecipe, config_class
-from bara.training import BayesianCallback
+from bara.training import BayesianCallback, elbo_loss, gaussian_nll
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,6 +113,7 @@ def finetune(
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         callbacks=[TrainingProgress(), *callbacks],
+        compute_loss_func=elbo_loss(model, gaussian_nll) if task.task == "regression" else None,
     )
     trainer.remove_callback(PrinterCallback)
     if isinstance(model.active_peft_config, BayesianConfig):

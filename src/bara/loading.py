@@ -17,6 +17,7 @@ import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data import TextTask, first_line
 from bara.errors import BaraError
 from bara.recipe import TrainRecipe
+from bara.sentence import SentenceClassifier, is_sentence_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,8 +127,9 @@ def load_base(
 ) -> tuple[PreTrainedModel, list[str]]:
     """A base model with a head for the task.
 
-    For regression, `model.config.target_mean` and `target_std` tell `bara.predict` how outputs
-    become targets: output * std + mean.
+    A sentence-transformers model becomes a `SentenceClassifier`. For regression the two outputs
+    are mean and log-variance (see `bara.gaussian_nll`), and `model.config.target_mean` and
+    `target_std` tell `bara.predict` how they become targets: output * std + mean.
 
     Args:
         name: folder or hub name.
@@ -146,10 +148,14 @@ def load_base(
         names = dict(enumerate(task.label_names))
         head["problem_type"] = "single_label_classification"
         head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+    info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
+        if is_sentence_encoder(name):
+            model = SentenceClassifier.from_encoder(name, **head, **options)
+        else:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
     if task.task == "regression":

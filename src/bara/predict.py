@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from bara.elbo import Elbo
 from bara.errors import BaraError
 from bara.metrics import Evaluation, classification_metrics, regression_metrics
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.training import MIN_LOG_VARIANCE
 
 
 def predict(
@@ -171,9 +173,11 @@ def _predictive(
         if outputs > 2:
             raise BaraError(f"Regression with {outputs} outputs is not supported: one, or two.")
         mean = logits[..., 0]
-        variance = logits[..., 1].exp() if outputs == 2 else torch.full_like(mean, noise_variance)
         shift = getattr(config, "target_mean", 0.0)
         scale = getattr(config, "target_std", 1.0)
+        variance = logits[..., 1].exp() if outputs == 2 else torch.full_like(mean, noise_variance)
+        if hasattr(config, "target_std"):  # standardised: the likelihood of gaussian_nll
+            variance = variance.clamp(min=math.exp(MIN_LOG_VARIANCE))
         target = None if labels is None else labels.float().flatten() * scale + shift
         return RegressionPredictive(mean * scale + shift, variance * scale**2, target)
     names = getattr(config, "id2label", None)

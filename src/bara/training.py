@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bara.elbo import Elbo, predicts_next_token
 from bara.errors import BaraError
+
+MIN_LOG_VARIANCE = -10.0
+"""Noise of 0.7% of the targets' standard deviation, the least that `gaussian_nll` tells apart."""
 
 
 def kl_loss(model: nn.Module) -> Tensor:
@@ -29,6 +34,71 @@ def kl_loss(model: nn.Module) -> Tensor:
             no Bayesian adapter.
     """
     return elbo_of(model).kl_loss()
+
+
+def gaussian_nll(outputs: Any, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of a Gaussian whose mean and variance both depend on the input.
+
+    D. A. Nix and A. S. Weigend, "Estimating the mean and variance of the target probability
+    distribution", ICNN 1994, doi:10.1109/ICNN.1994.374138.
+
+    Args:
+        outputs: a model's outputs with `logits` (B, 2): mean and log-variance. Work in units in
+            which the targets have a standard deviation near 1.
+        labels: (B,) or (B, 1) targets.
+
+    Returns:
+        A scalar in nats: the mean over the batch of
+        (log(2 pi) + log_var + (y - mean)^2 / exp(log_var)) / 2. The log-variance counts as -10 at
+        least: the likelihood of a target that is fitted exactly grows without bound as its
+        variance shrinks, and so do the gradients of its neighbours. A large variance is safe.
+
+    Raises:
+        BaraError: the logits are not two per label.
+    """
+    logits = outputs["logits"].float()
+    if logits.shape != (labels.numel(), 2):
+        raise BaraError(
+            f"gaussian_nll needs two outputs per label (mean and log-variance), got logits of the "
+            f"shape {tuple(logits.shape)} for {labels.numel()} labels: set num_labels=2."
+        )
+    mean, log_variance = logits[:, 0], logits[:, 1].clamp(min=MIN_LOG_VARIANCE)
+    squared_error = (labels.flatten().to(mean) - mean).square()
+    nll = math.log(2 * math.pi) + log_variance + squared_error * torch.exp(-log_variance)
+    return 0.5 * nll.mean()
+
+
+def elbo_loss(
+    model: nn.Module, data_loss: Callable[[Any, Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    """The ELBO with a data loss of your own, for `Trainer(compute_loss_func=...)`.
+
+    Args:
+        model: the model that the Trainer trains; without a Bayesian adapter, and in evaluation,
+            the loss is the data loss alone.
+        data_loss: of the model's outputs and the labels, a mean over the labels of the batch, such
+            as `gaussian_nll`.
+
+    Returns:
+        A function of (outputs, labels, num_items_in_batch=None): data loss plus `kl_loss`, times
+        the share that these labels are of the `num_items_in_batch` of all accumulated batches.
+    """
+
+    def loss(
+        outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if labels is None:
+            raise BaraError("elbo_loss: the batch has no labels; add a `labels` column.")
+        total = data_loss(outputs, labels)
+        elbo = Elbo.of(model)
+        training = model.training and torch.is_grad_enabled()
+        if elbo is not None and training and elbo.last is not None and elbo.last.kl is not None:
+            total = total + elbo.kl_loss().to(total.device)
+        if num_items_in_batch is not None:
+            total = total * (labels.ne(-100).sum() / num_items_in_batch)
+        return total
+
+    return loss
 
 
 def set_progress(model: nn.Module, fraction: float) -> None:

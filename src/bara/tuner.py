@@ -223,7 +223,8 @@ class BayesianLoraModel(LoraModel):
         ):
             raise BaraError(
                 f"{type(lora_config).__name__} cannot adapt {current_key}, a "
-                f"{type(target).__name__}: target linear and convolution layers only (exclude_modules leaves this one out)."
+                f"{type(target).__name__}: target linear and "
+                "convolution layers only (exclude_modules leaves this one out)."
             )
         elbo = self.elbo
         elbo.configs[adapter_name] = lora_config

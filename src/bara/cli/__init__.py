@@ -10,6 +10,7 @@ import typer
 
 from bara.cli.evaluate import evaluate
 from bara.cli.predict import predict
+from bara.cli.quickstart import quickstart
 from bara.cli.train import train
 from bara.errors import BaraError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(quickstart)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)

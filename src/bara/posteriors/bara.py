@@ -42,9 +42,6 @@ from bara.posteriors.base import (
 class BaraPosterior(Posterior):
     """The gates, intensities, noise and priors of one layer's r factors."""
 
-    V_SCALE = 1.0
-    NS = 1.0
-
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
         super().__init__(granularity)
         self.config = config
@@ -62,7 +59,7 @@ class BaraPosterior(Posterior):
             self.intensity_log_shape = nn.Parameter(torch.full((rank,), math.log(4.0)))
         if config.factor_noise:
             # a logarithm, so that Adam changes alpha by a factor per step
-            self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise) / self.NS))
+            self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise)))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -95,7 +92,7 @@ class BaraPosterior(Posterior):
             multipliers.append(self._gate("z", self.global_gate_logit(), noise))
         if self.config.factor_noise and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            multipliers.append(1 + (0.5 * self.NS * wide(self.log_alpha)).exp() * eps)
+            multipliers.append(1 + (0.5 * wide(self.log_alpha)).exp() * eps)
         return multipliers
 
     def _input_multipliers(self, features: Tensor | None, noise: Noise | None) -> list[Tensor]:
@@ -119,9 +116,13 @@ class BaraPosterior(Posterior):
         return self.config.logit_scale * wide(self.global_logit)
 
     def local_gate_logit(self, features: Tensor) -> Tensor:
-        """Location of the input's gates, (B, 1 or T, r), from normalised features."""
-        logit = linear(features, wide(self.gate_weight) * self.V_SCALE, wide(self.gate_bias))
-        return self.config.logit_scale * logit
+        """Location of the input's gates, (B, 1 or T, r), from normalised features.
+
+        Divided by sqrt(r): the r weights of a gate move together under Adam, and without it they
+        close a gate for all inputs at once long before its factor has learned anything.
+        """
+        weight = wide(self.gate_weight) / math.sqrt(self.rank)
+        return self.config.logit_scale * linear(features, weight, wide(self.gate_bias))
 
     def intensity(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Shape (r,) and scale (B, 1 or T, r) of the Weibull posterior; its mean starts at 1."""
@@ -148,7 +149,7 @@ class BaraPosterior(Posterior):
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
         if config.factor_noise:
-            alpha = (self.NS * wide(self.log_alpha)).exp()
+            alpha = wide(self.log_alpha).exp()
             kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum())
         if config.prior_std is not None:
             kl_global.append((space.squared_columns() * active).sum() / (2 * config.prior_std**2))

