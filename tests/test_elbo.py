@@ -392,9 +392,9 @@ def test_a_copied_or_pickled_model_trains_on_its_own(tmp_path):
         with bara.sampling(model, seed=0), bara.sampling(other, seed=0):
             ours, theirs = model(x=x, labels=y)["loss"], other(x=x, labels=y)["loss"]
         torch.testing.assert_close(ours, theirs)
-        before = layer_posterior(model)[1].log_alpha.clone()
-        layer_posterior(other)[1].log_alpha.data += 1
-        torch.testing.assert_close(layer_posterior(model)[1].log_alpha, before)
+        before = layer_posterior(model)[1].noise_logit.clone()
+        layer_posterior(other)[1].noise_logit.data += 1
+        torch.testing.assert_close(layer_posterior(model)[1].noise_logit, before)
 
 
 DDP = """

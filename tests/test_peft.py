@@ -110,7 +110,7 @@ def test_the_saved_file_holds_the_posterior_and_no_base_weights(tmp_path):
     stir(adapt(tiny_llama(), task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert all("lora_" in name for name in names)
-    for part in ("global_logit", "gate_weight", "gate_bias", "log_alpha"):
+    for part in ("global_logit", "gate_weight", "gate_bias", "noise_logit"):
         assert any(name.endswith(f"lora_posterior.{part}") for name in names)
 
 

@@ -76,7 +76,7 @@ def test_bara_draws_are_the_explicit_weights(options):
 
     for d in range(2):
         m = gate(10 * posterior.global_logit, numbers("z", "uniform")[d])
-        m = m * (1 + posterior.log_alpha.exp().sqrt() * numbers("eps", "normal")[d])
+        m = m * (1 + (10 * posterior.noise_logit).exp().sqrt() * numbers("eps", "normal")[d])
         if posterior.config.local_gate:
             local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
             m = m * gate(local, numbers("g", "uniform")[d])
@@ -139,7 +139,7 @@ def test_bara_kl_is_the_sum_of_its_parts():
         u = x @ layer.lora_A["default"].weight.T
         h = u / u.square().mean(-1, keepdim=True).sqrt()
         g = torch.sigmoid(10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias) - shift)
-        alpha = posterior.log_alpha.exp()
+        alpha = (10 * posterior.noise_logit).exp()
         noise = 0.5 * ((alpha + 1) / 0.5 - 1 - torch.log(alpha / 0.5))
         columns = layer.lora_B["default"].weight.square().sum(0) / (2 * 0.2**2)
         gates = kl_divergence(Bernoulli(z.double()), Bernoulli(torch.tensor(0.4).double()))

@@ -199,7 +199,7 @@ def test_bad_input(model, tiny_bert):
     with pytest.raises(BaraError, match="logits of shape"):
         bara.predict(language, {"input_ids": torch.ones(2, 3, dtype=torch.long)})
     broken = copy.deepcopy(model)
-    layer_posterior(broken)[1].log_alpha.data.fill_(float("nan"))
+    layer_posterior(broken)[1].noise_logit.data.fill_(float("nan"))
     with pytest.raises(BaraError, match="not finite"):
         bara.predict(broken, rows())
     with pytest.raises(BaraError, match="No Bayesian adapter is active"), model.disable_adapter():

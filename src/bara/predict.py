@@ -175,9 +175,12 @@ def _predictive(
         mean = logits[..., 0]
         shift = getattr(config, "target_mean", 0.0)
         scale = getattr(config, "target_std", 1.0)
-        variance = logits[..., 1].exp() if outputs == 2 else torch.full_like(mean, noise_variance)
-        if hasattr(config, "target_std"):  # standardised: the likelihood of gaussian_nll
-            variance = variance.clamp(min=math.exp(MIN_LOG_VARIANCE))
+        if outputs == 2:
+            # standardised targets have the likelihood of gaussian_nll, with its least variance
+            floor = MIN_LOG_VARIANCE if hasattr(config, "target_std") else -math.inf
+            variance = logits[..., 1].clamp(min=floor).exp()
+        else:
+            variance = torch.full_like(mean, noise_variance)
         target = None if labels is None else labels.float().flatten() * scale + shift
         return RegressionPredictive(mean * scale + shift, variance * scale**2, target)
     names = getattr(config, "id2label", None)

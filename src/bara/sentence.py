@@ -40,10 +40,9 @@ class SentenceClassifier(PreTrainedModel):
         if "pooler" in encoder._modules:
             encoder._modules["pooler"] = None  # reads the first token, and nobody would use it
         self.encoder = encoder
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, dtype=encoder.dtype)
         self.loss_type = "ForSequenceClassification"
+        self.post_init()  # initialises the classifier; the encoder's modules are marked as done
 
     @classmethod
     def from_encoder(cls, name: str, **options: Any) -> SentenceClassifier:

@@ -58,8 +58,9 @@ class BaraPosterior(Posterior):
             self.intensity_bias = nn.Parameter(torch.zeros(rank))
             self.intensity_log_shape = nn.Parameter(torch.full((rank,), math.log(4.0)))
         if config.factor_noise:
-            # a logarithm, so that Adam changes alpha by a factor per step
-            self.log_alpha = nn.Parameter(torch.full((rank,), math.log(config.init_noise)))
+            # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
+            log_alpha = math.log(config.init_noise) / config.logit_scale
+            self.noise_logit = nn.Parameter(torch.full((rank,), log_alpha))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -92,7 +93,7 @@ class BaraPosterior(Posterior):
             multipliers.append(self._gate("z", self.global_gate_logit(), noise))
         if self.config.factor_noise and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            multipliers.append(1 + (0.5 * wide(self.log_alpha)).exp() * eps)
+            multipliers.append(1 + self.noise_variance().sqrt() * eps)
         return multipliers
 
     def _input_multipliers(self, features: Tensor | None, noise: Noise | None) -> list[Tensor]:
@@ -114,6 +115,10 @@ class BaraPosterior(Posterior):
     def global_gate_logit(self) -> Tensor:
         """Location of the task's gates, (r,)."""
         return self.config.logit_scale * wide(self.global_logit)
+
+    def noise_variance(self) -> Tensor:
+        """alpha, the factors' variance relative to their squared mean, (r,)."""
+        return torch.exp(self.config.logit_scale * wide(self.noise_logit))
 
     def local_gate_logit(self, features: Tensor) -> Tensor:
         """Location of the input's gates, (B, 1 or T, r), from normalised features.
@@ -149,8 +154,8 @@ class BaraPosterior(Posterior):
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
         if config.factor_noise:
-            alpha = wide(self.log_alpha).exp()
-            kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum())
+            kl = scale_noise_kl(self.noise_variance(), config.noise_prior)
+            kl_global.append((kl * active).sum())
         if config.prior_std is not None:
             kl_global.append((space.squared_columns() * active).sum() / (2 * config.prior_std**2))
 
