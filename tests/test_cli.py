@@ -22,7 +22,7 @@ from bara.cli import main
 from bara.data import load_table, tokenise
 from bara.finetune import finetune, newest_checkpoint
 from bara.loading import load_adapter
-from bara.predict import predict
+from bara.prediction import predict
 from bara.recipe import TrainRecipe
 from conftest import write_jsonl
 
@@ -479,7 +479,7 @@ def test_interrupt_is_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bara.predict.predict", interrupt)
+    monkeypatch.setattr("bara.prediction.predict", interrupt)
     assert failing("predict", trained, "--data", table) == "bara: error: interrupted\n"
 
 

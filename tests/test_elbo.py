@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertForMultipleChoice, Trainer, TrainingArguments
 
 import bara
 from helpers import TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
@@ -434,3 +434,27 @@ def test_two_processes_equal_one(tmp_path):
     with bara.sampling(model, seed=0):
         model(x=x, labels=y)["loss"].backward()
     assert_same(gradients(model), torch.load(tmp_path / "gradients.pt"), rtol=1e-4, atol=1e-6)
+
+
+def test_multiple_choice_rows_are_the_choices():
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    model = stir(adapt(BertForMultipleChoice(config), granularity="sequence")).eval()
+    ids = torch.randint(5, 20, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 4:] = 0
+    mixed = model(input_ids=ids, attention_mask=mask).logits
+    alone = model(input_ids=ids[:1, 1:2, :4], attention_mask=mask[:1, 1:2, :4]).logits
+    torch.testing.assert_close(mixed[0, 1], alone[0, 0], atol=1e-5, rtol=1e-4)
+    model.train()
+    loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2])).loss
+    loss.backward()
+    assert bara.kl_terms(model)["kl_local"] > 0

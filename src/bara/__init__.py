@@ -2,7 +2,7 @@
 
 from bara.configs import BaloraConfig, BaraConfig
 from bara.errors import BaraError
-from bara.predict import evaluate, predict
+from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
 from bara.sampling import sampling

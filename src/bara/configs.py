@@ -121,6 +121,7 @@ class BaraConfig(BayesianConfig):
     """
 
     METHOD: ClassVar[str] = "BARA"
+    DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
 
     global_gate: bool = field(
         default=True,
@@ -158,7 +159,7 @@ class BaraConfig(BayesianConfig):
         metadata={"help": "Prior variance c > 0 of a factor, relative to its squared mean."},
     )
     init_noise: float = field(
-        default=0.3,
+        default=0.05,
         metadata={"help": "Where the factors' relative variance alpha > 0 starts."},
     )
     prior_std: float | None = field(
@@ -173,8 +174,8 @@ class BaraConfig(BayesianConfig):
         metadata={"help": "Shape a > 0 of the intensities' Gamma(a, a) prior, whose mean is 1."},
     )
     init_logit: float = field(
-        default=2.0,
-        metadata={"help": "Where the logits of the gates start; 2 is open with P = 0.97."},
+        default=3.0,
+        metadata={"help": "Where the logits of the gates start; 3 is open with P = 0.99."},
     )
     logit_scale: float = field(
         default=10.0,

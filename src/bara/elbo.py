@@ -343,25 +343,22 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
+def _is_multiple_choice(given: dict[str, Any]) -> bool:
+    ids = given.get("input_ids")
+    return isinstance(ids, Tensor) and ids.dim() == 3  # (B, choices, T), flattened by the model
+
+
 def _batch_size(given: dict[str, Any]) -> int:
-    mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 3:  # multiple choice: (B, choices, T)
-        return mask.shape[0] * mask.shape[1]
-    for value in given.values():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            if value.dim() == 3 and not value.is_floating_point():
-                return value.shape[0] * value.shape[1]
-            return value.shape[0]
-    return 1
+    if _is_multiple_choice(given):
+        return given["input_ids"].shape[0] * given["input_ids"].shape[1]
+    sizes = (v.shape[0] for v in given.values() if isinstance(v, Tensor) and v.dim() > 0)
+    return next(sizes, 1)
 
 
 def _masks(given: dict[str, Any]) -> list[Tensor]:
-    masks = []
-    for name in MASKS:
-        mask = given.get(name)
-        if isinstance(mask, Tensor) and mask.dim() in (2, 3):
-            masks.append(mask.flatten(0, -2).bool())
-    return masks
+    dim = 3 if _is_multiple_choice(given) else 2
+    masks = [given.get(name) for name in MASKS]
+    return [m.flatten(0, -2).bool() for m in masks if isinstance(m, Tensor) and m.dim() == dim]
 
 
 def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:

@@ -28,7 +28,7 @@ from bara.plots import (
     risk_coverage,
     save_figure,
 )
-from bara.predict import evaluate
+from bara.prediction import evaluate
 from bara.predictive import ClassificationPredictive
 from bara.ranks import EffectiveRank, effective_rank
 from bara.recipe import TrainRecipe
@@ -74,7 +74,12 @@ def run_method(
         output=str(folder),
         method=method,
         method_options=dict(method_options or {}),
-        training={"num_train_epochs": epochs, "save_strategy": "no"},
+        training={
+            "num_train_epochs": epochs,
+            "save_strategy": "no",
+            "bf16": fast_bfloat16(),
+            "use_cpu": not torch.cuda.is_available(),
+        },
         max_length=MAX_LENGTH,
         seed=seed,
     )
@@ -83,16 +88,17 @@ def run_method(
     seconds = time.perf_counter() - start
     model, tokenizer, task = load_adapter(folder)
     inputs = tokenise(test, tokenizer, task)
-    evaluation = evaluate(
-        model,
-        inputs,
-        ood=tokenise(ood, tokenizer, task, labels=False),
-        num_draws=num_draws,
-        seed=seed,
-        batch_size=320,
-        progress=progress,
-    )
-    rank = None if method == "lora" else effective_rank(model, inputs, progress=progress)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
+        evaluation = evaluate(
+            model,
+            inputs,
+            ood=tokenise(ood, tokenizer, task, labels=False),
+            num_draws=num_draws,
+            seed=seed,
+            batch_size=320,
+            progress=progress,
+        )
+        rank = None if method == "lora" else effective_rank(model, inputs, progress=progress)
     r = int(recipe.method_options["r"])
     row = {
         "method": METHODS.get(method, method),
@@ -193,6 +199,14 @@ def run_quickstart(
     return results
 
 
+def fast_bfloat16() -> bool:
+    """Whether this machine computes in bfloat16 faster than in float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def versions() -> dict[str, str]:
     """What numbers depend on: the packages' versions and the machine."""
     packages = ("bara-peft", "torch", "transformers", "peft")
@@ -200,6 +214,7 @@ def versions() -> dict[str, str]:
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "precision": "bfloat16 autocast" if fast_bfloat16() else "float32",
     }
 
 

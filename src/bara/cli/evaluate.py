@@ -30,7 +30,7 @@ def evaluate(
     from bara.data import load_table, tokenise
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
-    from bara.predict import evaluate as evaluate_inputs
+    from bara.prediction import evaluate as evaluate_inputs
 
     quieten_libraries()
     table = load_table(data, split=split)

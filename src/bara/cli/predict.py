@@ -34,7 +34,7 @@ def predict(
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
-    from bara.predict import predict as predict_texts
+    from bara.prediction import predict as predict_texts
 
     quieten_libraries()
     with ExitStack() as files:

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs the tests with every runtime dependency at the lower bound that pyproject.toml states.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+scripts/install.sh "$folder/venv"
+"$folder/venv/bin/python" - >"$folder/bounds.txt" <<'PYTHON'
+import tomllib
+
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print("\n".join(dependency.replace(">=", "==") for dependency in project["dependencies"]))
+PYTHON
+cat "$folder/bounds.txt"
+"$folder/venv/bin/python" -m pip install -qq -r "$folder/bounds.txt"
+OMP_NUM_THREADS=1 "$folder/venv/bin/pytest" -n 2
