@@ -266,8 +266,18 @@ def test_forgetting_the_kl_warns_at_the_next_step():
         model(x=x)
 
 
-def test_steps_that_used_the_kl_do_not_warn():
+def test_a_warm_up_that_never_hears_of_progress_warns_once():
     model = net()
+    x, y = batch()
+    with pytest.warns(UserWarning, match="set_progress"):
+        model(x=x, labels=y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x=x, labels=y)
+
+
+def test_steps_that_used_the_kl_do_not_warn():
+    model = net(warmup=0.0)
     x, y = batch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -334,6 +334,8 @@ def test_grouped_convolutions():
         ({"prior_std": 0.0}, "prior_std must be a number in .* or None"),
         ({"global_prior_beta": (1.0, -1.0)}, "global_prior_beta must be"),
         ({"use_dora": True}, "use_dora selects another variant"),
+        ({"use_qalora": True}, "use_qalora cannot be combined"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* start with B = 0"),
         (
             {"global_gate": False, "local_gate": False, "factor_noise": False},
             "no posterior left",

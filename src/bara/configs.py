@@ -95,7 +95,8 @@ class BayesianConfig(LoraConfig):
         value = getattr(self, name)
         if optional and value is None:
             return
-        bounds = f"a number in {'(' if strict else '['}{low}, {high}{')' if strict else ']'}"
+        left, right = ("(" if strict else "["), (")" if strict or math.isinf(high) else "]")
+        bounds = f"a number in {left}{low}, {high}{right}"
         valid = (
             isinstance(value, (int, float))
             and math.isfinite(value)
@@ -110,6 +111,16 @@ class BayesianConfig(LoraConfig):
                     f"{type(self).__name__}: {option.name} selects another variant of LoRA, which "
                     "cannot be combined with a posterior; leave it at its default."
                 )
+        if self.use_qalora:
+            raise BaraError(
+                f"{type(self).__name__}: use_qalora cannot be combined with a posterior."
+            )
+        self._require(
+            "init_lora_weights",
+            self.init_lora_weights,
+            self.init_lora_weights in (True, "gaussian", "eva"),
+            "True, 'gaussian' or 'eva', which start with B = 0 and so with the unchanged model",
+        )
 
 
 @dataclass

@@ -135,6 +135,7 @@ class Elbo:
     def __init__(self, model: nn.Module) -> None:
         self.configs: dict[str, BayesianConfig] = {}
         self.progress: float | None = None
+        self._warned_of_progress = False
         self.draws: Draws | None = None
         self.adapter_names: tuple[str, ...] | None = None
         self.forward: ForwardPass | None = None  # the open one, or the one being differentiated
@@ -258,7 +259,17 @@ class Elbo:
 
     def ramp(self, config: BayesianConfig) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""
-        if self.progress is None or config.warmup == 0:
+        if config.warmup == 0:
+            return 1.0
+        if self.progress is None:
+            if not self._warned_of_progress:
+                self._warned_of_progress = True
+                warnings.warn(
+                    "The KL's warm-up does not know how far training is, so the KL has its full "
+                    "weight from the first step. Call bara.set_progress(model, step / steps) in "
+                    "every step (bara.BayesianCallback does), or configure warmup=0.",
+                    stacklevel=2,
+                )
             return 1.0
         # Adam takes full steps along even the smallest KL gradient while B is still near zero, so
         # a weight that starts to rise at once would close the gates before the data has a say.

@@ -222,8 +222,8 @@ class BayesianLoraModel(LoraModel):
             layer, (Embedding, MultiheadAttention, ParamWrapper)
         ):
             raise BaraError(
-                f"{type(lora_config).__name__} cannot adapt {current_key}, a "
-                f"{type(target).__name__}: target linear and "
+                f"{type(lora_config).__name__} cannot adapt {current_key} "
+                f"({type(target).__name__}): target linear and "
                 "convolution layers only (exclude_modules leaves this one out)."
             )
         elbo = self.elbo

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 from typer import Option
 
 COLUMNS = {
-    "accuracy": ("accuracy", "{:.3f}"),
+    "accuracy": ("acc", "{:.3f}"),
     "nll": ("NLL", "{:.3f}"),
     "ece": ("ECE", "{:.3f}"),
     "brier": ("Brier", "{:.3f}"),
     "ood_auroc": ("OOD AUROC", "{:.3f}"),
     "s_bar": ("s_bar", "{:.2f}"),
     "r": ("r", "{}"),
-    "trainable_parameters": ("parameters", "{:,}"),
-    "seconds": ("seconds", "{:.0f}"),
+    "trainable_parameters": ("trained", "{:,}"),
+    "seconds": ("s", "{:.0f}"),
 }
 
 
@@ -35,6 +35,7 @@ def quickstart(
     from rich.console import Console
 
     from bara.cli.terminal import quieten_libraries
+    from bara.examples_data import minilm_path
     from bara.quickstart import run_quickstart
 
     quieten_libraries()
@@ -55,24 +56,21 @@ def quickstart(
     _print_table(console, results["rows"])
     _print_examples(console, results["examples"])
     console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:")
-    console.print(
-        f"  bara predict {output / 'bara'} --data TABLE.csv --output -\n"
-        f"  bara train --model {_model()} --data TABLE.csv --output my-adapter\n"
-        "  bara evaluate my-adapter --data TEST.csv",
-        highlight=False,
-    )
-
-
-def _model() -> str:
-    from bara.examples_data import minilm_path
-
-    return str(minilm_path())
+    for command in (
+        f"bara predict {output / 'bara'} --data TABLE.csv --output -",
+        f"bara train --model {minilm_path()} --data TABLE.csv --output my-adapter",
+        "bara evaluate my-adapter --data TEST.csv",
+    ):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
 
 
 def _print_table(console: Any, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table()
+    table = Table(
+        padding=(0, 0, 0, 1),
+        caption="acc: accuracy; trained: trainable parameters; s: seconds of training",
+    )
     table.add_column("")
     for heading, _ in COLUMNS.values():
         table.add_column(heading, justify="right")
