@@ -113,7 +113,7 @@ def test_balora_rank_space_noise_has_the_moments_of_sampled_weights():
     a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
     u = x @ a.T
     h = u / u.square().mean(-1, keepdim=True).sqrt()
-    alpha = (torch.nn.functional.softplus(posterior.network(h)) + 1e-6).detach()
+    alpha = (torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6).detach()
     torch.manual_seed(0)
     draws = 40_000
     weights = a + alpha.sqrt() * a.abs() * torch.randn(draws, *a.shape)
@@ -160,7 +160,7 @@ def test_balora_kl_counts_every_element_of_a():
     with torch.no_grad():
         u = x @ layer.lora_A["default"].weight.T
         h = u / u.square().mean(-1, keepdim=True).sqrt()
-        alpha = torch.nn.functional.softplus(posterior.network(h)) + 1e-6
+        alpha = torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6
         c = 0.2 / 0.8
         kl = 4 * 6 * 0.5 * ((alpha + 1) / c - 1 - torch.log(alpha / c))
     assert bara.kl_terms(model)["kl_global"] == pytest.approx(kl.mean().item(), rel=1e-4)
@@ -299,7 +299,7 @@ def test_balora_convolution_noise_has_the_variance_of_sampled_weights():
     a = layer.lora_A["default"].weight.detach()
     pooled = layer.lora_A["default"](x).mean(dim=(2, 3))
     h = pooled / pooled.square().mean(-1, keepdim=True).sqrt()
-    alpha = (torch.nn.functional.softplus(posterior.network(h)) + 1e-6).detach()
+    alpha = (torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6).detach()
     draws = 4000
     weights = a + alpha.view(1, 1, 1, 1) ** 0.5 * a.abs() * torch.randn(draws, *a.shape)
     u = torch.stack([torch.nn.functional.conv2d(x, w, padding=1)[0] for w in weights])

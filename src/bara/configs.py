@@ -56,7 +56,8 @@ class BayesianConfig(LoraConfig):
         metadata={
             "help": "What adapts to what: 'sequence' pools over an input (never for a causal "
             "language model: it would leak the future), 'token' lets every token decide for "
-            "itself. 'auto' is 'token' for models that generate, else the method's default."
+            "itself. 'auto' is 'token' for models that generate, 'sequence' for convolutions, "
+            "else the method's default: 'token' for BaRA, 'sequence' for BaLoRA."
         },
     )
 
@@ -229,6 +230,13 @@ class BaloraConfig(BayesianConfig):
 
     METHOD: ClassVar[str] = "BALORA"
 
+    kl_weight: float = field(
+        default=0.01,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A, so that "
+            "at 1, the ELBO, few examples hold alpha at the prior's c for every input."
+        },
+    )
     dropout_prior: float = field(
         default=0.1,
         metadata={
@@ -236,9 +244,9 @@ class BaloraConfig(BayesianConfig):
             "c = p / (1 - p)."
         },
     )
-    init_noise: float = field(
-        default=0.1,
-        metadata={"help": "Where the relative variance alpha > 0 starts."},
+    init_noise: float | None = field(
+        default=None,
+        metadata={"help": "Where the relative variance alpha > 0 starts; None for the prior's c."},
     )
     hidden_size: int = field(
         default=16,
@@ -248,7 +256,7 @@ class BaloraConfig(BayesianConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_real("dropout_prior", low=0, high=1, strict=True)
-        self._require_real("init_noise", low=0, strict=True)
+        self._require_real("init_noise", low=0, strict=True, optional=True)
         self._require("hidden_size", self.hidden_size, self.hidden_size >= 1, "an integer >= 1")
 
     @property

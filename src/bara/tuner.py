@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import (
     LoraVariant,
     MultiheadAttention,
     ParamWrapper,
+    _ConvNd,
 )
 from torch import Tensor, nn
 
@@ -226,6 +227,8 @@ class BayesianLoraModel(LoraModel):
                 f"({type(target).__name__}): target linear and "
                 "convolution layers only (exclude_modules leaves this one out)."
             )
+        if lora_config.granularity == "auto" and isinstance(layer, _ConvNd):
+            granularity = "sequence"  # a gate per image, not per pixel
         elbo = self.elbo
         elbo.configs[adapter_name] = lora_config
         posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)

@@ -25,6 +25,9 @@ from bara.posteriors.base import (
     wide,
 )
 
+SCALE = 10.0
+"""Fixed factor on the network's output: at LoRA's learning rates alpha would hardly move."""
+
 
 class BaloraPosterior(Posterior):
     """The network behind one layer's noise level alpha_l(x), and its prior.
@@ -43,13 +46,14 @@ class BaloraPosterior(Posterior):
         output = self.network[-1]
         assert isinstance(output, nn.Linear)
         nn.init.zeros_(output.weight)
-        nn.init.constant_(output.bias, math.log(math.expm1(config.init_noise)))
+        start = config.noise_prior if config.init_noise is None else config.init_noise
+        nn.init.constant_(output.bias, math.log(math.expm1(start)) / SCALE)
 
     def alpha(self, space: RankSpace) -> Tensor:
         """The noise level, (B, 1 or T, 1), positive."""
         features = rms_normalised(space.pooled(self.granularity).detach())
         raw = self.network(features.to(next(self.network.parameters()).dtype))
-        return softplus(wide(raw)) + 1e-6
+        return softplus(SCALE * wide(raw)) + 1e-6
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None and not with_kl:
