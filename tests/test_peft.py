@@ -74,11 +74,11 @@ def test_save_and_load(method, name, tmp_path):
     assert type(config) is {"bara": BaraConfig, "balora": BaloraConfig}[method]
     assert config.num_observations == 50
     loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path)
-    torch.testing.assert_close(logits(loaded), logits(model), atol=0, rtol=0)
-    torch.testing.assert_close(logits(loaded, seed=1), logits(model, seed=1), atol=0, rtol=0)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits(loaded, seed=1), logits(model, seed=1), atol=1e-6, rtol=0)
     assert not torch.equal(logits(loaded, seed=1), logits(loaded))
     lean = PeftModel.from_pretrained(MODELS[name](), tmp_path, low_cpu_mem_usage=True)
-    torch.testing.assert_close(logits(lean, seed=1), logits(model, seed=1), atol=0, rtol=0)
+    torch.testing.assert_close(logits(lean, seed=1), logits(model, seed=1), atol=1e-6, rtol=0)
 
 
 OTHER_PROCESS = """
@@ -263,9 +263,9 @@ def test_calibrated_gates_merge_at_their_average():
         h = u / u.square().mean(-1, keepdim=True).sqrt()
         v = (torch.arange(20_000) + 0.5) / 20_000
         shift = 0.66 * torch.log((v + 0.1) / (1.1 - v))
-        local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
+        local = 20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
         g = torch.sigmoid(local.unsqueeze(-1) - shift).mean(-1).mean(0)
-        z = torch.sigmoid((10 * posterior.global_logit).unsqueeze(-1) - shift).mean(-1)
+        z = torch.sigmoid((20 * posterior.global_logit).unsqueeze(-1) - shift).mean(-1)
         b = layer.lora_B["default"].weight * (z * g)
         expected = layer.base_layer(x) + 2.0 * u @ b.T
         unmerged = model(x=x)["logits"]

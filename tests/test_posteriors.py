@@ -48,8 +48,8 @@ def test_bara_mean_is_lora_with_expected_gates():
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     u = x @ a.T
     h = u / u.square().mean(-1, keepdim=True).sqrt()
-    local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
-    m = gate_mean(10 * posterior.global_logit) * gate_mean(local)
+    local = 20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
+    m = gate_mean(20 * posterior.global_logit) * gate_mean(local)
     expected = layer.base_layer(x) + 2.0 * (m * u) @ b.T
     torch.testing.assert_close(model(x=x)["logits"], expected, atol=1e-5, rtol=1e-5)
 
@@ -75,10 +75,10 @@ def test_bara_draws_are_the_explicit_weights(options):
         return draws.numbers(f"layer/{name}", kind, (4,), torch.device("cpu"))
 
     for d in range(2):
-        m = gate(10 * posterior.global_logit, numbers("z", "uniform")[d])
-        m = m * (1 + (10 * posterior.noise_logit).exp().sqrt() * numbers("eps", "normal")[d])
+        m = gate(20 * posterior.global_logit, numbers("z", "uniform")[d])
+        m = m * (1 + (20 * posterior.noise_logit).exp().sqrt() * numbers("eps", "normal")[d])
         if posterior.config.local_gate:
-            local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
+            local = 20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
             m = m * gate(local, numbers("g", "uniform")[d])
         if posterior.config.intensity:
             k = posterior.intensity_log_shape.exp()
@@ -135,11 +135,11 @@ def test_bara_kl_is_the_sum_of_its_parts():
     terms = bara.kl_terms(model)
     with torch.no_grad():
         shift = 0.66 * math.log(0.1 / 1.1)
-        z = torch.sigmoid(10 * posterior.global_logit - shift)
+        z = torch.sigmoid(20 * posterior.global_logit - shift)
         u = x @ layer.lora_A["default"].weight.T
         h = u / u.square().mean(-1, keepdim=True).sqrt()
-        g = torch.sigmoid(10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias) - shift)
-        alpha = (10 * posterior.noise_logit).exp()
+        g = torch.sigmoid(20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias) - shift)
+        alpha = (20 * posterior.noise_logit).exp()
         noise = 0.5 * ((alpha + 1) / 0.5 - 1 - torch.log(alpha / 0.5))
         columns = layer.lora_B["default"].weight.square().sum(0) / (2 * 0.2**2)
         gates = kl_divergence(Bernoulli(z.double()), Bernoulli(torch.tensor(0.4).double()))
@@ -277,8 +277,8 @@ def test_convolutions_share_a_gate_over_the_image():
     u = layer.lora_A["default"](x)
     pooled = u.mean(dim=(2, 3))
     h = pooled / pooled.square().mean(-1, keepdim=True).sqrt()
-    local = 10 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
-    m = gate_mean(10 * posterior.global_logit) * gate_mean(local)
+    local = 20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
+    m = gate_mean(20 * posterior.global_logit) * gate_mean(local)
     expected = layer.base_layer(x) + 2.0 * layer.lora_B["default"](u * m[:, :, None, None])
     torch.testing.assert_close(layer_output(model, layer, x), expected, atol=1e-5, rtol=1e-4)
 

@@ -190,10 +190,10 @@ class BaraConfig(BayesianConfig):
         metadata={"help": "Where the logits of the gates start; 3 is open with P = 0.99."},
     )
     logit_scale: float = field(
-        default=10.0,
+        default=20.0,
         metadata={
-            "help": "Fixed factor > 0 between parameter and logit: at LoRA's learning rates "
-            "gates with factor 1 hardly move."
+            "help": "Fixed factor > 0 between parameter and logit (and log alpha): at LoRA's "
+            "learning rates gates with factor 1 hardly move."
         },
     )
 
