@@ -1,11 +1,13 @@
 """The KL reaches the loss with the same weight however the training loop is built."""
 
 import copy
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -468,3 +470,74 @@ def test_multiple_choice_rows_are_the_choices():
     loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2])).loss
     loss.backward()
     assert bara.kl_terms(model)["kl_local"] > 0
+
+
+def test_passes_are_forgotten_once_they_are_differentiated():
+    model = net()
+    x, y = batch()
+    passes = []
+    for _ in range(4):
+        output = model(x=x, labels=y)
+        passes.append(weakref.ref(model.base_model.model.bara_elbo.last))
+        output["loss"].backward()
+        del output
+    gc.collect()
+    assert [reference() is None for reference in passes] == [True, True, True, False]
+
+
+class Shared(torch.nn.Module):
+    """One linear layer, applied several times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 6)
+        self.times = times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.layer(x).tanh()
+        return {"logits": x}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shared_layer_pays_its_kl_once(method):
+    values = []
+    for times in (1, 3):
+        torch.manual_seed(0)
+        model = stir(adapt(Shared(times), method, target_modules=["layer"])).train()
+        if method == "balora":  # make alpha the same for every input
+            torch.nn.init.zeros_(layer_posterior(model)[1].network[-1].weight)
+        model(x=torch.ones(2, 6))
+        values.append(bara.kl_terms(model)["kl_global"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_training_in_evaluation_mode_warns():
+    model = net().eval()
+    x, y = batch()
+    with pytest.warns(UserWarning, match=r"Call model\.train\(\)"):
+        model(x=x, labels=y)["loss"].backward()
+
+
+def test_a_frozen_adapter_asks_for_nothing():
+    model = net(num_observations=None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    x, y = batch()
+    x.requires_grad_()
+    model(x=x, labels=y)["loss"].backward()
+    assert x.grad is not None
+
+
+def test_kl_reaches_a_posterior_whose_matrices_are_frozen():
+    model = net()
+    layer, posterior = layer_posterior(model)
+    layer.lora_A.requires_grad_(False)
+    layer.lora_B.requires_grad_(False)
+    x, y = batch()
+    with bara.sampling(model, seed=0):
+        output = model(x=x, labels=y)
+    data = (output["logits"] - y).square().mean()
+    assert output["loss"].item() > data.item()
+    output["loss"].backward()
+    assert posterior.global_logit.grad.abs().sum() > 0

@@ -384,3 +384,73 @@ def test_a_configuration_survives_json(tmp_path):
     loaded = PeftConfig.from_pretrained(tmp_path)
     assert loaded.global_prior_beta == (1.0, 2.0)
     assert loaded.kl_weight == 0.5
+
+
+# -- two adapters at once ------------------------------------------------------------------------
+
+
+def two_adapters(rank):
+    torch.manual_seed(0)
+    model = adapt(TinyNet(), target_modules=["layer"])
+    config = BaraConfig(r=rank, lora_alpha=8, num_observations=9, target_modules=["layer"])
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    return stir(model).eval()
+
+
+def test_adapters_of_different_rank_draw_together():
+    model = two_adapters(rank=2)
+    x = torch.randn(3, 6)
+    with bara.sampling(model, seed=0):
+        both = model(x=x)["logits"]
+    assert both.shape == (3, 5)
+    with pytest.raises(BaraError, match="set_adapter"):
+        bara.effective_rank(model, {"x": x})
+
+
+def test_adapters_that_are_active_together_draw_independently():
+    model = two_adapters(rank=4)
+    layer, _ = layer_posterior(model)
+    keys = [layer.lora_variant[name]._noise_key(layer, name) for name in ("default", "other")]
+    assert keys == ["layer", "layer#1"]
+    x = torch.randn(1, 6)
+
+    def draws():
+        with torch.no_grad(), bara.sampling(model, num_draws=4000, seed=0):
+            return model(x=x.repeat(4000, 1))["logits"]
+
+    together = draws().var(0)
+    alone = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone.append(draws().var(0))
+    torch.testing.assert_close(together, alone[0] + alone[1], rtol=0.25, atol=1e-3)
+
+
+def test_weighted_combinations_are_refused():
+    model = two_adapters(rank=4)
+    with pytest.raises(BaraError, match="weighted"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
+
+
+def test_a_refused_merge_leaves_every_layer_as_it_was():
+    model = stir(adapt(tiny_llama(), task_type="CAUSAL_LM"))
+    layers = [m for m in model.modules() if hasattr(m, "lora_posterior")]
+    for layer in layers[:-1]:
+        layer.lora_posterior["default"].calibrated_gate = torch.ones(4)
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in layers)
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        model.merge_and_unload()
+    assert sum(hasattr(m, "lora_posterior") for m in model.modules()) == len(layers)
+
+
+def test_training_makes_a_calibration_stale():
+    torch.manual_seed(0)
+    model = stir(adapt(TinyNet(), target_modules=["layer"]))
+    x = torch.randn(8, 6)
+    bara.calibrate_gates(model, {"x": x})
+    model.train()(x=x)
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        model.merge_adapter()

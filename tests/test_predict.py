@@ -204,3 +204,31 @@ def test_bad_input(model, tiny_bert):
         bara.predict(broken, rows())
     with pytest.raises(BaraError, match="No Bayesian adapter is active"), model.disable_adapter():
         bara.effective_rank(model, rows())
+
+
+def test_the_mean_is_the_mean_inside_a_sampling_context(model):
+    expected = bara.predict(model, rows(), deterministic=True).probs
+    rank = bara.effective_rank(model, rows()).soft
+    with bara.sampling(model, seed=0):
+        inside = bara.predict(model, rows(), deterministic=True).probs
+        rank_inside = bara.effective_rank(model, rows()).soft
+    torch.testing.assert_close(inside, expected)
+    torch.testing.assert_close(rank_inside, rank)
+
+
+def test_batches_that_are_not_mappings_of_tensors_are_refused(model):
+    with pytest.raises(BaraError, match="mapping of names to tensors"):
+        bara.predict(model, {"input_ids": [[5, 6]]})
+    pairs = DataLoader(torch.utils.data.TensorDataset(torch.ones(2, 3, dtype=torch.long)))
+    with pytest.raises(BaraError, match=r"mapping of names to tensors.*got list"):
+        bara.predict(model, pairs)
+
+
+def test_loaders_without_a_length(model):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([rows()[i] for i in range(4)])
+
+    loader = DataLoader(Stream(), batch_size=2, collate_fn=pad_rows)
+    expected = bara.predict(model, rows().select(range(4))).probs
+    torch.testing.assert_close(bara.predict(model, loader).probs, expected, atol=1e-5, rtol=1e-4)

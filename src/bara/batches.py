@@ -45,8 +45,19 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
 
 
 def num_rows(batch: Mapping[str, Any]) -> int:
-    """Number of inputs in a batch."""
-    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+    """Number of inputs in a batch.
+
+    Raises:
+        BaraError: it is not a mapping with tensors.
+    """
+    tensors = batch.values() if isinstance(batch, Mapping) else ()
+    for value in tensors:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return int(value.shape[0])
+    raise BaraError(
+        "A batch must be a mapping of names to tensors, such as a tokeniser gives with "
+        f"return_tensors='pt'; got {type(batch).__name__}."
+    )
 
 
 def batches(
@@ -84,7 +95,11 @@ def batches(
         yield dict(data), list(range(num_rows(data)))
     elif isinstance(data, DataLoader):
         seen = 0
-        for batch in bar(data, len(data) if hasattr(data, "__len__") else None):
+        try:
+            total: int | None = len(data)
+        except TypeError:  # an iterable data set
+            total = None
+        for batch in bar(data, total):
             rows = num_rows(batch)
             yield dict(batch), list(range(seen, seen + rows))
             seen += rows

@@ -52,7 +52,7 @@ class Draws:
         self.num_draws = num_draws
         self.first = first
         self.seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
-        self._cache: dict[tuple[str, torch.device], Tensor] = {}
+        self._cache: dict[tuple[str, tuple[int, ...], torch.device], Tensor] = {}
 
     def rows(self, batch_size: int, device: torch.device) -> Tensor:
         """Which draw each row of the batch belongs to, (B,): the batch is S blocks, draw by draw.
@@ -72,7 +72,7 @@ class Draws:
 
     def numbers(self, key: str, kind: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The random numbers called `key` of all draws, (S, *shape), float32."""
-        cached = self._cache.get((key, device))
+        cached = self._cache.get((key, shape, device))
         if cached is None:
             sample = torch.randn if kind == "normal" else torch.rand
             name = zlib.crc32(key.encode())
@@ -82,7 +82,7 @@ class Draws:
                     for draw in range(self.first, self.first + self.num_draws)
                 ]
             ).to(device)
-            self._cache[key, device] = cached
+            self._cache[key, shape, device] = cached
         return cached
 
 

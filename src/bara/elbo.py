@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,15 +30,25 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 @dataclass
 class Terms:
-    """The KL terms that one adapter's layers handed up in one forward pass, a list entry each.
+    """The KL terms that one adapter's layers handed up in one forward pass.
 
-    They are reduced when the pass is over: recomputation under gradient checkpointing repeats what
-    a layer did, and the reduction must not be part of it.
+    A list per layer, with an entry for every use of it: a layer that is applied several times
+    (shared weights) has one posterior, and its KL is the mean of the entries. They are reduced when
+    the pass is over: recomputation under gradient checkpointing repeats what a layer did, and the
+    reduction must not be part of it.
     """
 
-    kl_global: list[Tensor] = field(default_factory=list)
-    kl_local: list[Tensor] = field(default_factory=list)
+    kl_global: dict[str, list[Tensor]] = field(default_factory=dict)
+    kl_local: dict[str, list[Tensor]] = field(default_factory=dict)
     activity: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Reached:
+    """Which gradients of a pass have been computed."""
+
+    kl: bool = False
+    data: bool = False
 
 
 @dataclass(eq=False)
@@ -54,6 +64,8 @@ class ForwardPass:
         adapter_names: PEFT's adapter per row of a mixed batch.
         training: whether KL is collected: train mode with gradients.
         terms: KL collected, by adapter.
+        trainable: whether a layer that can be trained took part.
+        kl: the weighted KL, until it is in a loss.
     """
 
     batch_size: int
@@ -64,11 +76,11 @@ class ForwardPass:
     adapter_names: tuple[str, ...] | None = None
     training: bool = False
     terms: dict[str, Terms] = field(default_factory=dict)
+    trainable: bool = False
     open: bool = True
     kl: Tensor | None = None
     kl_in_loss: bool = False
-    kl_reached: bool = False
-    data_reached: bool = False
+    reached: Reached = field(default_factory=Reached)
 
     def mask(self, positions: int, rows: Tensor | None) -> Tensor | None:
         """The padding mask of a layer with this many positions per row, None if it has none."""
@@ -106,6 +118,7 @@ class ForwardPass:
     def add(
         self,
         adapter: str,
+        layer: str,
         kl_global: Tensor | None,
         kl_local: Tensor | None,
         activity: Tensor | None,
@@ -115,18 +128,35 @@ class ForwardPass:
             return
         terms = self.terms.setdefault(adapter, Terms())
         if kl_global is not None:
-            terms.kl_global.append(kl_global)
+            terms.kl_global.setdefault(layer, []).append(kl_global)
         if kl_local is not None:
-            terms.kl_local.append(kl_local)
+            terms.kl_local.setdefault(layer, []).append(kl_local)
         if activity is not None:
             terms.activity.append(activity.detach())
 
-    def total(self, parts: list[Tensor]) -> Tensor | None:
+    def total(self, layers: dict[str, list[Tensor]]) -> Tensor | None:
         """A KL term summed over the layers and averaged over the batch; None without layers."""
+        parts = [
+            torch.stack([self.mean_over_rows(use) for use in uses]).mean()
+            if len(uses) > 1
+            else self.mean_over_rows(uses[0])
+            for uses in layers.values()
+        ]
         if not parts:
             return None
-        device = parts[0].device
-        return torch.stack([self.mean_over_rows(part).to(device) for part in parts]).sum()
+        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+    def release(self) -> None:
+        """Lets go of the graph of the KL, once it is part of a loss."""
+        self.kl = None
+        for terms in self.terms.values():
+            for layers in (terms.kl_global, terms.kl_local):
+                for layer, uses in layers.items():
+                    layers[layer] = [use.detach() for use in uses]
+
+    def for_recomputation(self) -> ForwardPass:
+        """What a layer needs when it runs again in the backward pass, without the graph."""
+        return replace(self, open=False, terms={}, kl=None)
 
 
 class Elbo:
@@ -171,8 +201,8 @@ class Elbo:
         return forward if forward is not None and (forward.open or recomputing) else None
 
     @contextmanager
-    def drawing(self, draws: Draws) -> Iterator[None]:
-        """Forward passes inside use these draws."""
+    def drawing(self, draws: Draws | None) -> Iterator[None]:
+        """Forward passes inside use these draws, or with None the posterior mean."""
         before = self.draws
         self.draws = draws
         try:
@@ -234,12 +264,13 @@ class Elbo:
         if forward is None:
             return outputs
         forward.open = False
-        if not forward.training or outputs is None:
+        if outputs is None or not (forward.training or forward.trainable):
             return outputs
-        self.last = forward
-        given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        forward.kl = self._weighted_kl(forward)
+        if forward.training:
+            self.last = forward
+            forward.kl = self._weighted_kl(forward)
         self._watch(forward, outputs)
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
         return _complete(outputs, forward, has_labels=given.get("labels") is not None)
 
     def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
@@ -289,13 +320,22 @@ class Elbo:
 
     def _watch(self, forward: ForwardPass, outputs: Any) -> None:
         """Notes which gradients arrive, and gives the pass back to layers recomputed for it."""
+        reached, recomputation = forward.reached, forward.for_recomputation()
+        without_kl = forward.trainable and forward.kl is None
 
         def kl_reached(_: Tensor) -> None:
-            forward.kl_reached = True
+            reached.kl = True
 
         def data_reached(_: Tensor) -> None:
-            forward.data_reached = True
-            self.forward = forward
+            self.forward = recomputation
+            if without_kl and not reached.data:
+                warnings.warn(
+                    "Gradients reached a Bayesian adapter in a pass without KL, because the model "
+                    "or a part of it was in evaluation mode: it trains as plain LoRA does. Call "
+                    "model.train() before training.",
+                    stacklevel=2,
+                )
+            reached.data = True
 
         if forward.kl is not None and forward.kl.requires_grad:
             forward.kl.register_hook(kl_reached)
@@ -304,9 +344,10 @@ class Elbo:
                 tensor.register_hook(data_reached)
 
     def _check_consumed(self) -> None:
-        last = self.last
-        self.last = None
-        if last is not None and last.data_reached and not last.kl_reached and last.kl is not None:
+        last, self.last = self.last, None
+        if last is None or not last.terms:
+            return
+        if last.reached.data and not last.reached.kl:
             warnings.warn(
                 "The last training step differentiated the model's outputs but not its KL: it "
                 "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "
@@ -317,7 +358,7 @@ class Elbo:
     def kl_loss(self) -> Tensor:
         """See `bara.kl_loss`."""
         last = self.last
-        if last is None or last.kl is None:
+        if last is None or not last.terms:
             raise BaraError(
                 "There is no KL to add: call kl_loss after a forward pass in train mode (with "
                 "gradients and an active Bayesian adapter), once per pass."
@@ -327,6 +368,7 @@ class Elbo:
                 "The KL of this step is already in outputs.loss, because labels were given to the "
                 "model. Use outputs.loss, or do not pass labels and add kl_loss to your own loss."
             )
+        assert last.kl is not None
         return last.kl
 
 
@@ -337,21 +379,31 @@ def _complete(outputs: Any, forward: ForwardPass, has_labels: bool) -> Any:
         if forward.kl is not None:
             forward.kl_in_loss = True
             loss = loss + forward.kl.to(loss.device)
+            forward.release()
         return forward.share * loss
 
+    if isinstance(outputs, tuple):
+        first = outputs[0] if outputs else None
+        if not (has_labels and isinstance(first, Tensor) and first.dim() == 0):
+            return outputs
+        completed = (elbo(first), *outputs[1:])
+        return type(outputs)(*completed) if hasattr(outputs, "_fields") else completed
     if isinstance(outputs, Mapping):
         if isinstance(outputs.get("loss"), Tensor):
             outputs["loss"] = elbo(outputs["loss"])  # type: ignore[index]
-    elif isinstance(outputs, tuple) and has_labels and outputs[0].dim() == 0:
-        outputs = (elbo(outputs[0]), *outputs[1:])
+    elif isinstance(getattr(outputs, "loss", None), Tensor):
+        outputs.loss = elbo(outputs.loss)
     return outputs
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    if isinstance(values, Tensor):
-        return [values]
-    return [value for value in values if isinstance(value, Tensor)]
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = outputs.values()
+    elif not isinstance(outputs, (tuple, list)):
+        outputs = vars(outputs).values() if hasattr(outputs, "__dict__") else ()
+    return [value for value in outputs if isinstance(value, Tensor)]
 
 
 def _is_multiple_choice(given: dict[str, Any]) -> bool:

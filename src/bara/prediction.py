@@ -59,8 +59,8 @@ def predict(
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
-    elbo = None if deterministic else Elbo.of(model)
-    draws = _Portions(elbo, num_draws if elbo is not None else 1, seed)
+    elbo = Elbo.of(model)
+    draws = _Portions(elbo, None if deterministic or elbo is None else num_draws, seed)
     device = next(model.parameters()).device
     takes = _accepted(model)
     was_training = model.training
@@ -117,9 +117,10 @@ def evaluate(
 class _Portions:
     """S draws, computed in as many forward passes as the batch size asks for."""
 
-    def __init__(self, elbo: Elbo | None, num_draws: int, seed: int) -> None:
+    def __init__(self, elbo: Elbo | None, num_draws: int | None, seed: int) -> None:
         self.elbo = elbo
-        self.num_draws = num_draws
+        self.mean = num_draws is None
+        self.num_draws = num_draws or 1
         self.seed = seed
         self._draws: dict[tuple[int, int], Draws] = {}
 
@@ -129,6 +130,9 @@ class _Portions:
         rows = num_rows(batch)
         if self.elbo is None:
             return _logits(model(**batch), rows).unsqueeze(0)
+        if self.mean:
+            with self.elbo.drawing(None):
+                return _logits(model(**batch), rows).unsqueeze(0)
         at_once = max(1, min(self.num_draws, batch_size // rows))
         parts = []
         for first in range(0, self.num_draws, at_once):

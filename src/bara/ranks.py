@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bara.batches import Collate, batches, to_device
-from bara.elbo import Elbo
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
 from bara.training import elbo_of
@@ -76,36 +76,34 @@ def effective_rank(
     Raises:
         BaraError: no Bayesian adapter is active, or the data cannot be used.
     """
-    soft: dict[str, list[Tensor]] = {}
-    hard: dict[str, list[Tensor]] = {}
-    ranks: dict[str, int] = {}
+    uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    owners: dict[str, Posterior] = {}
 
     def observe(layer: str, posterior: Posterior, space: RankSpace) -> None:
+        if owners.setdefault(layer, posterior) is not posterior:
+            raise BaraError(
+                "Two Bayesian adapters are active together: choose the one whose rank you want "
+                "with model.set_adapter(name)."
+            )
         probability = posterior.open_probability(space)
-        ranks[layer] = probability.shape[-1]
-        soft.setdefault(layer, []).append(space.mean_over_positions(probability.sum(-1)).cpu())
-        count = (probability > 0.5).sum(-1).float()
-        hard.setdefault(layer, []).append(space.mean_over_positions(count).cpu())
+        count = (probability > 0.5).sum(-1).to(probability.dtype)
+        soft = space.mean_over_positions(probability.sum(-1))
+        uses.setdefault(layer, []).append((soft.cpu(), space.mean_over_positions(count).cpu()))
 
-    order = _observe(model, data, observe, batch_size, collate_fn, progress)
-    position = torch.tensor(order).argsort()
-
-    def stack(parts: dict[str, list[Tensor]]) -> Tensor:
-        rows = []
-        for values in parts.values():
-            joined = torch.cat(values)
-            # a layer that is used k times in a pass reports k values per input
-            rows.append(joined if len(joined) == len(order) else _mean_of_uses(values, len(order)))
-        return torch.stack(rows)[:, position]
-
-    return EffectiveRank(tuple(soft), tuple(ranks.values()), stack(soft), stack(hard))
-
-
-def _mean_of_uses(values: list[Tensor], inputs: int) -> Tensor:
-    uses = sum(len(value) for value in values) // inputs
-    return torch.cat(
-        [torch.stack(values[i : i + uses]).mean(dim=0) for i in range(0, len(values), uses)]
-    )
+    parts: list[Tensor] = []  # (2, L, n) per batch
+    order: list[int] = []
+    for index in _observed(model, data, observe, batch_size, collate_fn, progress):
+        # a layer used several times, or with several rows per input, counts once
+        means = [
+            torch.stack([torch.stack(use) for use in layer]).mean(0).view(2, len(index), -1).mean(2)
+            for layer in uses.values()
+        ]
+        parts.append(torch.stack(means, dim=1))
+        order += index
+        uses.clear()
+    soft, hard = torch.cat(parts, dim=2)[:, :, torch.tensor(order).argsort()]
+    ranks = tuple(posterior.rank for posterior in owners.values())
+    return EffectiveRank(tuple(owners), ranks, soft, hard)
 
 
 def calibrate_gates(
@@ -134,26 +132,23 @@ def calibrate_gates(
             totals[posterior] = totals.get(posterior, torch.zeros_like(mean)) + rows * mean
             weights[posterior] = weights.get(posterior, 0) + rows
 
-    _observe(model, data, observe, batch_size, collate_fn, progress)
+    for _ in _observed(model, data, observe, batch_size, collate_fn, progress):
+        pass
     for posterior, total in totals.items():
         posterior.calibrated_gate = total / weights[posterior]
 
 
-@torch.no_grad()
-def _observe(
+def _observed(
     model: nn.Module,
     data: Any,
-    observe: Any,
+    observe: Callable[[str, Posterior, RankSpace], None],
     batch_size: int,
     collate_fn: Collate | None,
     progress: bool | None,
-) -> list[int]:
-    """Runs the data through the model in mean mode with an observer; returns the rows' order."""
-    elbo: Elbo = elbo_of(model)
+) -> Iterator[list[int]]:
+    """Runs the data through the model in mean mode with an observer; yields each batch's rows."""
+    elbo = elbo_of(model)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    order: list[int] = []
     called = False
 
     def wrapped(layer: str, posterior: Posterior, space: RankSpace) -> None:
@@ -161,14 +156,17 @@ def _observe(
         called = True
         observe(layer, posterior, space)
 
-    try:
-        with elbo.observing(wrapped):
-            for batch, index in batches(data, model, batch_size, collate_fn, progress, "ranks"):
-                batch.pop("labels", None)
+    for batch, index in batches(data, model, batch_size, collate_fn, progress, "ranks"):
+        batch.pop("labels", None)
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), elbo.drawing(None), elbo.observing(wrapped):
                 model(**to_device(batch, device))
-                order += index
-    finally:
-        model.train(was_training)
-    if not called:
-        raise BaraError("No Bayesian adapter is active: enable it, and unmerge it if it is merged.")
-    return order
+        finally:
+            model.train(was_training)
+        if not called:
+            raise BaraError(
+                "No Bayesian adapter is active: enable it, and unmerge it if it is merged."
+            )
+        yield index

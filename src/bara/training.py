@@ -171,6 +171,11 @@ class BayesianCallback(TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         elbo = elbo_of(model)
+        if args.n_gpu > 1:
+            raise BaraError(
+                "torch.nn.DataParallel runs the model in several threads, where the KL of a step "
+                "cannot be told apart. Start one process per GPU instead (torchrun, accelerate)."
+            )
         n = self.num_observations
         if n is None:
             n = count_observations(kwargs["train_dataloader"], model)

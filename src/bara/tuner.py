@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import (
-    Embedding,
-    LoraLayer,
-    LoraVariant,
-    MultiheadAttention,
-    ParamWrapper,
-    _ConvNd,
-)
+from peft.tuners.lora.layer import LoraLayer, LoraVariant, _ConvNd
 from torch import Tensor, nn
 
 from bara.configs import BayesianConfig
@@ -59,7 +52,14 @@ class RankSpaceVariant(LoraVariant):
         """PEFT's hook: the layer's output with the adapter's contribution."""
         posterior = posteriors(module)[active_adapter]
         forward = self._forward_pass(posterior, x)
-        trainable = posterior.training and module.lora_B[active_adapter].weight.requires_grad
+        trainable = any(
+            parameter.requires_grad
+            for part in (module.lora_A[active_adapter], module.lora_B[active_adapter], posterior)
+            for parameter in part.parameters()
+        )
+        if trainable and torch.is_grad_enabled():
+            forward.trainable = True
+        trainable = trainable and posterior.training
         with_kl = trainable and torch.is_grad_enabled()
         if with_kl:
             self.elbo.require_observations(active_adapter)
@@ -72,14 +72,26 @@ class RankSpaceVariant(LoraVariant):
         x = module.lora_dropout[active_adapter](x)
         space, restore = self._rank_space(module, active_adapter, x, forward)
         rows = forward.rows_of(active_adapter, x.device)
-        noise = forward.noise(self.layer, rows, space.u.shape[0], x.device, posterior.training)
+        noise = forward.noise(
+            self._noise_key(module, active_adapter),
+            rows,
+            space.u.shape[0],
+            x.device,
+            posterior.training,
+        )
         output = posterior(space, noise, with_kl=with_kl)
         if with_kl:
-            forward.add(active_adapter, output.kl_global, output.kl_local, output.activity)
+            forward.add(active_adapter, self.layer, *output[1:])
         for observe in self.elbo.observers:
             observe(self.layer, posterior, space)
         u = restore(output.u)
         return result + module.lora_B[active_adapter](u) * module.scaling[active_adapter]
+
+    def _noise_key(self, module: LoraLayer, adapter: str) -> str:
+        """Adapters that are active together draw independently; a lone one whatever its name."""
+        active = module.active_adapters
+        position = active.index(adapter) if adapter in active else 0
+        return f"{self.layer}#{position}" if position else self.layer
 
     def _forward_pass(self, posterior: Posterior, x: Tensor) -> ForwardPass:
         forward = self.elbo.current()
@@ -209,6 +221,12 @@ class BayesianLoraModel(LoraModel):
         parameter_name: str | None = None,
     ) -> None:
         granularity = resolve_granularity(lora_config, self.model)
+        base = target.get_base_layer() if isinstance(target, LoraLayer) else target
+        if parameter_name is not None or isinstance(base, (nn.Embedding, nn.MultiheadAttention)):
+            raise BaraError(
+                f"{type(lora_config).__name__} cannot adapt {current_key} ({type(base).__name__}): "
+                "target linear and convolution layers only (exclude_modules leaves this one out)."
+            )
         super()._create_and_replace(
             lora_config,
             adapter_name,
@@ -219,14 +237,7 @@ class BayesianLoraModel(LoraModel):
             parameter_name=parameter_name,
         )
         layer = parent.get_submodule(target_name)
-        if not isinstance(layer, LoraLayer) or isinstance(
-            layer, (Embedding, MultiheadAttention, ParamWrapper)
-        ):
-            raise BaraError(
-                f"{type(lora_config).__name__} cannot adapt {current_key} "
-                f"({type(target).__name__}): target linear and "
-                "convolution layers only (exclude_modules leaves this one out)."
-            )
+        assert isinstance(layer, LoraLayer)
         if lora_config.granularity == "auto" and isinstance(layer, _ConvNd):
             granularity = "sequence"  # a gate per image, not per pixel
         elbo = self.elbo
@@ -253,7 +264,29 @@ class BayesianLoraModel(LoraModel):
         super().delete_adapter(adapter_name)
         self.elbo.configs.pop(adapter_name, None)
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Refuses before the first layer is changed, not in the middle."""
+        for module in self.model.modules():
+            for name in adapter_names or self.active_adapters:
+                if isinstance(module, LoraLayer) and name in module.lora_variant:
+                    posteriors(module)[name].mean_scale()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of adapters has no posterior of the same family."""
+        raise BaraError(
+            "Bayesian adapters cannot be combined into a weighted one: the sum has no posterior of "
+            "the same family. Activate several with set_adapter([...]), or merge them one by one."
+        )
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("merge", args[0] if args else True):
+            self._check_mergeable(kwargs.get("adapter_names"))
         # unlike its annotation, PEFT's method returns the model
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         self.elbo.detach(model)

@@ -37,9 +37,8 @@ class BaloraPosterior(Posterior):
     """
 
     def __init__(self, config: BaloraConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(granularity)
+        super().__init__(rank, granularity)
         self.config = config
-        self.rank = rank
         self.network = nn.Sequential(
             nn.Linear(rank, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, 1)
         )

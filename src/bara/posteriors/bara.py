@@ -43,9 +43,8 @@ class BaraPosterior(Posterior):
     """The gates, intensities, noise and priors of one layer's r factors."""
 
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(granularity)
+        super().__init__(rank, granularity)
         self.config = config
-        self.rank = rank
         self.calibrated_gate: Tensor | None = None  # E[g theta] over data, see calibrate_gates
         start = config.init_logit / config.logit_scale
         if config.global_gate:
@@ -71,6 +70,7 @@ class BaraPosterior(Posterior):
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u, None, None, None)
+            self.calibrated_gate = None  # the gates are about to change
             return PosteriorOutput(u, *self._kl(space, features))
 
     def _features(self, space: RankSpace) -> Tensor | None:

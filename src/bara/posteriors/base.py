@@ -81,8 +81,9 @@ class Posterior(nn.Module):
     Made by `Family(config, rank, granularity)`.
     """
 
-    def __init__(self, granularity: Granularity) -> None:
+    def __init__(self, rank: int, granularity: Granularity) -> None:
         super().__init__()
+        self.rank = rank
         self.granularity = granularity
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
