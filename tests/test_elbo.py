@@ -466,6 +466,13 @@ def test_multiple_choice_rows_are_the_choices():
     mixed = model(input_ids=ids, attention_mask=mask).logits
     alone = model(input_ids=ids[:1, 1:2, :4], attention_mask=mask[:1, 1:2, :4]).logits
     torch.testing.assert_close(mixed[0, 1], alone[0, 0], atol=1e-5, rtol=1e-4)
+    predictive = bara.predict(
+        model, {"input_ids": ids, "attention_mask": mask}, num_draws=2, seed=1
+    )
+    with torch.no_grad(), bara.sampling(model, seed=1, first_draw=1):
+        second = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+    torch.testing.assert_close(predictive.log_probs_draws[1], second, atol=1e-5, rtol=1e-4)
+    assert bara.effective_rank(model, {"input_ids": ids}).soft.shape[1] == 2
     model.train()
     loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 2])).loss
     loss.backward()
