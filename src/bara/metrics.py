@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# torchmetrics and scikit-learn take seconds to import, so the functions that use them do.
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional import spearman_corrcoef
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bara.errors import BaraError
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
@@ -68,6 +66,8 @@ def classification_metrics(
     Raises:
         BaraError: no inputs, no labels, or a label that is not a class.
     """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     labels = _class_labels(predictive, labels)
     probs = predictive.probs
     uncertainty, errors = _selection(predictive, labels)
@@ -104,6 +104,8 @@ def regression_metrics(
     Raises:
         BaraError: no inputs, no labels, NaN among them, or a noise variance of 0.
     """
+    from torchmetrics.functional import spearman_corrcoef
+
     labels = _targets(predictive, labels)
     uncertainty, squared_error = _selection(predictive, labels)
     lower, upper = predictive.interval(0.9)
@@ -187,6 +189,8 @@ def _selection(predictive: Predictive, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    from sklearn.metrics import roc_auc_score, roc_curve
+
     if len(outside) == 0:
         raise BaraError("the out-of-distribution data has no inputs")
     is_outside = torch.cat([torch.zeros_like(inside), torch.ones_like(outside)]).numpy()
