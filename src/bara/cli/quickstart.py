@@ -55,7 +55,7 @@ def quickstart(
     )
     _print_table(console, results["rows"])
     _print_examples(console, results["examples"])
-    console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:")
+    console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:", soft_wrap=True)
     for command in (
         f"bara predict {output / 'bara'} --data TABLE.csv --output -",
         f"bara train --model {minilm_path()} --data TABLE.csv --output my-adapter",
