@@ -28,21 +28,24 @@ def tiny_tokenizer() -> BertTokenizerFast:
     return BertTokenizerFast(tokenizer_object=wordpiece, model_max_length=64)
 
 
+def tiny_bert_config(**options: object) -> BertConfig:
+    """2 layers of width 32 over the tiny vocabulary."""
+    return BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        **options,
+    )
+
+
 @pytest.fixture
 def tiny_bert() -> BertForSequenceClassification:
     """A classifier of 3 classes with 2 layers of width 32; its weights are always the same."""
     torch.manual_seed(0)
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=64,
-            num_labels=3,
-        )
-    )
+    return BertForSequenceClassification(tiny_bert_config(num_labels=3))
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.distributions import Normal
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertForSequenceClassification, TrainingArguments
 
 import bara
 from bara.cli import main
 from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.recipe import TrainRecipe
-from conftest import VOCABULARY, write_jsonl
+from conftest import tiny_bert_config, write_jsonl
 from helpers import adapt, stir
 from test_elbo import GradientRecorder, assert_same, gradients
 
@@ -65,13 +65,7 @@ def test_gaussian_nll_refuses_other_shapes(shape):
 
 def regression_bert():
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
+    config = tiny_bert_config(
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=2,

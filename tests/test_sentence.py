@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 import bara
 from bara.cli import main
@@ -14,7 +14,7 @@ from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter, load_base
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
-from conftest import VOCABULARY, write_jsonl
+from conftest import VOCABULARY, tiny_bert_config, write_jsonl
 from helpers import adapt, stir
 
 TASK = TextTask(label_names=("neg", "pos"))
@@ -24,13 +24,7 @@ TASK = TextTask(label_names=("neg", "pos"))
 def encoder_dir(tmp_path, tiny_tokenizer):
     """A folder as sentence-transformers writes it, around a tiny BERT."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
+    config = tiny_bert_config(
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
