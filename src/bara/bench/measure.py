@@ -1,0 +1,132 @@
+"""Numbers of a trained model's predictions, small enough to keep for every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bara.metrics import (
+    classification_metrics,
+    regression_metrics,
+    reliability,
+    selective_risk,
+)
+from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.ranks import EffectiveRank
+
+COVERAGES = 50
+"""Points that are kept of a risk–coverage curve."""
+
+
+def metrics_of(predictive: Predictive) -> dict[str, float]:
+    """The metrics of `bara.evaluate` and, for regression, `spearman_epistemic`: the rank
+    correlation of the epistemic variance alone with the absolute error."""
+    if isinstance(predictive, ClassificationPredictive):
+        return classification_metrics(predictive)
+    metrics = regression_metrics(predictive)
+    if predictive.num_draws > 1 and predictive.labels is not None:
+        error = (predictive.mean - predictive.labels).abs()
+        metrics["spearman_epistemic"] = rank_correlation(predictive.epistemic_variance, error)
+    return metrics
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's correlation of (n,) and (n,); 0 if one of them is constant."""
+    from torchmetrics.functional import spearman_corrcoef
+
+    return float(spearman_corrcoef(x.float(), y.float()).nan_to_num(0))
+
+
+def first_draws(predictive: Predictive, count: int) -> Predictive:
+    """The mixture of the first `count` draws."""
+    if isinstance(predictive, ClassificationPredictive):
+        draws = predictive.log_probs_draws[:count]
+        return ClassificationPredictive(draws, predictive.labels, predictive.label_names)
+    return RegressionPredictive(
+        predictive.mean_draws[:count], predictive.variance_draws[:count], predictive.labels
+    )
+
+
+def by_draws(predictive: Predictive, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+    """The metrics of the first draws, for each count that there are draws for."""
+    return {
+        str(count): metrics_of(first_draws(predictive, count))
+        for count in counts
+        if count <= predictive.num_draws
+    }
+
+
+def fit_temperature(predictive: ClassificationPredictive) -> float:
+    """The temperature T that makes labelled predictions p^(1/T) / sum p^(1/T) most likely.
+
+    p is the mean over draws, so that the same scaling fits a method with draws and one without
+    (Guo et al. 2017, arXiv 1706.04599, who scale the logits of one network).
+    """
+    labels = predictive.labels
+    assert labels is not None
+    log_t = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+    log_probs = predictive.log_probs.detach()
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(log_probs / log_t.exp(), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return float(log_t.detach().exp())
+
+
+def with_temperature(
+    predictive: ClassificationPredictive, temperature: float
+) -> ClassificationPredictive:
+    """The mixture's probabilities p^(1/T) / sum p^(1/T), as one draw."""
+    scaled = (predictive.log_probs / temperature).log_softmax(-1)
+    return ClassificationPredictive(scaled.unsqueeze(0), predictive.labels, predictive.label_names)
+
+
+def curves(predictive: Predictive) -> dict[str, dict[str, list[float | None]]]:
+    """What the figures need: reliability in bins, and the risk–coverage curve at some points."""
+    coverage, risk = selective_risk(predictive)
+    points = torch.linspace(0, len(risk) - 1, min(COVERAGES, len(risk))).round().long()
+    result = {
+        "risk_coverage": {"coverage": _rounded(coverage[points]), "risk": _rounded(risk[points])}
+    }
+    if isinstance(predictive, ClassificationPredictive) and predictive.labels is not None:
+        confidence, accuracy, count = reliability(predictive.probs, predictive.labels)
+        result["reliability"] = {
+            "confidence": _rounded(confidence),
+            "accuracy": _rounded(accuracy),
+            "count": _rounded(count),
+        }
+    return result
+
+
+def rank_numbers(rank: EffectiveRank, predictive: Predictive) -> dict[str, Any]:
+    """Effective rank by layer, its spread, and whether harder inputs use more of it.
+
+    `rank_error_spearman` is the rank correlation, over the test inputs, of the effective rank with
+    the negative log-likelihood (regression: absolute error).
+    """
+    assert predictive.labels is not None
+    if isinstance(predictive, ClassificationPredictive):
+        error = F.nll_loss(predictive.log_probs, predictive.labels, reduction="none")
+    else:
+        error = (predictive.mean - predictive.labels).abs()
+    return {
+        "s_bar": rank.s_bar,
+        "s_bar_hard": float(rank.hard.mean()),
+        "rank_inputs_sd": float(rank.per_input.std(correction=0)),
+        "rank_layers_sd": float(rank.per_layer.std(correction=0)),
+        "rank_error_spearman": rank_correlation(rank.per_input, error),
+        "rank_per_layer": _rounded(rank.per_layer),
+    }
+
+
+def _rounded(values: Tensor) -> list[float | None]:
+    return [None if value != value else round(value, 4) for value in values.double().tolist()]

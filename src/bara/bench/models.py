@@ -1,0 +1,120 @@
+"""Training one cell's model, and predicting with it: one interface for every kind of task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bara.bench.spec import Cell, recipe_of
+from bara.bench.tasks import Splits
+from bara.elbo import Elbo
+from bara.examples_data import minilm_path
+from bara.prediction import predict
+from bara.predictive import Predictive
+from bara.quickstart import fast_bfloat16
+from bara.ranks import EffectiveRank, effective_rank
+
+MODELS: dict[str, Callable[[], Path]] = {"minilm": minilm_path}
+"""Models that come as packages, by name."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model with the way its inputs are made.
+
+    Attributes:
+        model: in evaluation mode.
+        encode: from a table to the model's inputs, with or without labels.
+        parameters: number of parameters that were trained.
+        batch_size: inputs times draws in one forward pass.
+    """
+
+    model: nn.Module
+    encode: Callable[..., Any]
+    parameters: int
+    batch_size: int = 64
+
+    def predict(self, table: Dataset, *, labels: bool = True, **options: Any) -> Predictive:
+        """`bara.predict` on a table."""
+        with self._precision():
+            return predict(
+                self.model,
+                self.encode(table, labels=labels),
+                batch_size=self.batch_size,
+                progress=False,
+                **options,
+            )
+
+    def rank(self, table: Dataset) -> EffectiveRank | None:
+        """The effective rank on a table; None for a model without a Bayesian adapter."""
+        if Elbo.of(self.model) is None:
+            return None
+        with self._precision():
+            return effective_rank(self.model, self.encode(table, labels=False), progress=False)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16())
+
+
+class ParameterCount(TrainerCallback):
+    """Adds up the trainable parameters of every training run that it sees."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.total += sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad)
+
+
+def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
+    """Train a cell's model.
+
+    Args:
+        cell: what to train, and with which options.
+        splits: the training examples, and the held-out ones for methods that fit something after
+            training.
+        folder: where the adapter goes.
+
+    Raises:
+        BaraError: the model, the method or the data cannot be used.
+    """
+    recipe = recipe_of(cell, folder)
+    recipe = replace(
+        recipe,
+        model=str(MODELS[cell.model]()) if cell.model in MODELS else cell.model,
+        training={
+            **recipe.training,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "bf16": fast_bfloat16(),
+            "use_cpu": not torch.cuda.is_available(),
+        },
+    )
+    count = ParameterCount()
+    if splits.kind == "image":
+        from bara.bench.images import finetune_images, image_inputs
+
+        model: nn.Module = finetune_images(recipe, splits.train, callbacks=[count])
+        return Fitted(model, image_inputs, count.total)
+    from bara.data import tokenise
+    from bara.finetune import finetune
+    from bara.loading import load_adapter
+
+    finetune(recipe, splits.train, splits.validation, callbacks=[count])
+    model, tokenizer, task = load_adapter(folder)
+
+    def encode(table: Dataset, labels: bool = True) -> Dataset:
+        return tokenise(table, tokenizer, task, labels=labels)
+
+    return Fitted(model, encode, count.total)

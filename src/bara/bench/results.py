@@ -1,0 +1,94 @@
+"""The results file: one JSON object a line for each finished cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bara.errors import BaraError
+from bara.files import atomic_write_text
+
+Row = dict[str, Any]
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Put a row at the end of the file, whole, and on the disk when this returns.
+
+    What an earlier process left of a line when it was killed goes first.
+
+    Raises:
+        BaraError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.truncate(_whole_lines(file))
+            file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BaraError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _whole_lines(file: Any) -> int:
+    """Length of the file up to the end of its last whole line."""
+    file.seek(0)
+    content = file.read()
+    return content.rfind(b"\n") + 1
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The latest row of each cell by its key; a cell that failed has an `error`.
+
+    Raises:
+        BaraError: a line is damaged.
+    """
+    if not path.exists():
+        return {}
+    lines = path.read_text("utf-8").split("\n")[:-1]  # after the last newline: a cut line, or ""
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (ValueError, TypeError, KeyError) as error:
+            raise BaraError(f"{path}, line {number} is damaged; remove it and run again") from error
+    return rows
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """The numbers and texts of the rows as a table, nested ones as `shift.typo-1.nll`.
+
+    Raises:
+        BaraError: it cannot be written.
+    """
+    flat = [dict(_flat(row)) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    atomic_write_text(path, buffer.getvalue())
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{name}.")
+        elif not isinstance(item, list):
+            yield f"{prefix}{name}", item

@@ -1,0 +1,302 @@
+"""What a benchmark is: a YAML file that expands into independent cells with stable keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bara.bench.tasks import check_task, task_version
+from bara.errors import BaraError
+from bara.recipe import TrainRecipe, parse_yaml, refuse_unknown
+
+CORRUPTIONS = ("typo", "drop", "shuffle")
+LISTS = {
+    "tasks": str,
+    "seeds": int,
+    "epochs": (int, float),
+    "train_sizes": int,
+    "ranks": int,
+    "draws": int,
+    "corruptions": str,
+    "severities": int,
+}
+"""The fields that are lists, with the type of their items."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One contender.
+
+    Attributes:
+        name: what tables call it.
+        method: the method's name in a `TrainRecipe`.
+        method_options, training: as in a `TrainRecipe`; they go before the benchmark's.
+    """
+
+    name: str
+    method: str
+    method_options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, value: Any) -> Method:
+        """A method from its name, or from a mapping of the fields."""
+        if isinstance(value, str):
+            return cls(value, value)
+        if not isinstance(value, dict) or not {"name", "method"} <= value.keys():
+            raise BaraError(
+                f"methods: give a name, or a mapping with `name` and `method`, not {value!r}"
+            )
+        refuse_unknown(value, {option.name for option in fields(cls)}, "methods")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run and all that is measured of it.
+
+    `key` is a hash of everything here that decides the result; `benchmark`, `name` (what the
+    tables call the method) and `data` (where the files are) do not.
+    """
+
+    benchmark: str
+    name: str
+    data: str
+    task: str
+    task_version: str
+    model: str
+    method: str
+    method_options: dict[str, Any]
+    training: dict[str, Any]
+    model_options: dict[str, Any]
+    max_length: int
+    seed: int
+    epochs: float
+    train_size: int
+    rank: int
+    num_validation: int
+    num_test: int
+    num_draws: int
+    draws: tuple[int, ...]
+    ood: tuple[str, ...]
+    num_ood: int
+    corruptions: tuple[str, ...]
+    severities: tuple[int, ...]
+    num_shift: int
+    transfer: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits."""
+        decides = {k: v for k, v in asdict(self).items() if k not in ("benchmark", "name", "data")}
+        text = json.dumps(decides, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """The cell that `dataclasses.asdict` and JSON made `values` of."""
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**tuples)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.benchmark}: {self.name} on {self.task}, {self.train_size} examples, "
+            f"r = {self.rank}, {self.epochs:g} epochs, seed {self.seed}"
+        )
+
+
+@dataclass
+class Benchmark:
+    """A grid of runs: every combination of tasks, methods, sizes, ranks, epochs and seeds.
+
+    Attributes:
+        name: the file's name by default.
+        data: folder of the `file` tasks, relative to the YAML file.
+        model: a folder, a hub name, or one of `bara.bench.models.MODELS`.
+        model_options, max_length: as in a `TrainRecipe`.
+        tasks: names of `bara.bench.tasks.TASKS`, `hub:NAME`, or folders in `data`.
+        methods: names of methods, or mappings of `Method`'s fields.
+        method_options, training: for all methods, as in a `TrainRecipe`.
+        seeds: of the choice of training examples, training and draws.
+        epochs, train_sizes, ranks: each run with each; `lora_alpha` is twice the rank.
+        num_validation: held-out examples, for temperatures and post-hoc methods.
+        num_test: at most this many test examples, the same for every seed.
+        num_draws: posterior draws of the main metrics.
+        draws: further numbers of draws to repeat the metrics at.
+        ood: for a task, the tasks whose test inputs are out of its distribution.
+        num_ood: at most this many of them, each.
+        corruptions, severities: of test texts, see `bara.bench.corruptions`.
+        num_shift: at most this many test texts for each corruption and severity.
+        transfer: for a task, others with the same labels that its model is tested on.
+
+    Raises:
+        BaraError: a field is missing, or has the wrong type.
+    """
+
+    name: str
+    model: str
+    tasks: list[str]
+    methods: list[Any]
+    data: str = "."
+    model_options: dict[str, Any] = field(default_factory=dict)
+    max_length: int = 64
+    method_options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    epochs: list[float] = field(default_factory=lambda: [20])
+    train_sizes: list[int] = field(default_factory=lambda: [300])
+    ranks: list[int] = field(default_factory=lambda: [8])
+    num_validation: int = 300
+    num_test: int = 600
+    num_draws: int = 10
+    draws: list[int] = field(default_factory=list)
+    ood: dict[str, list[str]] = field(default_factory=dict)
+    num_ood: int = 300
+    corruptions: list[str] = field(default_factory=list)
+    severities: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    num_shift: int = 300
+    transfer: dict[str, list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            self._check_type(option.name, str(option.type), getattr(self, option.name))
+        for name in ("tasks", "methods", "seeds", "epochs", "train_sizes", "ranks"):
+            if not getattr(self, name):
+                raise BaraError(f"benchmark {self.name}: {name} is empty; give at least one")
+        refuse_unknown(self.corruptions, CORRUPTIONS, "corruptions")
+        if not all(1 <= severity <= 5 for severity in self.severities):
+            raise BaraError(f"benchmark {self.name}: severities go from 1 to 5")
+        names = [method.name for method in self.contenders]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise BaraError(f"benchmark {self.name}: two methods are named {repeated[0]!r}")
+
+    def _check_type(self, name: str, declared: str, value: Any) -> None:
+        def wrong(what: str) -> BaraError:
+            return BaraError(f"benchmark: {name} must be {what}, not {value!r}")
+
+        if declared == "str" and not isinstance(value, str):
+            raise wrong("text")
+        if declared == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+            raise wrong("a whole number")
+        if declared == "int" and value < (1 if name in ("num_test", "num_draws") else 0):
+            raise wrong("larger")
+        if declared.startswith("dict") and not isinstance(value, dict):
+            raise wrong("a mapping")
+        if declared == "dict[str, list[str]]" and not all(_strings(v) for v in value.values()):
+            raise wrong("a mapping of tasks to lists of tasks")
+        if declared.startswith("list") and not isinstance(value, list):
+            raise wrong("a list")
+        if name in LISTS and not all(
+            isinstance(item, LISTS[name]) and not isinstance(item, bool)  # type: ignore[arg-type]
+            for item in value
+        ):
+            raise wrong("a list of text" if LISTS[name] is str else "a list of numbers")
+
+    @property
+    def contenders(self) -> list[Method]:
+        """The methods."""
+        return [Method.from_yaml(value) for value in self.methods]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Benchmark:
+        """Read a YAML file.
+
+        Raises:
+            BaraError: the file is missing, not YAML, or not a benchmark.
+        """
+        path = Path(path)
+        try:
+            values = parse_yaml(path.read_text("utf-8"))
+        except OSError as error:
+            raise BaraError(f"cannot read the benchmark {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise BaraError(f"the benchmark {path} is not YAML: {reason}") from error
+        if not isinstance(values, dict):
+            raise BaraError(f"the benchmark {path} must be a mapping of options to values")
+        refuse_unknown(values, {option.name for option in fields(cls)}, f"benchmark {path}")
+        for name in ("model", "tasks", "methods"):
+            if name not in values:
+                raise BaraError(f"the benchmark {path} does not say which {name}")
+        folder = path.parent / values.pop("data", ".")
+        return cls(**{"name": path.stem, **values, "data": str(folder)})
+
+    def check(self) -> None:
+        """Check the tasks, the methods and the names of all options.
+
+        Raises:
+            BaraError: one of them is unknown; the message has the nearest that is known.
+        """
+        refuse_unknown({**self.ood, **self.transfer}, self.tasks, f"benchmark {self.name}")
+        for task in {*self.tasks, *_all(self.ood), *_all(self.transfer)}:
+            check_task(task, self.data)
+        for cell in self.cells():
+            recipe_of(cell, "unused").check()
+
+    def cells(self) -> Iterator[Cell]:
+        """The cells, all methods of one setting before the next setting."""
+        versions = {task: task_version(task, self.data) for task in self.tasks}
+        settings = product(
+            self.seeds, self.tasks, self.train_sizes, self.ranks, self.epochs, self.contenders
+        )
+        for seed, task, train_size, rank, epochs, method in settings:
+            options = {"r": rank, "lora_alpha": 2 * rank}
+            yield Cell(
+                benchmark=self.name,
+                name=method.name,
+                data=self.data,
+                task=task,
+                task_version=versions[task],
+                model=self.model,
+                method=method.method,
+                method_options={**options, **self.method_options, **method.method_options},
+                training={**self.training, **method.training},
+                model_options=self.model_options,
+                max_length=self.max_length,
+                seed=seed,
+                epochs=float(epochs),
+                train_size=train_size,
+                rank=rank,
+                num_validation=self.num_validation,
+                num_test=self.num_test,
+                num_draws=self.num_draws,
+                draws=tuple(self.draws),
+                ood=tuple(self.ood.get(task, ())),
+                num_ood=self.num_ood,
+                corruptions=tuple(self.corruptions),
+                severities=tuple(self.severities),
+                num_shift=self.num_shift,
+                transfer=tuple(self.transfer.get(task, ())),
+            )
+
+
+def recipe_of(cell: Cell, output: str | Path) -> TrainRecipe:
+    """How `bara.finetune.finetune` trains a cell; the model is still the benchmark's name."""
+    return TrainRecipe(
+        model=cell.model,
+        output=str(output),
+        method=cell.method,
+        method_options=cell.method_options,
+        model_options=cell.model_options,
+        training={"num_train_epochs": cell.epochs, **cell.training},
+        max_length=cell.max_length,
+        seed=cell.seed,
+    )
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _all(lists: Mapping[str, Sequence[str]]) -> list[str]:
+    return [name for names in lists.values() for name in names]

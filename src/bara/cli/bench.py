@@ -1,0 +1,132 @@
+"""`bara bench`: methods compared on the same work, from a file that can be run again."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import Console
+
+    from bara.bench.results import Row
+    from bara.bench.summary import Table
+
+
+class Executor(StrEnum):
+    """Where the cells run."""
+
+    local = "local"
+    ray = "ray"
+
+
+def bench(
+    files: Annotated[list[Path], Argument(help="Benchmarks (YAML).")],
+    output: Annotated[Path, Option(help="Folder for the results.")] = Path("bara-bench"),
+    workers: Annotated[
+        int | None, Option(min=1, help="Cells at a time; as many as there are cores.")
+    ] = None,
+    threads: Annotated[int, Option(min=1, help="CPU threads of each cell.")] = 1,
+    executor: Annotated[Executor, Option(help="This machine, or a Ray cluster.")] = Executor.local,
+    ray_address: Annotated[str | None, Option(help="Address of the Ray cluster.")] = None,
+    baseline: Annotated[str, Option(help="Method that others are compared to.")] = "lora",
+    page: Annotated[
+        Path | None, Option(help="Markdown page to put the tables into, between its marks.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the cells that are missing.")] = False,
+    report_only: Annotated[
+        bool, Option("--report-only", help="Run nothing; write the report of what is there.")
+    ] = False,
+) -> None:
+    """Run what is missing of some benchmarks, and write tables, pictures and a report."""
+    from rich.console import Console
+
+    from bara.bench.executors import run_local, run_ray
+    from bara.bench.page import REPORT_FILE, update_page, write_outputs
+    from bara.bench.run import finished, pending, run_cells
+    from bara.bench.spec import Benchmark
+    from bara.bench.summary import overview
+    from bara.cli.terminal import quieten_libraries
+    from bara.errors import BaraError
+
+    quieten_libraries()
+    benchmarks = [Benchmark.load(file) for file in files]
+    for benchmark in benchmarks:
+        benchmark.check()
+    cells = pending(benchmarks, output)
+    if dry_run:
+        for cell in cells:
+            print(f"{cell.key}  {cell}")
+        return
+    failures = []
+    if cells and not report_only:
+        count = workers or min(_cores(), len(cells))
+        rows = run_cells(
+            cells,
+            output,
+            lambda some: (
+                run_ray(some, address=ray_address, num_cpus=threads)
+                if executor is Executor.ray
+                else run_local(some, workers=count, threads=threads)
+            ),
+        )
+        failures = _follow(rows, len(cells), Console(stderr=True))
+    shown = write_outputs(benchmarks, output, baseline=baseline)
+    if page is not None:
+        update_page(page, shown, output)
+    _print_tables([overview(finished(b, output), b.name) for b in benchmarks if b.name in shown])
+    Console().print(f"[bold]{output / REPORT_FILE}[/] shows the pictures.", soft_wrap=True)
+    if failures:
+        raise BaraError(
+            f"{len(failures)} of {len(cells)} cells failed; the same command tries them again "
+            f"(first: {failures[0]['name']} on {failures[0]['task']}: {failures[0]['error']})"
+        )
+
+
+def _follow(rows: Iterable[Row], total: int, console: Console) -> list[Row]:
+    """Show every row as it comes, and a bar on a terminal; returns the cells that failed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    failures = []
+    columns = ("cells", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("cells", total=total)
+        for row in rows:
+            if "error" in row:
+                failures.append(row)
+            console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
+            progress.advance(bar)
+    return failures
+
+
+def _line(row: Row) -> str:
+    what = f"{row['name']} on {row['task']}, seed {row['seed']} ({row['seconds']:.0f} s)"
+    if "error" in row:
+        return f"{what}: FAILED: {row['error']}"
+    shown = ("accuracy", "rmse", "nll", "ece", "spearman", "s_bar")
+    return f"{what}: " + ", ".join(f"{name} {row[name]:.3f}" for name in shown if row.get(name))
+
+
+def _print_tables(tables: list[Table]) -> None:
+    from rich.console import Console
+    from rich.table import Table as View
+
+    console = Console()
+    for table in tables:
+        view = View(title=table.title, padding=(0, 0, 0, 1), title_justify="left")
+        for i, heading in enumerate(table.headings):
+            number = i > table.headings.index("method")
+            view.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+        for row in table.rows:
+            view.add_row(*row)
+        console.print(view)
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
