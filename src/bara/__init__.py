@@ -1,6 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
-from bara.configs import BaloraConfig, BaraConfig
+from bara.configs import BaloraConfig, BaraConfig, BlobConfig, McDropoutConfig
 from bara.errors import BaraError
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
@@ -23,8 +23,10 @@ __all__ = [
     "BaraConfig",
     "BaraError",
     "BayesianCallback",
+    "BlobConfig",
     "ClassificationPredictive",
     "EffectiveRank",
+    "McDropoutConfig",
     "Predictive",
     "RegressionPredictive",
     "calibrate_gates",

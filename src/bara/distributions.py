@@ -105,6 +105,12 @@ def scale_noise_kl(alpha: Tensor, c: float) -> Tensor:
     return 0.5 * ((alpha + 1) / c - 1 - torch.log(alpha / c))
 
 
+def gaussian_kl(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
+    """KL(N(mean, std^2) || N(0, prior_std^2)), elementwise."""
+    ratio = (std / prior_std).square()
+    return 0.5 * (ratio + (mean / prior_std).square() - 1 - torch.log(ratio))
+
+
 def weibull_sample(shape: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
     """A reparametrised draw of Weibull(shape, scale) from uniform draws in (0, 1)."""
     tiny = torch.finfo(uniform.dtype).eps
