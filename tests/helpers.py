@@ -9,12 +9,21 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from bara import BaloraConfig, BaraConfig, BlobConfig, McDropoutConfig
+from bara import (
+    BaloraConfig,
+    BaraConfig,
+    BlobConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
 
 CONFIGS = {
     "bara": BaraConfig,
     "balora": BaloraConfig,
     "blob": BlobConfig,
+    "scalabl": ScalablConfig,
+    "rankwise": RankwiseConfig,
     "mc-dropout": McDropoutConfig,
 }
 

@@ -1,5 +1,7 @@
 """Every method by name: trained, saved, loaded and predicted with through one interface."""
 
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -23,8 +25,8 @@ TEXTS = [
     ("not good , poor !", "bad"),
 ]
 TABLE = Dataset.from_list([{"text": text, "label": label} for text, label in TEXTS * 4])
-TRAINING = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "no"}
-OPTIONS = {"ensemble": {"num_members": 3}}
+TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "save_strategy": "no"}
+OPTIONS = {"ensemble": {"num_members": 2}}
 ONE_DRAW = {"lora", "full"}
 
 
@@ -73,42 +75,45 @@ def test_a_method_trains_saves_loads_and_predicts(base_dir, tmp_path, monkeypatc
     if method in ONE_DRAW:
         assert after.num_draws == 1
     else:
-        assert after.num_draws == 3
+        assert after.num_draws == (2 if method == "ensemble" else 3)
         assert not torch.allclose(after.log_probs_draws[0], after.log_probs_draws[1])
     again = bara.predict(model, inputs, deterministic=True)
     torch.testing.assert_close(again.log_probs_draws, mean.log_probs_draws, atol=0, rtol=0)
 
 
-def test_an_ensemble_is_its_members_trained_alone(base_dir, tmp_path):
-    folder = train(base_dir, tmp_path / "ensemble", "ensemble")
-    model, tokenizer, task = load_adapter(folder)
+@pytest.fixture(scope="module")
+def ensemble_dir(base_dir, tmp_path_factory):
+    training = {"save_strategy": "epoch"}
+    return train(base_dir, tmp_path_factory.mktemp("ensemble"), "ensemble", training=training)
+
+
+def test_an_ensemble_is_its_members_on_one_base(base_dir, ensemble_dir, tmp_path):
+    model, tokenizer, task = load_adapter(ensemble_dir)
     inputs = tokenise(TABLE, tokenizer, task)
     together = bara.predict(model, inputs).log_probs_draws
-    assert len(together) == 3
-    base = sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
-    single = sum(p.numel() for p in load_adapter(folder)[0].get_base_model().parameters())
-    assert base <= single  # one base for all members
-    for index in range(3):
-        alone = train(base_dir, tmp_path / f"alone-{index}", "lora", seed=1000 * index)
-        member, _, _ = load_adapter(alone)
-        if index == 0:  # the head of the checkpoint starts all members, whatever their seed
-            expected = bara.predict(member, inputs).log_probs_draws[0]
-            torch.testing.assert_close(together[0], expected, atol=1e-5, rtol=1e-5)
+    lora, _, _ = load_adapter(train(base_dir, tmp_path / "lora", "lora"))
+    alone = bara.predict(lora, inputs).log_probs_draws[0]
+    torch.testing.assert_close(together[0], alone, atol=1e-5, rtol=1e-5)
+
+    def frozen(model):
+        names = ("lora_", "modules_to_save")
+        return sum(p.numel() for n, p in model.named_parameters() if not any(k in n for k in names))
+
+    assert frozen(model) == frozen(lora)  # one base for all members
+    for index in range(2):
         model.set_adapter(member_name(index))
-        model.eval()
         with torch.no_grad():
-            logits = model(**tokenizer([t for t, _ in TEXTS], padding=True, return_tensors="pt"))
-        expected = logits.logits.log_softmax(-1)
+            batch = tokenizer([text for text, _ in TEXTS], padding=True, return_tensors="pt")
+            expected = model(**batch).logits.log_softmax(-1)
         torch.testing.assert_close(together[index, :4], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_ensemble_cannot_go_on_from_a_checkpoint_it_never_wrote(base_dir, tmp_path):
-    train(base_dir, tmp_path / "out", "ensemble", training={"save_strategy": "epoch"})
-    assert not list((tmp_path / "out/checkpoints").glob("checkpoint-*"))
+def test_members_write_no_checkpoints(ensemble_dir):
+    assert not list((ensemble_dir / "checkpoints").glob("checkpoint-*"))
 
 
-def test_a_missing_member_is_an_error(base_dir, tmp_path):
-    folder = train(base_dir, tmp_path / "out", "ensemble")
+def test_a_missing_member_is_an_error(ensemble_dir, tmp_path):
+    folder = shutil.copytree(ensemble_dir, tmp_path / "copy")
     (folder / "member-1" / "adapter_model.safetensors").unlink()
     with pytest.raises(BaraError, match="member-1"):
         load_adapter(folder)
@@ -121,7 +126,7 @@ def test_temperature_needs_held_out_data(base_dir, tmp_path):
 
 def test_an_earlier_methods_files_are_not_read(base_dir, tmp_path):
     """A folder keeps what the new method does not replace; it must not have a say."""
-    train(base_dir, tmp_path / "out", "ensemble+temperature")
+    train(base_dir, tmp_path / "out", "bara+temperature")
     recipe = TrainRecipe(
         model=str(base_dir), output=str(tmp_path / "out"), method="lora", training=TRAINING
     )

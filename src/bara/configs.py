@@ -299,6 +299,55 @@ class BlobConfig(BayesianConfig):
 
 
 @dataclass
+class ScalablConfig(BayesianConfig):
+    """ScalaBL: a Gaussian over the r-dimensional diagonal between B and A (arXiv 2506.21408).
+
+    Its mean is a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "SCALABL"
+
+    prior_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation > 0 of the prior on the diagonal."}
+    )
+    init_noise: float = field(
+        default=0.05,
+        metadata={"help": "Where the diagonal's standard deviation > 0 starts."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prior_std", "init_noise"):
+            self._require_real(name, low=0, strict=True)
+
+
+@dataclass
+class RankwiseConfig(BayesianConfig):
+    """Rank-wise variational dropout, also called BayesLoRA (arXiv 2506.22809).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "RANKWISE"
+
+    kl_weight: float = field(
+        default=0.001,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A: at 1, the "
+            "ELBO, few examples let noise drown every factor."
+        },
+    )
+    init_log_variance: float = field(
+        default=-8.0,
+        metadata={"help": "Where log sigma^2 of the factors' noise on A starts, in [-20, 2]."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("init_log_variance", low=-20, high=2)
+
+
+@dataclass
 class McDropoutConfig(BayesianConfig):
     """MC-dropout: dropout on the adapter's inputs that stays on in prediction (arXiv 1506.02142).
 

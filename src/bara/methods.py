@@ -9,7 +9,14 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from bara.configs import BaloraConfig, BaraConfig, BlobConfig, McDropoutConfig
+from bara.configs import (
+    BaloraConfig,
+    BaraConfig,
+    BlobConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
 from bara.errors import BaraError
 from bara.posthoc.ensemble import EnsembleOptions
 from bara.recipe import METHOD_DEFAULTS, refuse_unknown
@@ -91,6 +98,18 @@ METHODS: dict[str, Method] = {
         "input-adaptive Gaussian noise on A", "A", "arXiv 2605.08110", config=BaloraConfig
     ),
     "blob": Method("a Gaussian on every element of A", "A", "arXiv 2406.11675", config=BlobConfig),
+    "scalabl": Method(
+        "a Gaussian on the r-dimensional diagonal between B and A",
+        "the diagonal",
+        "arXiv 2506.21408",
+        config=ScalablConfig,
+    ),
+    "rankwise": Method(
+        "variational dropout with one variance per factor",
+        "A",
+        "arXiv 2506.22809",
+        config=RankwiseConfig,
+    ),
     "mc-dropout": Method(
         "dropout on the adapter's inputs that stays on",
         "inputs of A that are dropped",
