@@ -9,9 +9,23 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from bara import BaloraConfig, BaraConfig
+from bara import (
+    BaloraConfig,
+    BaraConfig,
+    BlobConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
 
-CONFIGS = {"bara": BaraConfig, "balora": BaloraConfig}
+CONFIGS = {
+    "bara": BaraConfig,
+    "balora": BaloraConfig,
+    "blob": BlobConfig,
+    "scalabl": ScalablConfig,
+    "rankwise": RankwiseConfig,
+    "mc-dropout": McDropoutConfig,
+}
 
 
 class TinyNet(nn.Module):

@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import BertConfig, BertForMultipleChoice, Trainer, TrainingArguments
 
 import bara
-from helpers import TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import CONFIGS, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
-METHODS = ["bara", "balora"]
+METHODS = list(CONFIGS)
+WITH_KL = [method for method in METHODS if method != "mc-dropout"]
 
 
 def net(method="bara", **options):
@@ -506,7 +507,7 @@ class Shared(torch.nn.Module):
         return {"logits": x}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITH_KL)
 def test_a_shared_layer_pays_its_kl_once(method):
     values = []
     for times in (1, 3):

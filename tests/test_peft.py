@@ -15,9 +15,9 @@ from torch import nn
 
 import bara
 from bara import BaloraConfig, BaraConfig, BaraError
-from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
-METHODS = ["bara", "balora"]
+METHODS = list(CONFIGS)
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 IDS = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -71,7 +71,7 @@ def test_save_and_load(method, name, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     config = PeftConfig.from_pretrained(tmp_path)
-    assert type(config) is {"bara": BaraConfig, "balora": BaloraConfig}[method]
+    assert type(config) is CONFIGS[method]
     assert config.num_observations == 50
     loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path)
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
@@ -123,9 +123,7 @@ def test_add_set_disable_and_delete_adapters(method):
     plain = logits(base)
     model = stir(adapt(base, method, task_type="CAUSAL_LM"))
     first = logits(model, seed=0)
-    config = {"bara": BaraConfig, "balora": BaloraConfig}[method](
-        r=2, num_observations=9, task_type="CAUSAL_LM"
-    )
+    config = CONFIGS[method](r=2, num_observations=9, task_type="CAUSAL_LM")
     model.add_adapter("other", config)
     torch.testing.assert_close(logits(model, seed=0), first)
     model.set_adapter("other")
@@ -154,9 +152,7 @@ def test_disabled_adapters_train_without_kl_and_without_complaint():
 def test_mixed_batches(method, tiny_bert):
     """Every row under its own adapter, with padding, in mean mode and under draws."""
     model = stir(adapt(tiny_bert, method, task_type="SEQ_CLS", granularity="sequence"))
-    config = {"bara": BaraConfig, "balora": BaloraConfig}[method](
-        r=4, num_observations=9, task_type="SEQ_CLS", granularity="sequence"
-    )
+    config = CONFIGS[method](r=4, num_observations=9, task_type="SEQ_CLS", granularity="sequence")
     model.add_adapter("other", config)
     model.set_adapter("other")
     stir(model, seed=2)

@@ -1,4 +1,4 @@
-"""The forward passes of BaRA and BaLoRA against explicitly written weights and draws."""
+"""The forward passes of all families against explicitly written weights and draws."""
 
 import math
 
@@ -7,13 +7,10 @@ import torch
 from torch.distributions import Bernoulli, kl_divergence
 
 import bara
-from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
-METHODS = ["bara", "balora"]
-OPTIONS = {
-    "bara": {"intensity": True},
-    "balora": {},
-}
+METHODS = list(CONFIGS)
+OPTIONS = {method: {"intensity": True} if method == "bara" else {} for method in METHODS}
 
 
 def net(method="bara", **options):

@@ -1,6 +1,13 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
-from bara.configs import BaloraConfig, BaraConfig
+from bara.configs import (
+    BaloraConfig,
+    BaraConfig,
+    BlobConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
 from bara.errors import BaraError
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
@@ -23,10 +30,14 @@ __all__ = [
     "BaraConfig",
     "BaraError",
     "BayesianCallback",
+    "BlobConfig",
     "ClassificationPredictive",
     "EffectiveRank",
+    "McDropoutConfig",
     "Predictive",
+    "RankwiseConfig",
     "RegressionPredictive",
+    "ScalablConfig",
     "calibrate_gates",
     "effective_rank",
     "elbo_loss",

@@ -263,3 +263,104 @@ class BaloraConfig(BayesianConfig):
     def noise_prior(self) -> float:
         """c = p / (1 - p), the prior variance relative to the squared mean."""
         return self.dropout_prior / (1 - self.dropout_prior)
+
+
+@dataclass
+class BlobConfig(BayesianConfig):
+    """BLoB: a Gaussian on every element of A, trained by backpropagation (arXiv 2406.11675).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "BLOB"
+
+    kl_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A: at 1, the "
+            "ELBO, few examples hold most of A at the prior."
+        },
+    )
+    prior_std: float = field(
+        default=0.2, metadata={"help": "beta > 0, the standard deviation of the prior on A."}
+    )
+    init_noise: float = field(
+        default=0.05,
+        metadata={
+            "help": "epsilon > 0: G starts uniformly in [epsilon / sqrt 2, epsilon], and the "
+            "standard deviation is G^2."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prior_std", "init_noise"):
+            self._require_real(name, low=0, strict=True)
+
+
+@dataclass
+class ScalablConfig(BayesianConfig):
+    """ScalaBL: a Gaussian over the r-dimensional diagonal between B and A (arXiv 2506.21408).
+
+    Its mean is a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "SCALABL"
+
+    prior_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation > 0 of the prior on the diagonal."}
+    )
+    init_noise: float = field(
+        default=0.05,
+        metadata={"help": "Where the diagonal's standard deviation > 0 starts."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prior_std", "init_noise"):
+            self._require_real(name, low=0, strict=True)
+
+
+@dataclass
+class RankwiseConfig(BayesianConfig):
+    """Rank-wise variational dropout, also called BayesLoRA (arXiv 2506.22809).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "RANKWISE"
+
+    kl_weight: float = field(
+        default=0.001,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A: at 1, the "
+            "ELBO, few examples let noise drown every factor."
+        },
+    )
+    init_log_variance: float = field(
+        default=-8.0,
+        metadata={"help": "Where log sigma^2 of the factors' noise on A starts, in [-20, 2]."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("init_log_variance", low=-20, high=2)
+
+
+@dataclass
+class McDropoutConfig(BayesianConfig):
+    """MC-dropout: dropout on the adapter's inputs that stays on in prediction (arXiv 1506.02142).
+
+    Its mean is exactly a LoRA adapter and merges exactly. There is no KL: give a weight decay to
+    the optimiser for a Gaussian prior.
+    """
+
+    METHOD: ClassVar[str] = "MC-DROPOUT"
+
+    dropout_rate: float = field(
+        default=0.1, metadata={"help": "Probability in (0, 1) that a feature is dropped."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("dropout_rate", low=0, high=1, strict=True)

@@ -105,6 +105,22 @@ def scale_noise_kl(alpha: Tensor, c: float) -> Tensor:
     return 0.5 * ((alpha + 1) / c - 1 - torch.log(alpha / c))
 
 
+def gaussian_kl(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
+    """KL(N(mean, std^2) || N(0, prior_std^2)), elementwise."""
+    ratio = (std / prior_std).square()
+    return 0.5 * (ratio + (mean / prior_std).square() - 1 - torch.log(ratio))
+
+
+def log_uniform_kl(log_alpha: Tensor) -> Tensor:
+    """KL(N(theta, alpha theta^2) || the log-uniform prior), elementwise, up to a constant.
+
+    The approximation of Molchanov et al. 2017 (arXiv 1701.05369), equation 14, shifted so that it
+    falls to 0 as alpha grows.
+    """
+    k1, k2, k3 = 0.63576, 1.87320, 1.48695
+    return k1 * torch.sigmoid(-(k2 + k3 * log_alpha)) + 0.5 * F.softplus(-log_alpha)
+
+
 def weibull_sample(shape: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
     """A reparametrised draw of Weibull(shape, scale) from uniform draws in (0, 1)."""
     tiny = torch.finfo(uniform.dtype).eps

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bara.errors import BaraError
 
@@ -37,6 +39,11 @@ class FreshNoise:
 
     def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.rand(self.batch_size, *shape, device=self.device)
+
+    def sign(self, shape: tuple[int, ...]) -> Tensor:
+        """Random signs, -1.0 or 1.0, (B, *shape)."""
+        bits = torch.randint(2, (self.batch_size, *shape), device=self.device)
+        return (2 * bits - 1).float()
 
 
 class Draws:
@@ -84,6 +91,41 @@ class Draws:
             ).to(device)
             self._cache[key, shape, device] = cached
         return cached
+
+
+class DrawSource:
+    """What makes a model's forward passes use draws of its posterior.
+
+    Attributes:
+        batched: several draws fit into one batch, block by block; else there is one at a time.
+    """
+
+    batched = False
+
+    def num_draws(self, wanted: int) -> int:
+        """How many draws there are when `wanted` are asked for."""
+        return wanted
+
+    @contextmanager
+    def drawing(self, draws: Draws | None) -> Iterator[None]:
+        """Forward passes inside use these draws, or with None the posterior mean."""
+        raise NotImplementedError
+        yield
+
+
+def attach_draws(model: nn.Module, source: DrawSource) -> None:
+    """Makes `bara.predict` and `bara.sampling` draw from this source."""
+    model.__dict__["bara_draws"] = source  # no submodule: it refers to the model's parameters
+
+
+def draw_source(model: nn.Module) -> DrawSource | None:
+    """Where a model's draws come from, however it is wrapped; None if it has a single mode."""
+    for module in model.modules():
+        for name in ("bara_draws", "bara_elbo"):
+            source = module.__dict__.get(name)
+            if isinstance(source, DrawSource):
+                return source
+    return None
 
 
 def _generator(*entropy: int) -> torch.Generator:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.configs import BayesianConfig
-from bara.draws import Draws, FixedNoise, FreshNoise, Noise
+from bara.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
 
@@ -65,6 +65,7 @@ class ForwardPass:
         training: whether KL is collected: train mode with gradients.
         terms: KL collected, by adapter.
         trainable: whether a layer that can be trained took part.
+        asked: whether a layer was asked for its KL.
         kl: the weighted KL, until it is in a loss.
     """
 
@@ -77,6 +78,7 @@ class ForwardPass:
     training: bool = False
     terms: dict[str, Terms] = field(default_factory=dict)
     trainable: bool = False
+    asked: bool = False
     open: bool = True
     kl: Tensor | None = None
     kl_in_loss: bool = False
@@ -126,6 +128,9 @@ class ForwardPass:
         """Collects one layer's KL; recomputation under gradient checkpointing adds nothing."""
         if not self.open:
             return
+        self.asked = True
+        if kl_global is None and kl_local is None and activity is None:
+            return  # a family without KL
         terms = self.terms.setdefault(adapter, Terms())
         if kl_global is not None:
             terms.kl_global.setdefault(layer, []).append(kl_global)
@@ -159,8 +164,10 @@ class ForwardPass:
         return replace(self, open=False, terms={}, kl=None)
 
 
-class Elbo:
+class Elbo(DrawSource):
     """What all forward passes of one adapted model share. Lives on the model as `bara_elbo`."""
+
+    batched = True
 
     def __init__(self, model: nn.Module) -> None:
         self.configs: dict[str, BayesianConfig] = {}
@@ -321,7 +328,7 @@ class Elbo:
     def _watch(self, forward: ForwardPass, outputs: Any) -> None:
         """Notes which gradients arrive, and gives the pass back to layers recomputed for it."""
         reached, recomputation = forward.reached, forward.for_recomputation()
-        without_kl = forward.trainable and forward.kl is None
+        without_kl = forward.trainable and not forward.asked
 
         def kl_reached(_: Tensor) -> None:
             reached.kl = True

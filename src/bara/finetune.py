@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from bara.configs import BayesianConfig
 from bara.data import TextTask, first_line, load_table, tokenise
+from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
 from bara.loading import (
@@ -34,16 +30,22 @@ from bara.loading import (
     load_base,
     load_tokenizer,
 )
-from bara.recipe import TrainRecipe, config_class
+from bara.methods import Method, parse_method
+from bara.posthoc.ensemble import EnsembleDraws, member_name
+from bara.posthoc.temperature import fit_temperature, save_temperature, set_temperature
+from bara.posthoc.weights import WeightDraws
+from bara.prediction import predict
+from bara.recipe import TrainRecipe
+from bara.trainers.base import COMPLETE, AdapterTrainer
 from bara.training import BayesianCallback, elbo_loss, gaussian_nll
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINTS = "checkpoints"
-COMPLETE = "complete"
-"""File that marks a checkpoint as whole: a process that is killed while saving leaves none."""
+MEMBER_SEEDS = 1000
+"""Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
 
 ATTENTION_PROJECTIONS = (
     *("query", "key", "value"),
@@ -84,6 +86,7 @@ def finetune(
             saving failed. An earlier adapter and the last checkpoint are then as they were.
     """
     recipe.check()
+    method, tempered = parse_method(recipe.method)
     output = Path(recipe.output)
     _check_output(output, recipe, resume=resume, overwrite=overwrite)
     if train is None:
@@ -92,6 +95,8 @@ def finetune(
         train = load_table(recipe.data, split=recipe.split)
     if validation is None and recipe.validation:
         validation = load_table(recipe.validation, split=recipe.validation_split)
+    if tempered and validation is None:
+        raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = TextTask.infer(
         train,
         text_column=recipe.text_column,
@@ -103,48 +108,86 @@ def finetune(
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
-    train_inputs = tokenise(train, tokenizer, task)
-    validation_inputs = None if validation is None else tokenise(validation, tokenizer, task)
-    trainer = AdapterTrainer(
-        model=model,
-        args=_training_arguments(recipe, output / CHECKPOINTS, evaluate=validation is not None),
-        train_dataset=train_inputs,
-        eval_dataset=validation_inputs,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[TrainingProgress(), *callbacks],
-        compute_loss_func=elbo_loss(model, gaussian_nll) if task.task == "regression" else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    if isinstance(model.active_peft_config, BayesianConfig):
-        trainer.add_callback(BayesianCallback())
+    data = {
+        "train_dataset": tokenise(train, tokenizer, task),
+        "eval_dataset": None if validation is None else tokenise(validation, tokenizer, task),
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "processing_class": tokenizer,
+        "callbacks": list(callbacks),
+    }
     checkpoint = _prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
+    if method.ensemble:
+        _train_members(model, method, recipe, task, data)
+    else:
+        trainer = _trainer(model, method, recipe, task, data)
+        _train(trainer, checkpoint)
+        trainer.finish()
+    if tempered:
+        held_out = predict(model, data["eval_dataset"], progress=False)
+        set_temperature(model, fit_temperature(held_out))
+    save_adapter(output, model, tokenizer, task, recipe)
+    return output
+
+
+def _trainer(
+    model: nn.Module, method: Method, recipe: TrainRecipe, task: TextTask, data: dict[str, Any]
+) -> AdapterTrainer:
+    trainer = method.trainer(
+        model=model,
+        options=method.own_options(recipe.method_options),
+        args=_training_arguments(recipe, evaluate=data["eval_dataset"] is not None),
+        compute_loss_func=elbo_loss(model, gaussian_nll) if task.task == "regression" else None,
+        **data,
+    )
+    if isinstance(model, PeftModel) and isinstance(model.active_peft_config, BayesianConfig):
+        trainer.add_callback(BayesianCallback())
+    return trainer
+
+
+def _train(trainer: AdapterTrainer, checkpoint: Path | None = None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise BaraError(
             "out of memory; lower training.per_device_train_batch_size or max_length"
         ) from error
-    save_adapter(output, model, tokenizer, task, recipe)
-    return output
 
 
-def build_model(recipe: TrainRecipe, task: TextTask) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The base model with a new adapter, and its tokeniser.
+def _train_members(
+    model: PeftModel, method: Method, recipe: TrainRecipe, task: TextTask, data: dict[str, Any]
+) -> None:
+    """Trains the members of an ensemble one after the other, as adapters of one base model."""
+    num_members = method.own_options(recipe.method_options).num_members
+    training = {**recipe.training, "save_strategy": "no"}  # a member is no state to go on from
+    for index in range(num_members):
+        member = replace(recipe, seed=recipe.seed + index * MEMBER_SEEDS, training=training)
+        if index:
+            set_seed(member.seed)
+            model.add_adapter(member_name(index), model.peft_config[member_name(0)])
+            model.set_adapter(member_name(index))
+        _train(_trainer(model, method, member, task, data))
+    attach_draws(model, EnsembleDraws(model, num_members))
+
+
+def build_model(recipe: TrainRecipe, task: TextTask) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser.
 
     Raises:
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
+    method, _ = parse_method(recipe.method)
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
     tokenizer = load_tokenizer(recipe.model, base)
-    options = {**recipe.method_options, "task_type": "SEQ_CLS"}
+    if method.config is None:
+        return base, tokenizer
+    options = {**method.config_options(recipe.method_options), "task_type": "SEQ_CLS"}
     if options.get("target_modules") is None:
         options["target_modules"] = attention_projections(base)
     # What the checkpoint lacks is random: it has to come back with the adapter.
     saved = [*(options.get("modules_to_save") or []), *new_modules]
     options["modules_to_save"] = saved or None
     try:
-        return get_peft_model(base, config_class(recipe.method)(**options)), tokenizer
+        return get_peft_model(base, method.config(**options)), tokenizer
     except (ValueError, TypeError) as error:
         raise BaraError(f"method {recipe.method}: {first_line(error)}") from error
 
@@ -157,7 +200,7 @@ def attention_projections(model: nn.Module) -> list[str] | str:
 
 def save_adapter(
     folder: str | Path,
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     task: TextTask,
     recipe: TrainRecipe,
@@ -167,70 +210,32 @@ def save_adapter(
     Raises:
         BaraError: a weight is not finite, or the folder cannot be written.
     """
-    for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items():
+    for name, tensor in _trained_weights(model):
         if not tensor.isfinite().all():
             raise BaraError(
                 f"the weights of {name} are not finite after training, so the adapter was not "
                 "saved; lower training.learning_rate"
             )
     with atomic_directory(folder) as temporary:
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(str(temporary), **options)
+        source = draw_source(model)
+        if isinstance(source, WeightDraws):
+            source.save(temporary)
+        save_temperature(model, temporary)
         tokenizer.save_pretrained(str(temporary))
         task.save(temporary / TASK_FILE)
         (temporary / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
 
 
-class AdapterTrainer(Trainer):
-    """A `Trainer` that stops at a loss that is not finite, and whose checkpoints are whole."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One step; see `Trainer.training_step`."""
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise BaraError(
-                f"the loss is {loss.item()} in step {self.state.global_step + 1}, so training "
-                "stopped and nothing was saved over; lower training.learning_rate"
-            )
-        return loss
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-            (folder / COMPLETE).touch()
-        except Exception as error:  # torch and safetensors have types of their own for full disks
-            shutil.rmtree(folder, ignore_errors=True)
-            raise BaraError(
-                f"cannot save the checkpoint {folder}: {first_line(error)}; earlier ones are "
-                "intact, so make room and go on with --resume"
-            ) from error
-
-
-class TrainingProgress(TrainerCallback):
-    """A progress bar with the loss, on standard error and only on a terminal."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", disable=None
-        )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        logs = kwargs.get("logs") or {}
-        self.bar.set_postfix({key: logs[key] for key in ("loss", "eval_loss") if key in logs})
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.bar.close()
+def _trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(model, PeftModel):
+        yield from model.named_parameters()
+        return
+    for adapter in model.peft_config:
+        yield from get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=False
+        ).items()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -252,7 +257,8 @@ def _check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite:
                 raise BaraError(
                     f"the run in {output} has {name} = {before}: it can only be resumed with that"
                 )
-    if not resume and not overwrite and (checkpoint or (output / CONFIG_FILE).exists()):
+    trained = any((output / name).exists() for name in (CONFIG_FILE, RECIPE_FILE))
+    if not resume and not overwrite and (checkpoint or trained):
         raise BaraError(
             f"{output} holds an earlier run: go on with it (--resume), replace it (--overwrite) "
             "or give another --output"
@@ -272,9 +278,8 @@ def _prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> 
     return checkpoint
 
 
-def _training_arguments(
-    recipe: TrainRecipe, checkpoints: Path, *, evaluate: bool
-) -> TrainingArguments:
+def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArguments:
+    checkpoints = Path(recipe.output) / CHECKPOINTS
     options = {"eval_strategy": "epoch", **recipe.training}
     if not evaluate:
         options["eval_strategy"] = "no"
@@ -286,7 +291,7 @@ def _training_arguments(
         raise BaraError(f"training: {first_line(error)}") from error
 
 
-def _longest_input(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def _longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     positions = getattr(model.config, "max_position_embeddings", None)
     return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 

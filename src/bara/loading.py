@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_model
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data import TextTask, first_line
+from bara.draws import attach_draws
 from bara.errors import BaraError
+from bara.methods import parse_method
+from bara.posthoc.ensemble import EnsembleDraws, member_name
+from bara.posthoc.temperature import load_temperature
+from bara.posthoc.weights import WeightDraws
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
 
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MODEL_FILE = "model.safetensors"
 TASK_FILE = "text_task.json"
 RECIPE_FILE = "recipe.yaml"
 HEADS = ("classifier", "score")
@@ -33,7 +40,7 @@ HEADS = ("classifier", "score")
 
 def load_adapter(
     path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
-) -> tuple[PeftModel, PreTrainedTokenizerBase, TextTask]:
+) -> tuple[Any, PreTrainedTokenizerBase, TextTask]:
     """Load what `bara.finetune.finetune` saved, in evaluation mode.
 
     Args:
@@ -42,20 +49,41 @@ def load_adapter(
         device: where to put the model; a GPU if there is one.
 
     Returns:
-        The model, its tokeniser, and the task with its columns and label names.
+        The model (a `PeftModel`, or a transformers model after full fine-tuning), which
+        `bara.predict` draws from as its method does; its tokeniser; and the task with its columns
+        and label names.
 
     Raises:
         BaraError: something is missing or damaged, or the adapter does not fit the base model.
     """
     folder = Path(path)
+    if _holds_a_model(folder):
+        model, tokenizer, task, recipe = _load_model(folder)
+    else:
+        model, tokenizer, task, recipe = _load_peft(folder, base_model)
+    method, tempered = parse_method(recipe.method)
+    if method.ensemble:
+        _load_members(model, folder, method.own_options(recipe.method_options).num_members)
+    if method.trainer.weight_noise:
+        attach_draws(model, WeightDraws.load(model, folder))
+    if tempered:
+        load_temperature(model, folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer, task
+
+
+def _load_peft(
+    folder: Path, base_model: str | None
+) -> tuple[PeftModel, PreTrainedTokenizerBase, TextTask, TrainRecipe]:
     config = read_config(folder)
     saved_shapes = read_shapes(folder)
     task = TextTask.load(folder / TASK_FILE)
-    options = TrainRecipe.load(folder / RECIPE_FILE).model_options
+    recipe = TrainRecipe.load(folder / RECIPE_FILE)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
-    base, _ = load_base(name, task, options)
+    base, _ = load_base(name, task, recipe.model_options)
     tokenizer = load_tokenizer(str(folder), base)
     with warnings.catch_warnings():
         # PEFT warns about what it skipped; the comparison below refuses it.
@@ -71,9 +99,48 @@ def load_adapter(
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _refuse_mismatch(saved_shapes, expected, folder, name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer, task
+    return model, tokenizer, task, recipe
+
+
+def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
+    """Loads the further members of an ensemble from their folders."""
+    for index in range(1, num_members):
+        member = folder / member_name(index)
+        read_shapes(member)
+        try:
+            model.load_adapter(str(member), member_name(index))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise BaraError(
+                f"member {index} of the ensemble {folder} is missing or damaged: "
+                f"{first_line(error)}"
+            ) from error
+    attach_draws(model, EnsembleDraws(model, num_members))
+
+
+def _holds_a_model(folder: Path) -> bool:
+    """Whether the folder is the result of full fine-tuning."""
+    recipe = folder / RECIPE_FILE
+    return recipe.is_file() and parse_method(TrainRecipe.load(recipe).method)[0].config is None
+
+
+def _load_model(
+    folder: Path,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextTask, TrainRecipe]:
+    task = TextTask.load(folder / TASK_FILE)
+    recipe = TrainRecipe.load(folder / RECIPE_FILE)
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        if SentenceClassifier.__name__ in (config.architectures or ()):
+            model = SentenceClassifier(AutoModel.from_config(config))
+        else:
+            model = AutoModelForSequenceClassification.from_config(config)
+        load_model(model, folder / MODEL_FILE)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BaraError(
+            f"the model in {folder} is incomplete or damaged ({first_line(error)}); train again"
+        ) from error
+    model.to(config.dtype)
+    return model, load_tokenizer(str(folder), model), task, recipe
 
 
 def read_config(folder: Path) -> PeftConfig:

@@ -11,12 +11,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.batches import Collate, batches, num_rows, repeat_rows, to_device
-from bara.draws import Draws
-from bara.elbo import Elbo
+from bara.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
 from bara.metrics import Evaluation, classification_metrics, regression_metrics
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.training import MIN_LOG_VARIANCE
+
+TEMPERATURE = "predictive_temperature"
+"""Name of the fitted temperature in the model's configuration."""
 
 
 def predict(
@@ -33,7 +35,9 @@ def predict(
 ) -> Predictive:
     """Predictive distribution of a classifier or a regression model.
 
-    A model without a Bayesian adapter is predicted with as it is, as one draw.
+    A model without a posterior is predicted with as it is, as one draw. An ensemble has as many
+    draws as members, whatever `num_draws`. A temperature that was fitted for the model
+    (`bara.posthoc.set_temperature`) is applied to every draw.
 
     Args:
         model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs).
@@ -59,8 +63,8 @@ def predict(
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
-    elbo = Elbo.of(model)
-    draws = _Portions(elbo, None if deterministic or elbo is None else num_draws, seed)
+    source = draw_source(model)
+    draws = _Portions(source, None if deterministic or source is None else num_draws, seed)
     device = next(model.parameters()).device
     takes = _accepted(model)
     was_training = model.training
@@ -117,10 +121,10 @@ def evaluate(
 class _Portions:
     """S draws, computed in as many forward passes as the batch size asks for."""
 
-    def __init__(self, elbo: Elbo | None, num_draws: int | None, seed: int) -> None:
-        self.elbo = elbo
-        self.mean = num_draws is None
-        self.num_draws = num_draws or 1
+    def __init__(self, source: DrawSource | None, num_draws: int | None, seed: int) -> None:
+        self.source = source
+        self.mean = source is None or num_draws is None
+        self.num_draws = 1 if source is None or num_draws is None else source.num_draws(num_draws)
         self.seed = seed
         self._draws: dict[tuple[int, int], Draws] = {}
 
@@ -128,17 +132,18 @@ class _Portions:
     def forward(self, model: nn.Module, batch: dict[str, Any], batch_size: int) -> Tensor:
         """Logits of one batch under every draw, (S, n, outputs), float32 on the CPU."""
         rows = num_rows(batch)
-        if self.elbo is None:
+        if self.source is None:
             return _logits(model(**batch), rows).unsqueeze(0)
         if self.mean:
-            with self.elbo.drawing(None):
+            with self.source.drawing(None):
                 return _logits(model(**batch), rows).unsqueeze(0)
-        at_once = max(1, min(self.num_draws, batch_size // rows))
+        fit = batch_size // rows if self.source.batched else 1
+        at_once = max(1, min(self.num_draws, fit))
         parts = []
         for first in range(0, self.num_draws, at_once):
             count = min(at_once, self.num_draws - first)
             draws = self._draws.setdefault((first, count), Draws(count, self.seed, first))
-            with self.elbo.drawing(draws):
+            with self.source.drawing(draws):
                 output = _logits(model(**repeat_rows(batch, count)), rows * count)
             parts.append(output.view(count, rows, -1))
         return torch.cat(parts)
@@ -170,6 +175,7 @@ def _predictive(
     logits: Tensor, labels: Tensor | None, config: Any, noise_variance: float
 ) -> Predictive:
     outputs = logits.shape[-1]
+    temperature = getattr(config, TEMPERATURE, 1.0)
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         raise BaraError("Multi-label classification is not supported by predict.")
@@ -186,9 +192,10 @@ def _predictive(
         else:
             variance = torch.full_like(mean, noise_variance)
         target = None if labels is None else labels.float().flatten() * scale + shift
-        return RegressionPredictive(mean * scale + shift, variance * scale**2, target)
+        variance = variance * scale**2 * temperature
+        return RegressionPredictive(mean * scale + shift, variance, target)
     names = getattr(config, "id2label", None)
     label_names = (
         tuple(names[i] for i in range(outputs)) if names and len(names) == outputs else None
     )
-    return ClassificationPredictive(logits.log_softmax(-1), labels, label_names)
+    return ClassificationPredictive((logits / temperature).log_softmax(-1), labels, label_names)

@@ -14,7 +14,7 @@ import yaml
 from bara.errors import BaraError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
 METHOD_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16}
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -32,6 +32,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "pvera": {"r": 256}}
+"""Defaults of a method's options, where `METHOD_DEFAULTS` do not suit it."""
+METHOD_TRAINING: dict[str, dict[str, Any]] = {
+    "full": {"learning_rate": 5e-5},
+}
+"""Defaults of a method's training, over `TRAINING_DEFAULTS`."""
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
 
@@ -47,8 +53,10 @@ class TrainRecipe:
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
             `bara.data.TextTask.infer`.
-        method: `lora`, or one of the Bayesian methods (`bara`, `balora`, ...).
-        method_options: fields of the method's configuration class, over `METHOD_DEFAULTS`.
+        method: a name of `bara.methods.METHODS`, with the suffix `+temperature` for a temperature
+            fitted on the validation table.
+        method_options: fields of the method's configuration class and its own options, over
+            `METHOD_DEFAULTS`.
             Without `target_modules` the attention's projections are adapted.
         model_options: arguments of the base model's `from_pretrained` (`dtype`, ...).
         training: fields of `transformers.TrainingArguments`, over `TRAINING_DEFAULTS`.
@@ -83,9 +91,9 @@ class TrainRecipe:
             if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
                 what = {str: "text", int: "a whole number", dict: "a mapping"}[kind]
                 raise BaraError(f"recipe: {option.name} must be {what}, not {value!r}")
-        self.method_options = {**METHOD_DEFAULTS, **self.method_options}
         self.model_options = {"dtype": "float32", **self.model_options}
-        self.training = {**TRAINING_DEFAULTS, **self.training}
+        for group, defaults in _method_defaults(self.method).items():
+            setattr(self, group, {**defaults, **getattr(self, group)})
 
     def check(self) -> None:
         """Check the method and the names of all options (imports the training libraries).
@@ -97,8 +105,9 @@ class TrainRecipe:
 
         if not self.model:
             raise BaraError("which model? Give a folder or a hub name with --model")
-        known = {option.name for option in fields(config_class(self.method))}
-        refuse_unknown(self.method_options, known - {"peft_type", "task_type"}, "method_options")
+        from bara.methods import parse_method
+
+        parse_method(self.method)[0].check(self.method, self.method_options)
         for name, instead in ELSEWHERE.items():
             if name in self.training:
                 raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
@@ -108,6 +117,10 @@ class TrainRecipe:
     def with_options(self, options: Mapping[str, Any]) -> TrainRecipe:
         """A copy with some options changed; `training.learning_rate` names a nested one."""
         values = asdict(self)
+        if "method" in options:  # another method has other defaults
+            for group, defaults in _method_defaults(self.method).items():
+                given = values[group].items()
+                values[group] = {k: v for k, v in given if k not in defaults or v != defaults[k]}
         for name, value in options.items():
             group, _, key = name.partition(".")
             if key and isinstance(values.get(group), dict):
@@ -149,6 +162,14 @@ class TrainRecipe:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
+def _method_defaults(method: str) -> dict[str, dict[str, Any]]:
+    base = method.lower().partition("+")[0]
+    return {
+        "method_options": METHOD_OPTIONS.get(base, METHOD_DEFAULTS),
+        "training": TRAINING_DEFAULTS | METHOD_TRAINING.get(base, {}),
+    }
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text and `no` as false; this reads both as YAML 1.2 does."""
 
@@ -170,20 +191,15 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def config_class(method: str) -> type[LoraConfig]:
-    """The configuration class of a method.
+def config_class(method: str) -> type[PeftConfig] | None:
+    """The configuration class of a method; None for full fine-tuning.
 
     Raises:
         BaraError: there is no such method.
     """
-    from peft import LoraConfig
+    from bara.methods import parse_method
 
-    from bara.configs import BayesianConfig
-
-    classes: dict[str, type[LoraConfig]] = {"lora": LoraConfig}
-    classes |= {config.METHOD.lower(): config for config in BayesianConfig.__subclasses__()}
-    refuse_unknown([method.lower()], classes, "method")
-    return classes[method.lower()]
+    return parse_method(method)[0].config
 
 
 def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str) -> None:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from bara.draws import Draws
-from bara.training import elbo_of
+from bara.draws import Draws, draw_source
+from bara.errors import BaraError
 
 
 @contextmanager
@@ -22,15 +22,27 @@ def sampling(
     inputs repeated S times.
 
     Args:
-        model: a model with a Bayesian adapter, wrapped or not.
+        model: a model with a posterior, wrapped or not.
         num_draws: S, at least 1.
         seed: the same seed gives the same draws; None takes one from torch's global generator.
         first_draw: number of the first draw, so that draws can be computed in portions: draws
             0 ... S-1 of a seed do not depend on how many are asked for at a time.
 
     Raises:
-        BaraError: num_draws < 1, no Bayesian adapter, or a batch that S does not divide.
+        BaraError: num_draws < 1, no posterior, a batch that S does not divide, or several draws
+            from a posterior that gives one at a time (an ensemble, Laplace, TFB, IVON).
     """
     draws = Draws(num_draws, seed, first_draw)
-    with elbo_of(model).drawing(draws):
+    source = draw_source(model)
+    if source is None:
+        raise BaraError(
+            "This model has no Bayesian adapter, so there is nothing to draw from. Make one with "
+            "peft.get_peft_model(model, bara.BaraConfig(...))."
+        )
+    if num_draws > 1 and not source.batched:
+        raise BaraError(
+            f"This model gives one draw at a time: use num_draws=1 and first_draw=0 ... "
+            f"{num_draws - 1}, or bara.predict."
+        )
+    with source.drawing(draws):
         yield draws

@@ -40,6 +40,7 @@ class RankSpaceVariant(LoraVariant):
             module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
             setattr(module, CONTAINER, nn.ModuleDict())
         posteriors(module)[adapter_name] = posterior
+        posterior.start(module.lora_A[adapter_name].weight)
 
     def forward(  # type: ignore[override]
         self,
@@ -135,12 +136,21 @@ class RankSpaceVariant(LoraVariant):
                 return flat.transpose(1, 2).reshape(layout)
             return flat.reshape(layout)
 
-        def project(x: Tensor, weight: Tensor) -> Tensor:
-            if isinstance(lora_a, nn.Linear):
-                return flatten(nn.functional.linear(x, weight))
-            return flatten(lora_a._conv_forward(x, weight, None))
-
         flat = flatten(u)
+        if not convolution:
+            x = x.reshape(*flat.shape[:2], x.shape[-1])
+
+        def project(x: Tensor, weight: Tensor) -> Tensor:
+            if not convolution:
+                return x @ weight.mT
+            if weight.dim() == lora_a.weight.dim():
+                return flatten(lora_a._conv_forward(x, weight, None))
+
+            def one(image: Tensor, weight: Tensor) -> Tensor:
+                return lora_a._conv_forward(image.unsqueeze(0), weight, None).squeeze(0)
+
+            return flatten(torch.vmap(one)(x, weight))
+
         mask = None if convolution else forward.mask(flat.shape[1], rows)
         if mask is None and not convolution and flat.shape[1] > 1:
             self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])

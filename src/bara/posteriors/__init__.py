@@ -2,14 +2,30 @@
 
 from collections.abc import Callable
 
-from bara.configs import BaloraConfig, BaraConfig, BayesianConfig
+from bara.configs import (
+    BaloraConfig,
+    BaraConfig,
+    BayesianConfig,
+    BlobConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
 from bara.posteriors.balora import BaloraPosterior
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.base import Posterior
+from bara.posteriors.blob import BlobPosterior
+from bara.posteriors.dropout import McDropoutPosterior
+from bara.posteriors.rankwise import RankwisePosterior
+from bara.posteriors.scalabl import ScalablPosterior
 
 FAMILIES: dict[type[BayesianConfig], Callable[..., Posterior]] = {
     BaraConfig: BaraPosterior,
     BaloraConfig: BaloraPosterior,
+    BlobConfig: BlobPosterior,
+    ScalablConfig: ScalablPosterior,
+    RankwiseConfig: RankwisePosterior,
+    McDropoutConfig: McDropoutPosterior,
 }
 """Which posterior a config makes: called with the config, the layer's rank and the granularity."""
 

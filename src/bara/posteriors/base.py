@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bara.draws import Noise
+from bara.draws import FreshNoise, Noise
 
 Granularity = Literal["sequence", "token"]
 
@@ -20,11 +20,12 @@ class RankSpace:
 
     Attributes:
         u: A x, (B, T, r) with T positions (tokens, pixels) per input.
-        x: the layer's input, in the layer's own layout.
+        x: the layer's input, (B, T, d_in) or (B, channels, ...) for a convolution.
         a: the weight of A, (r, d_in) or (r, channels, kernel...).
         b: the weight of B, (d_out, r) or (d_out, r, 1, ...).
         mask: True where a position is not padding, (B, T), or None when there is no padding.
-        project: applies A's operation with another weight to another input, giving (B, T, r).
+        project: applies A's operation with another weight to another input, giving (B, T, r); a
+            weight with one more dimension in front has a matrix for every input.
         groups: groups of a grouped convolution, else 1.
     """
 
@@ -40,6 +41,27 @@ class RankSpace:
         """|b_k|^2 for every factor, (r,), float32."""
         b = wide(self.b).reshape(self.groups, -1, self.b.shape[1])
         return b.square().sum(dim=1).flatten()
+
+    def project_noise(self, std: Tensor, noise: Noise, name: str) -> Tensor:
+        """The input times a Gaussian matrix with standard deviations `std`, (B, T, r).
+
+        A fixed draw is one explicit matrix for all inputs. In training one matrix serves the whole
+        batch, with random signs per input that make its inputs uncorrelated (Flipout, Wen et al.
+        2018, arXiv 1803.04386); an input's tokens share its signs.
+
+        Args:
+            std: standard deviations, in the shape of A.
+            noise: the layer's random numbers.
+            name: distinguishes several matrices of a layer.
+        """
+        x, shape = wide(self.x), tuple(self.a.shape)
+        if not isinstance(noise, FreshNoise):
+            return self.project(x, std * noise.normal(name, shape))
+        channel = -1 if self.a.dim() == 2 else 1
+        signs = noise.sign((x.shape[channel],))
+        inputs = signs.unsqueeze(1) if channel == -1 else trailing(signs, x.dim())
+        shared = std * torch.randn(shape, device=x.device)
+        return self.project(x * inputs, shared) * noise.sign((shape[0],)).unsqueeze(1)
 
     def pooled(self, granularity: Granularity) -> Tensor:
         """The features a gate reads, float32: (B, 1, r) masked means, or (B, T, r) tokens."""
@@ -96,6 +118,9 @@ class Posterior(nn.Module):
         """
         raise NotImplementedError
 
+    def start(self, a: Tensor) -> None:
+        """Called once with the new layer's A, (r, d_in, ...), which it may change in place."""
+
     def open_probability(self, space: RankSpace) -> Tensor:
         """P(factor k is active), (B, 1 or T, r); all ones for a family without gates."""
         return space.u.new_ones(space.u.shape[0], 1, space.u.shape[-1], dtype=torch.float32)
@@ -111,6 +136,11 @@ class Posterior(nn.Module):
             BaraError: the mean depends on the input, so that no constants reproduce it.
         """
         raise NotImplementedError
+
+
+def trailing(values: Tensor, dim: int) -> Tensor:
+    """Appends dimensions of size 1 until there are `dim`."""
+    return values.reshape(*values.shape, *[1] * (dim - values.dim()))
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -1,0 +1,137 @@
+"""Every method by its name: what it trains, what is random in it, where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from bara.configs import (
+    BaloraConfig,
+    BaraConfig,
+    BlobConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
+from bara.errors import BaraError
+from bara.posthoc.ensemble import EnsembleOptions
+from bara.recipe import METHOD_DEFAULTS, refuse_unknown
+from bara.trainers.base import AdapterTrainer
+
+TEMPERED = "+temperature"
+"""Suffix of a method's name for a temperature fitted on held-out data."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without options beyond those of its configuration."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune a model.
+
+    Attributes:
+        summary: what it is, in a line.
+        random: what differs between draws.
+        paper: its source.
+        config: class of PEFT's configuration; None for full fine-tuning.
+        options: dataclass of the method's own options.
+        trainer: how it trains.
+        package: a package it needs, which is in the extra of the method's name.
+    """
+
+    summary: str
+    random: str
+    paper: str
+    config: type[PeftConfig] | None = LoraConfig
+    options: type = NoOptions
+    trainer: type[AdapterTrainer] = AdapterTrainer
+    package: str = ""
+
+    @property
+    def ensemble(self) -> bool:
+        """Whether several adapters are trained, one after the other."""
+        return issubclass(self.options, EnsembleOptions)
+
+    def check(self, name: str, options: Mapping[str, Any]) -> None:
+        """Raises `BaraError` for an option that is unknown or a package that is missing."""
+        known = set(METHOD_DEFAULTS)  # a rank is given to every method, and means nothing to some
+        known |= {option.name for option in fields(self.options)}
+        if self.config is not None:
+            known |= {option.name for option in fields(self.config)} - {"peft_type", "task_type"}
+        refuse_unknown(options, known, "method_options")
+        self.own_options(options)
+        if self.package and find_spec(self.package) is None:
+            raise BaraError(f"method {name} needs a package: pip install 'bara-peft[{name}]'")
+
+    def own_options(self, options: Mapping[str, Any]) -> Any:
+        """The method's own options, checked."""
+        known = {option.name for option in fields(self.options)}
+        return self.options(**{key: value for key, value in options.items() if key in known})
+
+    def config_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of PEFT's configuration."""
+        assert self.config is not None
+        known = {option.name for option in fields(self.config)}
+        return {key: value for key, value in options.items() if key in known}
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(
+        "LoRA by maximum likelihood; MAP with training.weight_decay",
+        "nothing",
+        "arXiv 2106.09685",
+    ),
+    "full": Method("full fine-tuning; the folder holds the model", "nothing", "", config=None),
+    "bara": Method(
+        "adaptive rank: sparse, input-dependent factors",
+        "gates and scale of the factors",
+        "arXiv 2606.29184",
+        config=BaraConfig,
+    ),
+    "balora": Method(
+        "input-adaptive Gaussian noise on A", "A", "arXiv 2605.08110", config=BaloraConfig
+    ),
+    "blob": Method("a Gaussian on every element of A", "A", "arXiv 2406.11675", config=BlobConfig),
+    "scalabl": Method(
+        "a Gaussian on the r-dimensional diagonal between B and A",
+        "the diagonal",
+        "arXiv 2506.21408",
+        config=ScalablConfig,
+    ),
+    "rankwise": Method(
+        "variational dropout with one variance per factor",
+        "A",
+        "arXiv 2506.22809",
+        config=RankwiseConfig,
+    ),
+    "mc-dropout": Method(
+        "dropout on the adapter's inputs that stays on",
+        "inputs of A that are dropped",
+        "arXiv 1506.02142",
+        config=McDropoutConfig,
+    ),
+    "ensemble": Method(
+        "LoRA adapters trained from different seeds on one base model",
+        "the member",
+        "arXiv 1612.01474",
+        options=EnsembleOptions,
+    ),
+}
+"""All methods by name. Each also exists with the suffix `+temperature`."""
+
+
+def parse_method(name: str) -> tuple[Method, bool]:
+    """A method by name, and whether a temperature is fitted on top of it.
+
+    Raises:
+        BaraError: there is no such method.
+    """
+    base = name.lower().removesuffix(TEMPERED)
+    refuse_unknown([base], METHODS, "method")
+    return METHODS[base], base != name.lower()

@@ -1,0 +1,44 @@
+"""BLoB: LoRA with a Gaussian on every element of A, B deterministic (arXiv 2406.11675).
+
+q(A) = N(M, G^4),  sigma = G^2 (their equation 5),    prior N(0, beta^2)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bara.configs import BlobConfig
+from bara.distributions import gaussian_kl
+from bara.draws import Noise
+from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+
+
+class BlobPosterior(Posterior):
+    """G of one layer; the mean M is LoRA's own A."""
+
+    def __init__(self, config: BlobConfig, rank: int, granularity: Granularity) -> None:
+        super().__init__(rank, granularity)
+        self.config = config
+
+    def start(self, a: Tensor) -> None:
+        g = torch.empty_like(a, dtype=torch.float32)
+        nn.init.uniform_(g, self.config.init_noise / math.sqrt(2), self.config.init_noise)
+        self.noise_root = nn.Parameter(g)
+
+    def std(self) -> Tensor:
+        """sigma = G^2, in the shape of A."""
+        return wide(self.noise_root).square()
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        with torch.autocast(space.u.device.type, enabled=False):
+            u, std = space.u, self.std()
+            if noise is not None:
+                u = u + space.project_noise(std, noise, "A").to(u.dtype)
+            kl = gaussian_kl(wide(space.a), std, self.config.prior_std).sum() if with_kl else None
+            return PosteriorOutput(u, kl, None, None)
+
+    def mean_scale(self) -> Tensor | None:
+        return None

@@ -1,0 +1,34 @@
+"""MC-dropout on the adapter's inputs (Gal and Ghahramani 2016, arXiv 1506.02142).
+
+One mask over the input features belongs to an input and a draw and is shared by its tokens, so
+that a draw is one thinned adapter (Gal and Ghahramani 2016, arXiv 1512.05287).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bara.configs import McDropoutConfig
+from bara.draws import Noise
+from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, trailing
+
+
+class McDropoutPosterior(Posterior):
+    """Has no parameters: the rate is fixed, and weight decay stands for the prior."""
+
+    def __init__(self, config: McDropoutConfig, rank: int, granularity: Granularity) -> None:
+        super().__init__(rank, granularity)
+        self.config = config
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        if noise is None:
+            return PosteriorOutput(space.u, None, None, None)
+        rate, x = self.config.dropout_rate, space.x
+        channel = -1 if space.a.dim() == 2 else 1
+        mask = noise.uniform("mask", (x.shape[channel],)).ge(rate) / (1 - rate)
+        mask = mask.unsqueeze(1) if channel == -1 else trailing(mask, x.dim())
+        x = x * mask.to(x.dtype)
+        return PosteriorOutput(space.project(x, space.a.to(x.dtype)), None, None, None)
+
+    def mean_scale(self) -> Tensor | None:
+        return None

@@ -1,0 +1,54 @@
+"""Rank-wise variational dropout, "BayesLoRA" (arXiv 2506.22809).
+
+    q(a_k) = N(theta_k, sigma_k^2 I),    prior p(|w|) ~ 1 / |w|
+
+One variance belongs to a factor, so that a factor whose noise exceeds its mean is a rank that the
+task does not need. B is deterministic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bara.configs import RankwiseConfig
+from bara.distributions import log_uniform_kl
+from bara.draws import Noise
+from bara.posteriors.base import (
+    Granularity,
+    Posterior,
+    PosteriorOutput,
+    RankSpace,
+    trailing,
+    wide,
+)
+
+SCALE = 10.0
+"""Fixed factor on log sigma^2: at LoRA's learning rates it would hardly move."""
+
+
+class RankwisePosterior(Posterior):
+    """One layer's r variances; the mean is LoRA's own A."""
+
+    def __init__(self, config: RankwiseConfig, rank: int, granularity: Granularity) -> None:
+        super().__init__(rank, granularity)
+        self.config = config
+        self.log_variance = nn.Parameter(torch.full((rank,), config.init_log_variance / SCALE))
+
+    def variance(self) -> Tensor:
+        """sigma_k^2, (r,); its logarithm is kept in [-20, 2]."""
+        return torch.exp((SCALE * wide(self.log_variance)).clamp(-20, 2))
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        with torch.autocast(space.u.device.type, enabled=False):
+            u, a = space.u, wide(space.a)
+            variance = trailing(self.variance(), a.dim()).expand_as(a)
+            if noise is not None:
+                u = u + space.project_noise(variance.sqrt(), noise, "A").to(u.dtype)
+            if not with_kl:
+                return PosteriorOutput(u, None, None, None)
+            log_alpha = variance.log() - torch.log(a.square() + 1e-8)
+            return PosteriorOutput(u, log_uniform_kl(log_alpha).sum(), None, None)
+
+    def mean_scale(self) -> Tensor | None:
+        return None

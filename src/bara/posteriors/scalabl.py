@@ -1,0 +1,61 @@
+"""ScalaBL: inference over the r-dimensional diagonal between LoRA's matrices (arXiv 2506.21408).
+
+    W = W0 + scaling B diag(s) A,    q(s) = N(mu, sigma^2),    prior N(0, prior_std^2)
+
+A starts as the right singular vectors of LoRA's initial A, and mu as its singular values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bara.configs import ScalablConfig
+from bara.distributions import gaussian_kl
+from bara.draws import Noise
+from bara.errors import BaraError
+from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+
+SCALE = 10.0
+"""Fixed factor on log sigma: at LoRA's learning rates it would hardly move."""
+
+
+class ScalablPosterior(Posterior):
+    """Mean and standard deviation of one layer's r numbers s, both positive."""
+
+    def __init__(self, config: ScalablConfig, rank: int, granularity: Granularity) -> None:
+        super().__init__(rank, granularity)
+        self.config = config
+        self.log_mean = nn.Parameter(torch.zeros(rank))
+        self.log_std = nn.Parameter(torch.full((rank,), math.log(config.init_noise) / SCALE))
+
+    def start(self, a: Tensor) -> None:
+        matrix = wide(a.detach()).flatten(1)
+        if matrix.shape[0] > matrix.shape[1]:
+            raise BaraError(f"ScalaBL: r = {self.rank} exceeds a layer's {matrix.shape[1]} inputs.")
+        _, singular_values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+        with torch.no_grad():
+            a.copy_(vectors.reshape(a.shape))
+            self.log_mean.copy_(singular_values.log())
+
+    def mean(self) -> Tensor:
+        """mu, (r,)."""
+        return wide(self.log_mean).exp()
+
+    def std(self) -> Tensor:
+        """sigma, (r,)."""
+        return torch.exp(SCALE * wide(self.log_std))
+
+    def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
+        with torch.autocast(space.u.device.type, enabled=False):
+            mean, std = self.mean(), self.std()
+            diagonal = mean
+            if noise is not None:
+                diagonal = mean + std * noise.normal("s", (self.rank,)).unsqueeze(1)
+            kl = gaussian_kl(mean, std, self.config.prior_std).sum() if with_kl else None
+            return PosteriorOutput(space.u * diagonal.to(space.u.dtype), kl, None, None)
+
+    def mean_scale(self) -> Tensor | None:
+        return self.mean()

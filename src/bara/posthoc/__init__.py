@@ -1,0 +1,7 @@
+"""What is fitted after training: a temperature, an ensemble, noise on trained weights."""
+
+from bara.posthoc.ensemble import EnsembleDraws
+from bara.posthoc.temperature import fit_temperature, set_temperature
+from bara.posthoc.weights import Factors, WeightDraws
+
+__all__ = ["EnsembleDraws", "Factors", "WeightDraws", "fit_temperature", "set_temperature"]

@@ -1,0 +1,99 @@
+"""The `Trainer` of all methods."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from bara.data import first_line
+from bara.errors import BaraError
+
+COMPLETE = "complete"
+"""File that marks a checkpoint as whole: a process that is killed while saving leaves none."""
+
+
+class AdapterTrainer(Trainer):
+    """A `Trainer` that stops at a loss that is not finite, and whose checkpoints are whole.
+
+    A method that trains in a way of its own, or does something after training, derives from it.
+
+    Args:
+        options: the method's own options.
+        *args, **kwargs: those of `Trainer`.
+
+    Attributes:
+        weight_noise: whether `finish` attaches a `bara.posthoc.WeightDraws`.
+    """
+
+    weight_noise = False
+
+    def __init__(self, *args: Any, options: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.options = options
+        self.add_callback(TrainingProgress())
+        self.remove_callback(PrinterCallback)
+
+    def finish(self) -> None:
+        """What a method does after training: it attaches its draws to the model."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One step; see `Trainer.training_step`."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise BaraError(
+                f"the loss is {loss.item()} in step {self.state.global_step + 1}, so training "
+                "stopped and nothing was saved over; lower training.learning_rate"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            (folder / COMPLETE).touch()
+        except Exception as error:  # torch and safetensors have types of their own for full disks
+            shutil.rmtree(folder, ignore_errors=True)
+            raise BaraError(
+                f"cannot save the checkpoint {folder}: {first_line(error)}; earlier ones are "
+                "intact, so make room and go on with --resume"
+            ) from error
+
+
+class TrainingProgress(TrainerCallback):
+    """A progress bar with the loss, on standard error and only on a terminal."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", disable=None
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        logs = kwargs.get("logs") or {}
+        self.bar.set_postfix({key: logs[key] for key in ("loss", "eval_loss") if key in logs})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()

@@ -1,0 +1,238 @@
+"""BLoB, ScalaBL, rank-wise variational dropout and MC-dropout against their papers' formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import bara
+from bara.distributions import log_uniform_kl
+from bara.draws import FreshNoise
+from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
+
+CPU = torch.device("cpu")
+
+
+def net(method, **options):
+    torch.manual_seed(0)
+    return stir(adapt(TinyNet(), method, target_modules=["layer"], **options))
+
+
+def matrices(layer):
+    return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+
+
+def noise_of_a(method, posterior, a):
+    """The standard deviation of every element of A, by the paper's parametrisation."""
+    if method == "blob":
+        return posterior.noise_root.detach() ** 2
+    return torch.exp(0.5 * 10 * posterior.log_variance.detach()).unsqueeze(1).expand_as(a)
+
+
+@pytest.mark.parametrize("method", ["blob", "rankwise"])
+def test_a_draw_is_one_matrix_a_for_all_inputs_and_tokens(method):
+    model = net(method).eval()
+    layer, posterior = layer_posterior(model)
+    a, b = matrices(layer)
+    x = torch.randn(3, 4, 6)
+    with torch.no_grad(), bara.sampling(model, num_draws=2, seed=5) as draws:
+        logits = model(x=x.repeat(2, 1, 1))["logits"].view(2, 3, 4, -1)
+    eps = draws.numbers("layer/A", "normal", (4, 6), CPU)
+    for d in range(2):
+        sampled = a + noise_of_a(method, posterior, a) * eps[d]
+        expected = layer.base_layer(x) + 2.0 * x @ (b @ sampled).T
+        torch.testing.assert_close(logits[d], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["blob", "rankwise"])
+def test_flipout_has_the_moments_of_sampled_weights(method):
+    """Per input: mean and covariance over outputs and tokens. Between inputs: no covariance."""
+    model = net(method).eval()
+    layer, posterior = layer_posterior(model)
+    a, b = matrices(layer)
+    x = torch.randn(2, 2, 6)  # two inputs of two tokens
+    torch.manual_seed(0)
+    passes = 5000
+    with torch.no_grad():
+        elbo = model.base_model.model.bara_elbo
+        spaces = []
+        with elbo.observing(lambda name, posterior, space: spaces.append(space)):
+            model(x=x)
+        std = noise_of_a(method, posterior, a)
+        noise = FreshNoise(2, CPU)
+        samples = torch.stack(
+            [spaces[0].project_noise(std, noise, "A") for _ in range(passes)]
+        )  # (passes, inputs, tokens, r)
+    outputs = 2.0 * samples @ b.T
+    explicit = std * torch.randn(passes, *a.shape)
+    reference = 2.0 * torch.einsum("bti,dri,or->dbto", x, explicit, b)
+    for i in range(2):
+        flat, exact = outputs[:, i].flatten(1), reference[:, i].flatten(1)
+        scale = exact.std(0)
+        assert (flat.mean(0).abs() < 6 * scale / passes**0.5).all()
+        bound = 7 * torch.outer(scale, scale) * (2 / passes) ** 0.5
+        assert ((torch.cov(flat.T) - torch.cov(exact.T)).abs() < bound).all()
+    joint = torch.cov(torch.cat([outputs[:, 0].flatten(1), outputs[:, 1].flatten(1)], 1).T)
+    scale = joint.diagonal().sqrt()
+    bound = 7 * torch.outer(scale, scale) / passes**0.5
+    assert (joint.abs() < bound)[:10, 10:].all()
+
+
+@pytest.mark.parametrize("method", ["blob", "rankwise"])
+def test_convolutions_draw_their_kernels(method):
+    torch.manual_seed(0)
+    model = stir(adapt(TinyConv(), method, target_modules=["conv"])).eval()
+    layer, posterior = layer_posterior(model)
+    a, b = matrices(layer)
+    std = (
+        posterior.noise_root.detach() ** 2
+        if method == "blob"
+        else torch.exp(5 * posterior.log_variance.detach()).view(-1, 1, 1, 1).expand_as(a)
+    )
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad(), bara.sampling(model, num_draws=2, seed=1) as draws:
+        logits = model(pixel_values=x.repeat(2, 1, 1, 1))["logits"].view(2, 2, -1)
+    eps = draws.numbers("conv/A", "normal", tuple(a.shape), CPU)
+    for d in range(2):
+        u = torch.nn.functional.conv2d(x, a + std * eps[d], padding=1)
+        hidden = layer.base_layer(x) + 2.0 * torch.nn.functional.conv2d(u, b)
+        expected = model.base_model.model.head(hidden.relu().mean(dim=(2, 3)))
+        torch.testing.assert_close(logits[d], expected, atol=1e-5, rtol=1e-4)
+    model.train()(pixel_values=x)  # Flipout of a kernel runs
+    assert bara.kl_terms(model)["kl_global"] > 0
+
+
+def test_blob_kl_is_that_of_its_gaussians():
+    model = net("blob", prior_std=0.3).train()
+    layer, posterior = layer_posterior(model)
+    model(x=torch.randn(2, 6))
+    a, _ = matrices(layer)
+    posterior_a = Normal(a, posterior.noise_root.detach() ** 2)
+    expected = kl_divergence(posterior_a, Normal(torch.zeros_like(a), 0.3)).sum()
+    assert bara.kl_terms(model)["kl_global"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_blob_starts_as_published():
+    _, posterior = layer_posterior(adapt(TinyNet(60, 5), "blob", target_modules=["layer"]))
+    root = posterior.noise_root
+    assert root.min() >= 0.05 / math.sqrt(2)
+    assert root.max() <= 0.05
+
+
+def test_the_noise_moves_at_loras_learning_rate():
+    """200 steps of Adam at 1e-3 must be able to change a standard deviation a lot (trap 1)."""
+    for method in ("blob", "scalabl", "rankwise"):
+        options = {"target_modules": ["layer"], "kl_weight": 1.0, "warmup": 0.0}
+        model = adapt(TinyNet(), method, **options).train()
+        _, posterior = layer_posterior(model)
+
+        def std(method=method, posterior=posterior):
+            return posterior.variance().sqrt() if method == "rankwise" else posterior.std()
+
+        before = std().detach().clone()
+        optimiser = torch.optim.Adam(posterior.parameters(), lr=1e-3)
+        x = torch.zeros(2, 6)
+        for _ in range(200):
+            optimiser.zero_grad()
+            model(x=x)
+            bara.kl_loss(model).backward()
+            optimiser.step()
+        assert ((std() / before).log().abs() > 0.4).float().mean() > 0.9, method
+
+
+def test_log_uniform_kl_matches_the_integral():
+    """-KL = log(alpha) / 2 - E log|1 + sqrt(alpha) eps| + C, against Monte Carlo, differences."""
+    eps = torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def exact(alpha):
+        return -0.5 * math.log(alpha) + (1 + alpha**0.5 * eps).abs().log().mean().item()
+
+    log_alphas = [-4.0, -2.0, 0.0, 1.0, 3.0]
+    ours = log_uniform_kl(torch.tensor(log_alphas, dtype=torch.float64))
+    theirs = torch.tensor([exact(math.exp(v)) for v in log_alphas], dtype=torch.float64)
+    torch.testing.assert_close(ours - ours[-1], theirs - theirs[-1], atol=0.03, rtol=0)
+    assert log_uniform_kl(torch.tensor(30.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_rankwise_kl_sums_over_the_elements_of_a():
+    model = net("rankwise").train()
+    layer, posterior = layer_posterior(model)
+    model(x=torch.randn(2, 6))
+    a, _ = matrices(layer)
+    expected = 0.0
+    for k in range(4):
+        for i in range(6):
+            variance = math.exp(10 * posterior.log_variance[k].item())
+            alpha = variance / a[k, i].item() ** 2
+            sigmoid = 1 / (1 + math.exp(-(1.87320 + 1.48695 * math.log(alpha))))
+            expected += 0.63576 * (1 - sigmoid) + 0.5 * math.log1p(1 / alpha)
+    assert bara.kl_terms(model)["kl_global"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_scalabl_starts_with_the_singular_vectors_and_values_of_a():
+    torch.manual_seed(3)
+    plain = adapt(TinyNet(), "blob", seed=7, target_modules=["layer"])
+    model = adapt(TinyNet(), "scalabl", seed=7, target_modules=["layer"])
+    start, _ = matrices(layer_posterior(plain)[0])
+    layer, posterior = layer_posterior(model)
+    a, _ = matrices(layer)
+    torch.testing.assert_close(a @ a.T, torch.eye(4), atol=1e-5, rtol=0)
+    values = torch.linalg.svdvals(start)
+    torch.testing.assert_close(posterior.mean().detach(), values, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(a.T @ a @ start.T, start.T, atol=1e-5, rtol=1e-4)  # same subspace
+
+
+def test_scalabl_draws_and_kl():
+    model = net("scalabl", prior_std=0.7).eval()
+    layer, posterior = layer_posterior(model)
+    a, b = matrices(layer)
+    mean = posterior.log_mean.detach().exp()
+    std = (10 * posterior.log_std.detach()).exp()
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        expected = layer.base_layer(x) + 2.0 * x @ (b @ torch.diag(mean) @ a).T
+        torch.testing.assert_close(model(x=x)["logits"], expected, atol=1e-5, rtol=1e-4)
+        with bara.sampling(model, num_draws=2, seed=5) as draws:
+            logits = model(x=x.repeat(2, 1))["logits"].view(2, 3, -1)
+        eps = draws.numbers("layer/s", "normal", (4,), CPU)
+        for d in range(2):
+            weight = b @ torch.diag(mean + std * eps[d]) @ a
+            expected = layer.base_layer(x) + 2.0 * x @ weight.T
+            torch.testing.assert_close(logits[d], expected, atol=1e-5, rtol=1e-4)
+    model.train()(x=x)
+    kl = kl_divergence(Normal(mean, std), Normal(torch.zeros(4), 0.7)).sum()
+    assert bara.kl_terms(model)["kl_global"] == pytest.approx(kl.item(), rel=1e-4)
+
+
+def test_scalabl_needs_as_many_inputs_as_factors():
+    with pytest.raises(bara.BaraError, match="exceeds a layer's 6 inputs"):
+        adapt(TinyNet(), "scalabl", r=7, target_modules=["layer"])
+
+
+def test_mc_dropout_drops_the_same_features_for_all_tokens():
+    model = net("mc-dropout", dropout_rate=0.4).eval()
+    layer, _ = layer_posterior(model)
+    a, b = matrices(layer)
+    x = torch.randn(3, 5, 6)
+    with torch.no_grad(), bara.sampling(model, num_draws=4, seed=2) as draws:
+        logits = model(x=x.repeat(4, 1, 1))["logits"].view(4, 3, 5, -1)
+    keep = draws.numbers("layer/mask", "uniform", (6,), CPU) >= 0.4
+    assert 0 < keep.float().mean() < 1
+    for d in range(4):
+        expected = layer.base_layer(x) + 2.0 * (x * keep[d] / 0.6) @ (b @ a).T
+        torch.testing.assert_close(logits[d], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_mc_dropout_trains_with_dropout_and_without_warnings(recwarn):
+    model = net("mc-dropout").train()
+    x, y = torch.randn(4, 6), torch.randn(4, 5)
+    losses = []
+    for _ in range(3):
+        output = model(x=x, labels=y)
+        output["loss"].backward()
+        data = (output["logits"] - y).square().mean()
+        torch.testing.assert_close(output["loss"], data)
+        losses.append(data.item())
+    assert len(set(losses)) == 3
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]

@@ -1,0 +1,67 @@
+"""The temperature against brute force, and its effect on predictions."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+import bara
+from bara import ClassificationPredictive, RegressionPredictive
+from bara.posthoc import fit_temperature, set_temperature
+
+
+def test_the_temperature_of_a_mixture_is_that_of_brute_force():
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(3, 200, 4, dtype=torch.float64)
+    labels = (logits.mean(0) + 3 * torch.randn(200, 4)).argmax(-1)
+    fitted = fit_temperature(ClassificationPredictive(logits.log_softmax(-1), labels))
+
+    def nll(temperature):
+        probability = (logits / temperature).softmax(-1).mean(0)
+        return -probability[torch.arange(200), labels].log().mean().item()
+
+    grid = [1 + 0.005 * i for i in range(1000)]
+    assert 1.1 < fitted < 5
+    assert fitted == pytest.approx(min(grid, key=nll), abs=0.005)
+    assert nll(fitted) <= min(map(nll, grid)) + 1e-9
+
+
+def test_the_temperature_of_a_gaussian_is_its_mean_squared_z():
+    """For one draw the optimum is known: T = mean((y - m)^2 / v)."""
+    torch.manual_seed(0)
+    mean, variance = torch.randn(1, 300), torch.rand(1, 300) + 0.5
+    labels = mean[0] + 2 * variance[0].sqrt() * torch.randn(300)
+    expected = ((labels - mean[0]).square() / variance[0]).mean().item()
+    fitted = fit_temperature(RegressionPredictive(mean, variance, labels))
+    assert fitted == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_temperature_of_a_mixture_of_gaussians():
+    torch.manual_seed(1)
+    mean, variance = torch.randn(4, 100), torch.rand(4, 100) + 0.1
+    labels = torch.randn(100) * 3
+
+    def nll(temperature):
+        density = Normal(mean, (variance * temperature).sqrt()).log_prob(labels)
+        return -(density.logsumexp(0) - math.log(4)).mean().item()
+
+    fitted = fit_temperature(RegressionPredictive(mean, variance, labels))
+    grid = [0.5 + 0.02 * i for i in range(900)]
+    assert fitted == pytest.approx(min(grid, key=nll), abs=0.02)
+
+
+def test_labels_are_needed():
+    with pytest.raises(bara.BaraError, match="held-out"):
+        fit_temperature(ClassificationPredictive(torch.zeros(1, 2, 2).log_softmax(-1)))
+
+
+def test_predict_tempers_every_draw(tiny_bert):
+    from helpers import adapt, stir
+
+    model = stir(adapt(tiny_bert, "bara", task_type="SEQ_CLS"))
+    batch = {"input_ids": torch.randint(5, 20, (6, 7))}
+    plain = bara.predict(model, batch, num_draws=4).log_probs_draws
+    set_temperature(model, 2.5)
+    tempered = bara.predict(model, batch, num_draws=4).log_probs_draws
+    torch.testing.assert_close(tempered, (plain / 2.5).log_softmax(-1), atol=1e-5, rtol=1e-5)
