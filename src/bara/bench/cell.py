@@ -20,7 +20,6 @@ from bara.bench.measure import (
     by_draws,
     curves,
     first_draws,
-    fit_temperature,
     metrics_of,
     rank_numbers,
     with_temperature,
@@ -30,6 +29,7 @@ from bara.bench.spec import Cell
 from bara.bench.tasks import Splits, first, load_task
 from bara.errors import BaraError
 from bara.metrics import classification_metrics
+from bara.posthoc.temperature import fit_temperature
 from bara.predictive import ClassificationPredictive, Predictive
 from bara.quickstart import versions
 
@@ -97,13 +97,11 @@ def _more(
         more["deterministic"] = metrics_of(fitted.predict(test, deterministic=True))
     if (rank := fitted.rank(test)) is not None:
         more |= rank_numbers(rank, predictive)
+    if validation is not None:
+        temperature = fit_temperature(fitted.predict(validation, **options))
+        scaled = metrics_of(with_temperature(predictive, temperature))
+        more["temperature"] = {"value": temperature, **scaled}
     if isinstance(predictive, ClassificationPredictive):
-        if validation is not None:
-            held_out = fitted.predict(validation, **options)
-            assert isinstance(held_out, ClassificationPredictive)
-            temperature = fit_temperature(held_out)
-            scaled = metrics_of(with_temperature(predictive, temperature))
-            more["temperature"] = {"value": temperature, **scaled}
         more |= _ood(cell, fitted, predictive)
     shifted = first(test, cell.num_shift)
     more["shift"] = {

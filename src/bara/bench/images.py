@@ -103,31 +103,38 @@ def finetune_images(
         BaraError: the packages with the backbone are missing, or an option does not fit.
     """
     from peft import get_peft_model
-    from transformers import PrinterCallback, TrainingArguments
+    from transformers import TrainingArguments
 
     from bara.configs import BayesianConfig
-    from bara.finetune import AdapterTrainer
-    from bara.recipe import config_class
+    from bara.methods import parse_method
     from bara.training import BayesianCallback
 
+    method, tempered = parse_method(recipe.method)
+    if method.ensemble or tempered or method.config is None:
+        raise BaraError(f"method {recipe.method} is for texts; image tasks take single adapters")
     set_seed(recipe.seed)
     names = train.features["label"].names
     base = EfficientNetClassifier(ImageConfig(id2label=dict(enumerate(names))))
-    options: dict[str, Any] = {"target_modules": POINTWISE, "modules_to_save": ["classifier"]}
-    model = get_peft_model(base, config_class(recipe.method)(**options, **recipe.method_options))
+    options = {"target_modules": POINTWISE, **method.config_options(recipe.method_options)}
+    model = get_peft_model(base, method.config(**options, modules_to_save=["classifier"]))
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output) / "checkpoints"),
         seed=recipe.seed,
         disable_tqdm=True,
         **{**recipe.training, "train_sampling_strategy": "random"},
     )
-    trainer = AdapterTrainer(
-        model=model, args=arguments, train_dataset=image_inputs(train), callbacks=[*callbacks]
+    trainer = method.trainer(
+        model=model,
+        options=method.own_options(recipe.method_options),
+        args=arguments,
+        train_dataset=image_inputs(train),
+        eval_dataset=None if validation is None else image_inputs(validation),
+        callbacks=[*callbacks],
     )
-    trainer.remove_callback(PrinterCallback)
     if isinstance(model.active_peft_config, BayesianConfig):
         trainer.add_callback(BayesianCallback())
     trainer.train()
+    trainer.finish()
     return model.eval()
 
 

@@ -60,34 +60,14 @@ def by_draws(predictive: Predictive, counts: Sequence[int]) -> dict[str, dict[st
     }
 
 
-def fit_temperature(predictive: ClassificationPredictive) -> float:
-    """The temperature T that makes labelled predictions p^(1/T) / sum p^(1/T) most likely.
-
-    p is the mean over draws, so that the same scaling fits a method with draws and one without
-    (Guo et al. 2017, arXiv 1706.04599, who scale the logits of one network).
-    """
-    labels = predictive.labels
-    assert labels is not None
-    log_t = torch.zeros((), requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
-    log_probs = predictive.log_probs.detach()
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(log_probs / log_t.exp(), labels)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return float(log_t.detach().exp())
-
-
-def with_temperature(
-    predictive: ClassificationPredictive, temperature: float
-) -> ClassificationPredictive:
-    """The mixture's probabilities p^(1/T) / sum p^(1/T), as one draw."""
-    scaled = (predictive.log_probs / temperature).log_softmax(-1)
-    return ClassificationPredictive(scaled.unsqueeze(0), predictive.labels, predictive.label_names)
+def with_temperature(predictive: Predictive, temperature: float) -> Predictive:
+    """The mixture with every draw tempered, as `bara.posthoc.temperature` does it."""
+    if isinstance(predictive, ClassificationPredictive):
+        tempered = (predictive.log_probs_draws / temperature).log_softmax(-1)
+        return ClassificationPredictive(tempered, predictive.labels, predictive.label_names)
+    return RegressionPredictive(
+        predictive.mean_draws, predictive.variance_draws * temperature, predictive.labels
+    )
 
 
 def curves(predictive: Predictive) -> dict[str, dict[str, list[float | None]]]:

@@ -105,7 +105,9 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
     if splits.kind == "image":
         from bara.bench.images import finetune_images, image_inputs
 
-        model: nn.Module = finetune_images(recipe, splits.train, callbacks=[count])
+        model: nn.Module = finetune_images(
+            recipe, splits.train, splits.validation, callbacks=[count]
+        )
         return Fitted(model, image_inputs, count.total)
     from bara.data import tokenise
     from bara.finetune import finetune
