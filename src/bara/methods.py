@@ -19,6 +19,7 @@ from bara.configs import (
 )
 from bara.errors import BaraError
 from bara.posthoc.ensemble import EnsembleOptions
+from bara.posthoc.tfb import TfbOptions, TfbTrainer
 from bara.recipe import METHOD_DEFAULTS, refuse_unknown
 from bara.trainers.base import AdapterTrainer
 
@@ -121,6 +122,13 @@ METHODS: dict[str, Method] = {
         "the member",
         "arXiv 1612.01474",
         options=EnsembleOptions,
+    ),
+    "tfb": Method(
+        "the largest isotropic noise that a trained LoRA adapter's loss bears",
+        "A",
+        "arXiv 2412.05723",
+        options=TfbOptions,
+        trainer=TfbTrainer,
     ),
 }
 """All methods by name. Each also exists with the suffix `+temperature`."""
