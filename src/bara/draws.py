@@ -85,7 +85,7 @@ class Draws:
             name = zlib.crc32(key.encode())
             cached = torch.stack(
                 [
-                    sample(shape, generator=_generator(self.seed, name, draw))
+                    sample(shape, generator=generator(self.seed, name, draw))
                     for draw in range(self.first, self.first + self.num_draws)
                 ]
             ).to(device)
@@ -128,7 +128,8 @@ def draw_source(model: nn.Module) -> DrawSource | None:
     return None
 
 
-def _generator(*entropy: int) -> torch.Generator:
+def generator(*entropy: int) -> torch.Generator:
+    """A generator on the CPU whose state mixes all the given numbers."""
     state = 0
     for number in entropy:  # SplitMix64's mixing, so that neighbouring seeds are unrelated
         state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

@@ -24,6 +24,7 @@ from bara.posthoc.temperature import load_temperature
 from bara.posthoc.weights import WeightDraws
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
+from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +65,8 @@ def load_adapter(
     method, tempered = parse_method(recipe.method)
     if method.ensemble:
         _load_members(model, folder, method.own_options(recipe.method_options).num_members)
+    if issubclass(method.trainer, PveraTrainer):
+        attach_draws(model, PveraDraws(model))
     if method.trainer.weight_noise:
         attach_draws(model, WeightDraws.load(model, folder))
     if tempered:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftConfig, PveraConfig
 
 from bara.configs import (
     BaloraConfig,
@@ -17,10 +17,15 @@ from bara.configs import (
     RankwiseConfig,
     ScalablConfig,
 )
+from bara.data import first_line
 from bara.errors import BaraError
 from bara.posthoc.ensemble import EnsembleOptions
+from bara.posthoc.tfb import TfbOptions, TfbTrainer
 from bara.recipe import METHOD_DEFAULTS, refuse_unknown
+from bara.trainers.adalora import AdaloraTrainer, adalora_options
 from bara.trainers.base import AdapterTrainer
+from bara.trainers.ivon import IvonOptions, IvonTrainer
+from bara.trainers.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
 
 TEMPERED = "+temperature"
 """Suffix of a method's name for a temperature fitted on held-out data."""
@@ -41,6 +46,7 @@ class Method:
         paper: its source.
         config: class of PEFT's configuration; None for full fine-tuning.
         options: dataclass of the method's own options.
+        translate: makes the configuration's options of those given and the method's own.
         trainer: how it trains.
         package: a package it needs, which is in the extra of the method's name.
     """
@@ -50,6 +56,7 @@ class Method:
     paper: str
     config: type[PeftConfig] | None = LoraConfig
     options: type = NoOptions
+    translate: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     trainer: type[AdapterTrainer] = AdapterTrainer
     package: str = ""
 
@@ -72,13 +79,17 @@ class Method:
     def own_options(self, options: Mapping[str, Any]) -> Any:
         """The method's own options, checked."""
         known = {option.name for option in fields(self.options)}
-        return self.options(**{key: value for key, value in options.items() if key in known})
+        try:
+            return self.options(**{key: value for key, value in options.items() if key in known})
+        except (ValueError, TypeError) as error:
+            raise BaraError(f"method options: {first_line(error)}") from error
 
     def config_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of PEFT's configuration."""
         assert self.config is not None
         known = {option.name for option in fields(self.config)}
-        return {key: value for key, value in options.items() if key in known}
+        given = {key: value for key, value in options.items() if key in known}
+        return self.translate(given, self.own_options(options)) if self.translate else given
 
 
 METHODS: dict[str, Method] = {
@@ -88,6 +99,14 @@ METHODS: dict[str, Method] = {
         "arXiv 2106.09685",
     ),
     "full": Method("full fine-tuning; the folder holds the model", "nothing", "", config=None),
+    "adalora": Method(
+        "LoRA whose rank is shared out among the layers",
+        "nothing",
+        "arXiv 2303.10512",
+        config=AdaLoraConfig,
+        translate=adalora_options,
+        trainer=AdaloraTrainer,
+    ),
     "bara": Method(
         "adaptive rank: sparse, input-dependent factors",
         "gates and scale of the factors",
@@ -121,6 +140,36 @@ METHODS: dict[str, Method] = {
         "the member",
         "arXiv 1612.01474",
         options=EnsembleOptions,
+    ),
+    "tfb": Method(
+        "the largest isotropic noise that a trained LoRA adapter's loss bears",
+        "A",
+        "arXiv 2412.05723",
+        options=TfbOptions,
+        trainer=TfbTrainer,
+    ),
+    "ivon": Method(
+        "a Gaussian on every trained weight, from the optimiser IVON",
+        "all trained weights",
+        "arXiv 2506.14280",
+        options=IvonOptions,
+        trainer=IvonTrainer,
+        package="ivon",
+    ),
+    "monteclora": Method(
+        "PEFT's MonteCLoRA: noise on A in training, its mean in prediction",
+        "nothing",
+        "arXiv 2411.04358",
+        options=MontecloraConfig,
+        translate=monteclora_options,
+        trainer=MontecloraTrainer,
+    ),
+    "pvera": Method(
+        "PEFT's PVeRA: Gaussian activations between shared frozen matrices",
+        "activations, for every token",
+        "arXiv 2512.07703",
+        config=PveraConfig,
+        trainer=PveraTrainer,
     ),
 }
 """All methods by name. Each also exists with the suffix `+temperature`."""

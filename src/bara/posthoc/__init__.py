@@ -2,6 +2,7 @@
 
 from bara.posthoc.ensemble import EnsembleDraws
 from bara.posthoc.temperature import fit_temperature, set_temperature
+from bara.posthoc.tfb import tfb
 from bara.posthoc.weights import Factors, WeightDraws
 
-__all__ = ["EnsembleDraws", "Factors", "WeightDraws", "fit_temperature", "set_temperature"]
+__all__ = ["EnsembleDraws", "Factors", "WeightDraws", "fit_temperature", "set_temperature", "tfb"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def fit_temperature(predictive: Predictive) -> float:
     low, high = torch.tensor(RANGE, dtype=torch.float64).log()
     for _ in range(8):
         grid = torch.linspace(float(low), float(high), 21, dtype=torch.float64)
-        best = int(torch.stack([_nll(predictive, float(t.exp())) for t in grid]).argmin())
+        best = int(
+            torch.stack(
+                [negative_log_likelihood(predictive, float(t.exp())) for t in grid]
+            ).argmin()
+        )
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, 20)]
     return float(((low + high) / 2).exp())
 
@@ -72,7 +77,8 @@ def load_temperature(model: nn.Module, folder: Path) -> None:
         raise BaraError(f"{path} is missing or damaged; train again or restore it") from error
 
 
-def _nll(predictive: Predictive, temperature: float) -> Tensor:
+def negative_log_likelihood(predictive: Predictive, temperature: float = 1.0) -> Tensor:
+    """Mean negative log-likelihood of the labels under the mixture of tempered draws, in nats."""
     assert predictive.labels is not None
     if isinstance(predictive, ClassificationPredictive):
         tempered = (predictive.log_probs_draws.double() / temperature).log_softmax(-1)
@@ -82,4 +88,4 @@ def _nll(predictive: Predictive, temperature: float) -> Tensor:
         std = (predictive.variance_draws.double() * temperature).sqrt()
         normal = torch.distributions.Normal(predictive.mean_draws.double(), std)
         log_likelihood = normal.log_prob(predictive.labels.double())
-    return -log_likelihood.logsumexp(0).mean()
+    return math.log(log_likelihood.shape[0]) - log_likelihood.logsumexp(0).mean()

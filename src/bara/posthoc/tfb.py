@@ -1,0 +1,133 @@
+"""Training-free Bayesianisation of a trained LoRA adapter (TFB, arXiv 2412.05723)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from bara.draws import attach_draws, draw_source
+from bara.errors import BaraError
+from bara.posthoc.temperature import negative_log_likelihood
+from bara.posthoc.weights import Factors, WeightDraws
+from bara.prediction import predict
+from bara.predictive import ClassificationPredictive, Predictive
+from bara.trainers.base import AdapterTrainer
+
+
+@dataclass(frozen=True)
+class TfbOptions:
+    """Options of the method `tfb`.
+
+    Attributes:
+        tolerance: how much the anchors' loss may grow, relative to the loss without noise; > 0.
+        num_anchors: how many of the training examples are used, at least 1.
+    """
+
+    tolerance: float = 0.003
+    num_anchors: int = 200
+
+    def __post_init__(self) -> None:
+        if not (self.tolerance > 0 and self.num_anchors >= 1):
+            raise BaraError("method tfb: tolerance must be > 0 and num_anchors >= 1")
+
+
+def tfb(
+    model: nn.Module,
+    data: Any,
+    *,
+    tolerance: float = 0.003,
+    num_draws: int = 10,
+    seed: int = 0,
+    bounds: tuple[float, float] = (1e-4, 1.0),
+    rounds: int = 8,
+    batch_size: int = 64,
+) -> float:
+    """Gives a trained LoRA adapter, of whatever origin, the largest noise that its loss bears.
+
+    With B = U diag(d) V^T the draws are A + V diag(sigma / d) E (their equation 6), so that the
+    adapter's product gets noise sigma U E: of one size in all directions that B spans. sigma is
+    found by bisection of its logarithm, with the same random numbers in every round.
+
+    Args:
+        model: a PEFT model with a LoRA adapter; it gets the draws, and its weights stay the mean.
+        data: anchors, as `bara.predict` takes them: training data, or any data of the task.
+            Without labels the model's own predictions stand for them.
+        tolerance: bound on (loss(sigma) - loss(0)) / loss(0), the loss being the negative
+            log-likelihood of the mixture over `num_draws` draws.
+        num_draws, seed, batch_size: those of `bara.predict` in the search.
+        bounds: the least and the largest sigma.
+        rounds: of bisection: the precision is (high / low)^(2^-rounds).
+
+    Returns:
+        sigma. Its lower bound, if even that exceeds the tolerance.
+
+    Raises:
+        BaraError: the model has no LoRA adapter, or one that has a posterior already.
+    """
+    if draw_source(model) is not None:
+        raise BaraError("tfb: this model has a posterior already; give it a plain LoRA adapter")
+    directions = dict(_directions(model))
+    if not directions:
+        raise BaraError("tfb: the model has no LoRA adapter on linear or convolution layers")
+    options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size, "progress": False}
+    reference = _labelled(predict(model, data, **options), None)
+    bound = float(negative_log_likelihood(reference)) * (1 + tolerance)
+
+    def bearable(sigma: float) -> bool:
+        _attach(model, directions, sigma)
+        loss = negative_log_likelihood(_labelled(predict(model, data, **options), reference))
+        return float(loss) <= bound
+
+    low, high = bounds
+    if bearable(high):
+        return high
+    for _ in range(rounds):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if bearable(middle) else (low, middle)
+    _attach(model, directions, low)
+    return low
+
+
+class TfbTrainer(AdapterTrainer):
+    """Trains LoRA, then searches the noise on training examples."""
+
+    weight_noise = True
+
+    def finish(self) -> None:
+        data: Any = self.train_dataset
+        anchors = data.select(range(min(len(data), self.options.num_anchors)))
+        tfb(self.model, anchors, tolerance=self.options.tolerance)
+
+
+def _directions(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """By the name of every active A: V, (r, r), and 1 / d, (r, 1), with 0 for d = 0."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        for adapter in module.active_adapters:
+            if adapter not in module.lora_A:
+                continue
+            b = module.lora_B[adapter].weight.detach().float().flatten(1)
+            _, d, v = torch.linalg.svd(b, full_matrices=False)
+            inverse = torch.where(d > 1e-6 * d.max(), 1 / d, 0.0)
+            yield f"{name}.lora_A.{adapter}.weight", (v.mT.contiguous(), inverse.unsqueeze(1))
+
+
+def _attach(model: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], sigma: float) -> None:
+    factors = {n: Factors(sigma * inverse, left=v) for n, (v, inverse) in directions.items()}
+    attach_draws(model, WeightDraws(model, factors))
+
+
+def _labelled(predictive: Predictive, reference: Predictive | None) -> Predictive:
+    """The prediction with its labels, or else with the reference's, or its own as labels."""
+    if predictive.labels is not None:
+        return predictive
+    if reference is not None:
+        return replace(predictive, labels=reference.labels)
+    classes = isinstance(predictive, ClassificationPredictive)
+    return replace(predictive, labels=predictive.prediction if classes else predictive.mean)
