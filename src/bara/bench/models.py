@@ -22,7 +22,14 @@ from bara.predictive import Predictive
 from bara.quickstart import fast_bfloat16
 from bara.ranks import EffectiveRank, effective_rank
 
-MODELS: dict[str, Callable[[], Path]] = {"minilm": minilm_path}
+
+def _smollm2_path() -> Path:
+    from bara.gguf import smollm2_path
+
+    return smollm2_path()
+
+
+MODELS: dict[str, Callable[[], Path]] = {"minilm": minilm_path, "smollm2": _smollm2_path}
 """Models that come as packages, by name."""
 
 
@@ -34,18 +41,20 @@ class Fitted:
         model: in evaluation mode.
         encode: from a table to the model's inputs, with or without labels.
         parameters: number of parameters that were trained.
+        predictor: `bara.predict`, or what takes its place for the kind of task.
         batch_size: inputs times draws in one forward pass.
     """
 
     model: nn.Module
     encode: Callable[..., Any]
     parameters: int
+    predictor: Callable[..., Predictive] = predict
     batch_size: int = 64
 
     def predict(self, table: Dataset, *, labels: bool = True, **options: Any) -> Predictive:
-        """`bara.predict` on a table."""
+        """The predictive distribution for a table; `options` are those of `bara.predict`."""
         with self._precision():
-            return predict(
+            return self.predictor(
                 self.model,
                 self.encode(table, labels=labels),
                 batch_size=self.batch_size,
@@ -55,7 +64,7 @@ class Fitted:
 
     def rank(self, table: Dataset) -> EffectiveRank | None:
         """The effective rank on a table; None for a model without a Bayesian adapter."""
-        if Elbo.of(self.model) is None:
+        if Elbo.of(self.model) is None or "choices" in table.column_names:
             return None
         with self._precision():
             return effective_rank(self.model, self.encode(table, labels=False), progress=False)
@@ -113,10 +122,23 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
     from bara.finetune import finetune
     from bara.loading import load_adapter
 
+    if splits.kind == "multiple-choice":
+        recipe = replace(recipe, task="multiple-choice")
     finetune(recipe, splits.train, splits.validation, callbacks=[count])
     model, tokenizer, task = load_adapter(folder)
+    if splits.kind == "multiple-choice":
+        from bara.multiple_choice import multiple_choice
+
+        def ask(model: nn.Module, questions: list[dict[str, Any]], **options: Any) -> Predictive:
+            return multiple_choice(model, tokenizer, questions, **options)
+
+        return Fitted(model, _questions, count.total, ask)
 
     def encode(table: Dataset, labels: bool = True) -> Dataset:
         return tokenise(table, tokenizer, task, labels=labels)
 
     return Fitted(model, encode, count.total)
+
+
+def _questions(table: Dataset, labels: bool = True) -> list[dict[str, Any]]:
+    return list(table if labels else table.remove_columns("answer"))
