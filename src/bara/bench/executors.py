@@ -19,6 +19,7 @@ from bara.errors import BaraError
 LOG_LENGTH = 4000
 """Characters that are kept of what a failed cell printed."""
 
+WORKER = [sys.executable, "-m", "bara.bench.worker"]
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -51,7 +52,7 @@ def _run_process(
 ) -> Row:
     start = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "bara.bench.worker"],
+        WORKER,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,243 @@
+"""Benchmarks as a whole: cells in processes, resumed after a kill, on Ray, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from bara.bench import executors
+from bara.bench.cell import run_cell
+from bara.bench.executors import run_local, run_ray
+from bara.bench.run import RESULTS_FILE, finished, pending, run_cells
+from bara.bench.spec import Benchmark
+from bara.cli import main
+from conftest import write_jsonl
+
+STAND_IN = """
+import json, os, sys, time
+cell = json.loads(sys.stdin.readline())
+with open({log!r}, "a") as log:
+    log.write(f"{{cell['seed']}}\\n")
+if cell["seed"] == 91:
+    sys.exit("BaraError: bad seed\\nthe seed is bad")
+if cell["seed"] == 92:
+    os.kill(os.getpid(), 9)
+time.sleep(0.3)
+print(json.dumps(cell | {{"key": sys.argv[1] if len(sys.argv) > 1 else str(cell["seed"])}}))
+"""
+
+KILLED = """
+import sys
+from pathlib import Path
+from bara.bench import executors
+from bara.bench.run import pending, run_cells
+from bara.bench.spec import Benchmark
+
+executors.WORKER = [sys.executable, "-c", Path(sys.argv[3]).read_text()]
+benchmark, folder = Benchmark.load(sys.argv[1]), Path(sys.argv[2])
+keys = {cell.seed: cell.key for cell in benchmark.cells()}
+
+def executor(cells):
+    for row in executors.run_local(cells, workers=2):
+        yield row | {"key": keys[row["seed"]]}
+
+for row in run_cells(pending([benchmark], folder), folder, executor):
+    pass
+"""
+
+
+def benchmark_file(tmp_path: Path, **options: object) -> Path:
+    """A benchmark of two tiny file tasks."""
+    sentences = [
+        {"text": f"the {noun} is {word}", "label": label}
+        for label, words in (("pos", ("good", "great", "fine")), ("neg", ("bad", "awful", "poor")))
+        for word in words
+        for noun in ("film", "plot", "food", "a", "it")
+    ]
+    numbers = [{"text": row["text"], "target": i / 7} for i, row in enumerate(sentences)]
+    for name, rows in (("films", sentences), ("scores", numbers)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for split in ("train", "test"):
+            write_jsonl(tmp_path / name / f"{split}.jsonl", rows)
+    values: dict[str, object] = {
+        "tasks": ["films"],
+        "methods": ["lora"],
+        "epochs": [1],
+        "train_sizes": [16],
+        "max_length": 16,
+        "num_validation": 8,
+        "num_test": 12,
+        "num_draws": 3,
+        "training": {"per_device_train_batch_size": 8},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(values | options))
+    return path
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A worker that does nothing; the log file gets the seed of each cell that it starts."""
+    log = tmp_path / "log"
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN.format(log=str(log)))
+    monkeypatch.setattr(executors, "WORKER", [sys.executable, str(script)])
+    return log
+
+
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_cell(tmp_path: Path, stand_in: Path):
+    path = benchmark_file(tmp_path, model="none", seeds=list(range(12)))
+    folder = tmp_path / "out"
+    results = folder / RESULTS_FILE
+    command = [sys.executable, "-c", KILLED, path, folder, tmp_path / "stand_in.py"]
+    first = subprocess.Popen(command)
+    deadline = time.monotonic() + 100
+    while not results.exists() or results.read_bytes().count(b"\n") < 3:
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = results.read_text()
+    done = {json.loads(line)["seed"] for line in kept.splitlines()}
+    assert 3 <= len(done) < 12
+    subprocess.run(command, check=True, timeout=100)
+    after = results.read_text()
+    assert after.startswith(kept)
+    assert Counter(json.loads(line)["seed"] for line in after.splitlines()) == Counter(range(12))
+    started = Counter(map(int, stand_in.read_text().split()))
+    assert all(started[seed] == 1 for seed in done)
+    assert pending([Benchmark.load(path)], folder) == []
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, stand_in: Path):
+    path = benchmark_file(tmp_path, model="none", seeds=[1, 91, 92, 2])
+    cells = list(Benchmark.load(path).cells())
+    rows = {
+        row["seed"]: row
+        for row in run_cells(cells, tmp_path, lambda some: run_local(some, workers=2))
+    }
+    assert rows.keys() == {1, 2, 91, 92}
+    assert "error" not in rows[1]
+    assert rows[91]["error"] == "the seed is bad"
+    assert rows[92]["error"] == "the process ended with signal 9"
+    assert rows[92]["key"] == cells[2].key
+    assert {cell.seed for cell in pending([Benchmark.load(path)], tmp_path)} >= {91, 92}
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path):
+    path = benchmark_file(tmp_path, model="none", epochs=[1e6])
+    cell = next(Benchmark.load(path).cells())
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "bara.bench.worker"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    # Its standard input ends, as it does when the parent is killed.
+    worker.communicate(json.dumps(cell.__dict__).encode() + b"\n", timeout=100)
+    assert worker.returncode == 1
+
+
+def test_a_cell_has_all_its_measurements(tmp_path: Path, tiny_model_dir: Path):
+    path = benchmark_file(
+        tmp_path,
+        model=str(tiny_model_dir),
+        methods=["bara"],
+        draws=[1, 2, 5],
+        ood={"films": ["bbc-news"]},
+        num_ood=4,
+        corruptions=["typo", "drop"],
+        severities=[2],
+        transfer={"films": ["films"]},
+    )
+    (cell,) = Benchmark.load(path).cells()
+    row = run_cell(cell)
+    again = run_cell(cell)
+    assert row["key"] == cell.key
+    for metric in ("accuracy", "nll", "ece", "brier", "aurc", "ood_auroc", "s_bar"):
+        assert row[metric] == again[metric]
+    assert row["shift"].keys() == {"typo-2", "drop-2"}
+    assert row["by_draws"].keys() == {"1", "2", "5"}
+    # Three of five draws: the main metrics do not depend on the further ones.
+    assert row["by_draws"]["2"]["nll"] != row["nll"]
+    assert row["transfer"]["films"]["nll"] == pytest.approx(row["nll"])
+    assert row["temperature"]["value"] > 0
+    assert row["deterministic"].keys() == {"accuracy", "nll", "ece", "brier", "aurc"}
+    assert row["parameters"] > 0
+    assert row["peak_memory_mib"] > 10
+    assert row["versions"]["peft"]
+    json.dumps(row)
+
+
+def test_images_train_with_adapters_on_convolutions(tmp_path: Path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    path = tmp_path / "digits.yaml"
+    values = {"model": "efficientnet-lite0", "tasks": ["digits"], "methods": ["bara"]}
+    sizes = {"train_sizes": [40], "num_validation": 8, "num_test": 16, "epochs": [1]}
+    path.write_text(json.dumps(values | sizes | {"num_draws": 2}))
+    row = run_cell(next(Benchmark.load(path).cells()))
+    assert len(row["rank_per_layer"]) == 32  # its 1 x 1 convolutions
+    assert 0 < row["s_bar"] <= 8
+
+
+def test_bench_command(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]):
+    path = benchmark_file(
+        tmp_path, model=str(tiny_model_dir), tasks=["films", "scores"], methods=["lora", "balora"]
+    )
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(json.dumps(json.loads(path.read_text()) | {"train_sizes": [999]}))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench tiny -->\nold\n<!-- /bench tiny -->\nafter\n")
+    command = ["bench", str(path), str(bad), "--output", str(tmp_path / "out")]
+    assert main([*command, "--dry-run"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 8
+    assert main([*command, "--workers", "2", "--page", str(page)]) == 1
+    captured = capsys.readouterr()
+    assert "4 of 8 cells failed" in captured.err
+    assert "999 training examples were asked for of 30" in captured.err
+    assert "tiny: mean ± standard error" in captured.out
+    out = tmp_path / "out"
+    rows = finished(Benchmark.load(path), out)
+    assert len(rows) == 4
+    assert {row["name"] for row in rows if "spearman" in row} == {"lora", "balora"}
+    header, *lines = (out / "results.csv").read_text().splitlines()
+    assert len(lines) == 4
+    assert {"nll", "temperature.nll", "versions.torch"} <= set(header.split(","))
+    assert (out / "tiny-reliability.png").read_bytes().startswith(b"\x89PNG")
+    report = (out / "report.html").read_text()
+    assert "difference to lora" in report
+    assert 'src="http' not in report
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench tiny -->")
+    assert text.endswith("<!-- /bench tiny -->\nafter\n")
+    assert "old" not in text
+    assert "](out/tiny-cost.png)" in text
+    assert main([*command[:2], "--output", str(out), "--page", str(page), "--report-only"]) == 0
+    assert page.read_text() == text
+
+
+def test_ray_runs_the_same_cells(tmp_path: Path, tiny_model_dir: Path):
+    ray = pytest.importorskip("ray")
+    path = benchmark_file(tmp_path, model=str(tiny_model_dir), train_sizes=[16, 999])
+    cells = list(Benchmark.load(path).cells())
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        rows = {row["key"]: row for row in run_ray(cells)}
+    finally:
+        ray.shutdown()
+    assert rows.keys() == {cell.key for cell in cells}
+    here = run_cell(cells[0])
+    assert rows[cells[0].key]["nll"] == pytest.approx(here["nll"], rel=1e-4)
+    assert "999 training examples" in rows[cells[1].key]["error"]
