@@ -1,6 +1,7 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
-from bara.configs import BaloraConfig, BaraConfig
+from bara.certificate import Certificate, certify
+from bara.configs import BaloraConfig, BaraConfig, CertifiedConfig
 from bara.errors import BaraError
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
@@ -23,11 +24,14 @@ __all__ = [
     "BaraConfig",
     "BaraError",
     "BayesianCallback",
+    "Certificate",
+    "CertifiedConfig",
     "ClassificationPredictive",
     "EffectiveRank",
     "Predictive",
     "RegressionPredictive",
     "calibrate_gates",
+    "certify",
     "effective_rank",
     "elbo_loss",
     "evaluate",

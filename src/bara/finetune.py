@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from transformers import (
     set_seed,
 )
 
-from bara.configs import BayesianConfig
+from bara.certified import prepare
+from bara.configs import BayesianConfig, CertifiedConfig
 from bara.data import TextTask, first_line, load_table, tokenise
 from bara.errors import BaraError
 from bara.files import atomic_directory
@@ -103,6 +105,9 @@ def finetune(
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
+    if isinstance(model.active_peft_config, CertifiedConfig):
+        learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
+        prepare(model, recipe, train, task, learn)
     train_inputs = tokenise(train, tokenizer, task)
     validation_inputs = None if validation is None else tokenise(validation, tokenizer, task)
     trainer = AdapterTrainer(

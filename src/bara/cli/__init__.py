@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from bara.cli.certify import certify
 from bara.cli.evaluate import evaluate
 from bara.cli.predict import predict
 from bara.cli.quickstart import quickstart
@@ -25,6 +26,7 @@ app.command()(quickstart)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(certify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
