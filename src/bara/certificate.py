@@ -82,6 +82,7 @@ class Certificate:
         return {**asdict(self), "verdict": self.verdict}
 
 
+@torch.no_grad()
 def certify(
     model: nn.Module,
     data: Any,
@@ -172,10 +173,10 @@ def fitted(model: nn.Module) -> tuple[list[FittedLayer], list[GaussianLinear]]:
     if not isinstance(config, CertifiedConfig):
         raise not_certified()
     assert isinstance(model, PeftModel)
-    for name in get_peft_model_state_dict(model, save_embedding_layers=False):
+    adapter = model.active_adapter
+    for name in get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False):
         if not any(part in name for part in COVERED):
             raise BaraError(f"{name} has no posterior, so that the adapter cannot be certified")
-    adapter = model.active_adapter
     layers, heads = [], []
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -196,7 +197,6 @@ def not_certified() -> BaraError:
     )
 
 
-@torch.no_grad()
 def _errors_of_draws(
     model: nn.Module,
     data: Any,

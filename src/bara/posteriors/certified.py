@@ -72,7 +72,7 @@ class CertifiedPosterior(Posterior):
         """
         shifted = self.logit() + logistic_noise(noise.uniform("z", (self.rank,)))
         soft = torch.sigmoid(shifted / TEMPERATURE)
-        return (shifted > 0).to(soft) + soft - soft.detach()
+        return (shifted > 0).to(soft) + (soft - soft.detach())  # the difference is exactly 0
 
     def kl(self, b: Tensor) -> Tensor:
         """KL(posterior || prior) of this layer, a scalar in nats.
