@@ -1,9 +1,11 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+from bara.certificate import Certificate, certify
 from bara.configs import (
     BaloraConfig,
     BaraConfig,
     BlobConfig,
+    CertifiedConfig,
     McDropoutConfig,
     RankwiseConfig,
     ScalablConfig,
@@ -31,6 +33,8 @@ __all__ = [
     "BaraError",
     "BayesianCallback",
     "BlobConfig",
+    "Certificate",
+    "CertifiedConfig",
     "ClassificationPredictive",
     "EffectiveRank",
     "McDropoutConfig",
@@ -39,6 +43,7 @@ __all__ = [
     "RegressionPredictive",
     "ScalablConfig",
     "calibrate_gates",
+    "certify",
     "effective_rank",
     "elbo_loss",
     "evaluate",

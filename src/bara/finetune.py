@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from transformers import (
     set_seed,
 )
 
-from bara.configs import BayesianConfig
+from bara.certified import prepare
+from bara.configs import BayesianConfig, CertifiedConfig
 from bara.data import TextTask, first_line, load_table, tokenise
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
@@ -108,6 +110,9 @@ def finetune(
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
+    if method.config is CertifiedConfig:
+        learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
+        prepare(model, recipe, train, task, learn)
     data = {
         "train_dataset": tokenise(train, tokenizer, task),
         "eval_dataset": None if validation is None else tokenise(validation, tokenizer, task),

@@ -13,6 +13,7 @@ from bara.configs import (
     BaloraConfig,
     BaraConfig,
     BlobConfig,
+    CertifiedConfig,
     McDropoutConfig,
     RankwiseConfig,
     ScalablConfig,
@@ -115,6 +116,12 @@ METHODS: dict[str, Method] = {
     ),
     "balora": Method(
         "input-adaptive Gaussian noise on A", "A", "arXiv 2605.08110", config=BaloraConfig
+    ),
+    "certified": Method(
+        "an adapter whose every fitted number has a posterior, for bara certify",
+        "gates, B and the head",
+        "docs/certificates.md",
+        config=CertifiedConfig,
     ),
     "blob": Method("a Gaussian on every element of A", "A", "arXiv 2406.11675", config=BlobConfig),
     "scalabl": Method(

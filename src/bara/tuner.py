@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, _ConvNd
 from torch import Tensor, nn
 
-from bara.configs import BayesianConfig
+from bara.configs import BayesianConfig, CertifiedConfig
 from bara.elbo import Elbo, ForwardPass
 from bara.errors import BaraError
+from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
 from bara.posteriors.base import Granularity, RankSpace
 
@@ -82,11 +84,15 @@ class RankSpaceVariant(LoraVariant):
         )
         output = posterior(space, noise, with_kl=with_kl)
         if with_kl:
-            forward.add(active_adapter, self.layer, *output[1:])
+            forward.add(
+                active_adapter, self.layer, output.kl_global, output.kl_local, output.activity
+            )
         for observe in self.elbo.observers:
             observe(self.layer, posterior, space)
-        u = restore(output.u)
-        return result + module.lora_B[active_adapter](u) * module.scaling[active_adapter]
+        update = module.lora_B[active_adapter](restore(output.u))
+        if output.from_b is not None:
+            update = update + restore(output.from_b).to(update.dtype)
+        return result + update * module.scaling[active_adapter]
 
     def _noise_key(self, module: LoraLayer, adapter: str) -> str:
         """Adapters that are active together draw independently; a lone one whatever its name."""
@@ -134,7 +140,7 @@ class RankSpaceVariant(LoraVariant):
         def restore(flat: Tensor) -> Tensor:
             if convolution:
                 return flat.transpose(1, 2).reshape(layout)
-            return flat.reshape(layout)
+            return flat.reshape(*layout[:-1], flat.shape[-1])
 
         flat = flatten(u)
         if not convolution:
@@ -219,6 +225,20 @@ class BayesianLoraModel(LoraModel):
         # PEFT calls self.model.forward, which would go past the hooks that collect the KL
         return self.model(*args, **kwargs)
 
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if isinstance(config, CertifiedConfig):
+            add_heads(model, adapter_name, config, self.elbo)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        if isinstance(peft_config, CertifiedConfig) and in_heads(key, peft_config.heads):
+            return False
+        return LoraModel._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: BayesianConfig,
@@ -253,6 +273,10 @@ class BayesianLoraModel(LoraModel):
         elbo = self.elbo
         elbo.configs[adapter_name] = lora_config
         posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)
+        lora_b: Any = layer.lora_B[adapter_name]
+        posterior.bind(lora_b.weight)
+        frozen = {adapter_name: lora_config.FROZEN}
+        layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}
         variant = RankSpaceVariant(current_key, elbo)
         layer.lora_variant[adapter_name] = variant
         variant.init(layer, adapter_name, posterior)

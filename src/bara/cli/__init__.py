@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from bara.cli.bench import bench
+from bara.cli.certify import certify
 from bara.cli.evaluate import evaluate
 from bara.cli.predict import predict
 from bara.cli.quickstart import quickstart
@@ -27,6 +28,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(bench)
+app.command()(certify)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

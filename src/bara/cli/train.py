@@ -20,8 +20,11 @@ def train(
     label_column: Annotated[str | None, Option(help="Column with classes or targets.")] = None,
     task: Annotated[str | None, Option(help="classification or regression.")] = None,
     max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,
-    method: Annotated[str | None, Option(help="bara, balora or lora.")] = None,
+    method: Annotated[str | None, Option(help="bara, balora, certified or lora.")] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
+    prior_fraction: Annotated[
+        float | None, Option(help="certified only: part of the data to learn the prior on.")
+    ] = None,
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, Option(help="Examples in a training step.")] = None,
@@ -67,6 +70,7 @@ def train(
         "max_length": max_length,
         "method": method,
         "method_options.r": rank,
+        "method_options.prior_fraction": prior_fraction,
         "training.num_train_epochs": epochs,
         "training.learning_rate": learning_rate,
         "training.per_device_train_batch_size": batch_size,

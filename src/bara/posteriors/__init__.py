@@ -7,6 +7,7 @@ from bara.configs import (
     BaraConfig,
     BayesianConfig,
     BlobConfig,
+    CertifiedConfig,
     McDropoutConfig,
     RankwiseConfig,
     ScalablConfig,
@@ -15,6 +16,7 @@ from bara.posteriors.balora import BaloraPosterior
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.base import Posterior
 from bara.posteriors.blob import BlobPosterior
+from bara.posteriors.certified import CertifiedPosterior
 from bara.posteriors.dropout import McDropoutPosterior
 from bara.posteriors.rankwise import RankwisePosterior
 from bara.posteriors.scalabl import ScalablPosterior
@@ -26,6 +28,7 @@ FAMILIES: dict[type[BayesianConfig], Callable[..., Posterior]] = {
     ScalablConfig: ScalablPosterior,
     RankwiseConfig: RankwisePosterior,
     McDropoutConfig: McDropoutPosterior,
+    CertifiedConfig: CertifiedPosterior,
 }
 """Which posterior a config makes: called with the config, the layer's rank and the granularity."""
 

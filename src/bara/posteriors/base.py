@@ -89,12 +89,14 @@ class PosteriorOutput(NamedTuple):
             input; None when not asked for.
         kl_local: KL of what is drawn per input, (B,); None without such variables.
         activity: P(factor k is active) per input, averaged over its positions, (B, r) or (r,).
+        from_b: what the noise of B itself adds to B's output, (B, T, d_out); None without it.
     """
 
     u: Tensor
     kl_global: Tensor | None
     kl_local: Tensor | None
     activity: Tensor | None
+    from_b: Tensor | None = None
 
 
 class Posterior(nn.Module):
@@ -107,6 +109,9 @@ class Posterior(nn.Module):
         super().__init__()
         self.rank = rank
         self.granularity = granularity
+
+    def bind(self, b: Tensor) -> None:
+        """Told B's weight once, when the layer is made: for what has its shape."""
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         """Applies a draw of the posterior, or its mean when `noise` is None.

@@ -1,0 +1,133 @@
+"""Certificates on real tweets: train in the certified mode, certify, and test on other tweets.
+
+    python benchmarks/certificate.py
+
+Every finished cell is appended to benchmarks/results/certificate.jsonl at once; a second run goes
+on where the first stopped. The table goes into docs/certificates.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bara.certificate import certify
+from bara.certified import certification_rows
+from bara.cli.terminal import quieten_libraries
+from bara.data import tokenise
+from bara.examples_data import load_sentiment, minilm_path
+from bara.files import atomic_write_text
+from bara.finetune import finetune
+from bara.loading import load_adapter
+from bara.prediction import evaluate
+from bara.quickstart import MAX_LENGTH, fast_bfloat16, versions
+from bara.recipe import TrainRecipe
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/certificate.jsonl"
+DOCS = ROOT / "docs/certificates.md"
+START, END = "<!-- certificate-table -->", "<!-- /certificate-table -->"
+NUM_TEST = 600
+
+
+def run_cell(setting: dict[str, Any]) -> dict[str, Any]:
+    """Trains, certifies and tests one adapter; computes in bfloat16 where that is faster."""
+    seed = setting["seed"]
+    data = load_sentiment(setting["num_train"], NUM_TEST, num_validation=0, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = TrainRecipe(
+            model=str(minilm_path()),
+            output=str(Path(folder) / "adapter"),
+            method="certified",
+            method_options={
+                name: setting[name] for name in ("prior_fraction", "prior_std", "head_prior_std")
+            },
+            training={
+                "num_train_epochs": setting["epochs"],
+                "save_strategy": "no",
+                "bf16": fast_bfloat16(),
+                "use_cpu": not torch.cuda.is_available(),
+            },
+            max_length=MAX_LENGTH,
+            seed=seed,
+        )
+        start = time.perf_counter()
+        adapter = finetune(recipe, data.train)
+        seconds = time.perf_counter() - start
+        model, tokenizer, task = load_adapter(adapter)
+        rows = certification_rows(data.train, task, adapter)
+        test = tokenise(data.test, tokenizer, task)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
+            certificate = certify(
+                model, tokenise(rows, tokenizer, task), num_draws=setting["num_draws"], seed=seed
+            )
+            metrics = evaluate(model, test, num_draws=10, seed=seed, progress=False).metrics
+            mean = evaluate(model, test, deterministic=True, progress=False).metrics
+    return {
+        **setting,
+        **certificate.to_dict(),
+        "test_error_mixture": 1 - metrics["accuracy"],
+        "test_error_mean": 1 - mean["accuracy"],
+        "seconds": seconds,
+        "versions": versions(),
+    }
+
+
+def read_cells() -> list[dict[str, Any]]:
+    """The cells that are done."""
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
+
+
+def write_table(cells: list[dict[str, Any]]) -> None:
+    """Puts the certificates between the marks in the docs."""
+    lines = [
+        "| texts | for the prior | n | error, n texts | KL | bound | most frequent class | "
+        "error, 600 others |",
+        "|---" * 8 + "|",
+    ]
+    for cell in sorted(cells, key=lambda c: (c["num_train"], c["prior_fraction"])):
+        lines.append(
+            f"| {cell['num_train']} | {cell['prior_fraction']:.0%} | {cell['n']} | "
+            f"{cell['gibbs_risk']:.3f} | {cell['kl']:.1f} | **{cell['bound']:.3f}** | "
+            f"{cell['majority_error']:.3f} | {cell['test_error_mixture']:.3f} |"
+        )
+    before, _, rest = DOCS.read_text("utf-8").partition(START)
+    after = rest.partition(END)[2]
+    atomic_write_text(DOCS, before + "\n".join([START, "", *lines, "", END]) + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-train", type=int, nargs="+", default=[1000])
+    parser.add_argument("--prior-fractions", type=float, nargs="+", default=[0.5, 0.0])
+    parser.add_argument("--prior-std", type=float, default=0.1)
+    parser.add_argument("--head-prior-std", type=float, default=0.1)
+    parser.add_argument("--epochs", type=float, default=10)
+    parser.add_argument("--num-draws", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = vars(parser.parse_args())
+    quieten_libraries()
+    RESULTS.parent.mkdir(exist_ok=True)
+    sizes, fractions = arguments.pop("num_train"), arguments.pop("prior_fractions")
+    for num_train in sizes:
+        for fraction in fractions:
+            setting = {"num_train": num_train, "prior_fraction": fraction, **arguments}
+            if any(setting.items() <= cell.items() for cell in read_cells()):
+                continue
+            cell = run_cell(setting)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(cell) + "\n")
+            print(f"{setting}: bound {cell['bound']:.3f}", flush=True)
+    write_table(read_cells())
+
+
+if __name__ == "__main__":
+    main()
