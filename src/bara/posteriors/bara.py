@@ -28,7 +28,6 @@ from bara.distributions import (
     weibull_sample,
 )
 from bara.draws import Noise
-from bara.errors import BaraError
 from bara.posteriors.base import (
     Granularity,
     Posterior,
@@ -45,7 +44,6 @@ class BaraPosterior(Posterior):
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
         super().__init__(rank, granularity)
         self.config = config
-        self.calibrated_gate: Tensor | None = None  # E[g theta] over data, see calibrate_gates
         start = config.init_logit / config.logit_scale
         if config.global_gate:
             self.global_logit = nn.Parameter(torch.full((rank,), start))
@@ -63,19 +61,23 @@ class BaraPosterior(Posterior):
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
-            features = self._features(space)
+            features = self.features(space)
             multipliers = self._task_multipliers(noise) + self._input_multipliers(features, noise)
             u = space.u
             if multipliers:
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u, None, None, None)
-            self.calibrated_gate = None  # the gates are about to change
+            self.calibrated = None  # the gates are about to change
             return PosteriorOutput(u, *self._kl(space, features))
 
-    def _features(self, space: RankSpace) -> Tensor | None:
+    @property
+    def depends_on_input(self) -> bool:
+        return self.config.local_gate or self.config.intensity
+
+    def features(self, space: RankSpace) -> Tensor | None:
         """What the input-dependent parts read, (B, 1 or T, r); None if there are none."""
-        if not (self.config.local_gate or self.config.intensity):
+        if not self.depends_on_input:
             return None
         return rms_normalised(space.pooled(self.granularity))
 
@@ -115,6 +117,12 @@ class BaraPosterior(Posterior):
     def global_gate_logit(self) -> Tensor:
         """Location of the task's gates, (r,)."""
         return self.config.logit_scale * wide(self.global_logit)
+
+    def inclusion(self) -> Tensor:
+        """P(z_k > 0), (r,); ones without a global gate."""
+        if not self.config.global_gate:
+            return torch.ones(self.rank, device=next(self.parameters()).device)
+        return torch.sigmoid(open_logit(self.global_gate_logit()))
 
     def noise_variance(self) -> Tensor:
         """alpha, the factors' variance relative to their squared mean, (r,)."""
@@ -185,15 +193,26 @@ class BaraPosterior(Posterior):
         with torch.autocast(space.u.device.type, enabled=False):
             probability = super().open_probability(space)
             if self.config.global_gate:
-                probability = probability * torch.sigmoid(open_logit(self.global_gate_logit()))
-            features = self._features(space)
+                probability = probability * self.inclusion()
+            features = self.features(space)
             if self.config.local_gate and features is not None:
                 logit = self.local_gate_logit(features)
                 probability = probability * torch.sigmoid(open_logit(logit))
             return probability
 
-    def expected_input_multiplier(self, space: RankSpace) -> Tensor | None:
-        features = self._features(space)
+    def open_draw(self, space: RankSpace, noise: Noise) -> Tensor:
+        with torch.autocast(space.u.device.type, enabled=False):
+            opened = super().open_draw(space, noise)
+            if self.config.global_gate:
+                opened = opened & (self._gate("z", self.global_gate_logit(), noise) > 0)
+            features = self.features(space)
+            if self.config.local_gate and features is not None:
+                logit = self.local_gate_logit(features)
+                opened = opened & (self._gate("g", logit, noise) > 0)
+            return opened
+
+    def input_dependence(self, space: RankSpace) -> Tensor | None:
+        features = self.features(space)
         if features is None:
             return None
         multiplier = reduce(torch.mul, self._input_multipliers(features, None))
@@ -203,12 +222,14 @@ class BaraPosterior(Posterior):
         scale = torch.ones(self.rank, device=next(self.parameters()).device)
         if self.config.global_gate:
             scale = scale * hard_concrete_mean(self.global_gate_logit())
-        if self.config.local_gate or self.config.intensity:
-            if self.calibrated_gate is None:
-                raise BaraError(
-                    "A BaRA adapter with input-dependent gates has no exact merged form. Keep it "
-                    "unmerged, or call bara.calibrate_gates(model, data) first to merge the "
-                    "approximation in which every gate is at its average over that data."
-                )
-            scale = scale * self.calibrated_gate.to(scale)
+        if self.depends_on_input:
+            scale = scale * self._calibrated().to(scale)
         return scale
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        scale = torch.ones(self.rank, device=next(self.parameters()).device)
+        for multiplier in self._task_multipliers(noise):
+            scale = scale * multiplier.flatten()
+        if self.depends_on_input:
+            scale = scale * self._calibrated().to(scale)
+        return a, scale
