@@ -8,6 +8,7 @@ with the task's gates z, the input's gates g, optional intensities theta and the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import reduce
 
 import torch
@@ -134,14 +135,43 @@ class BaraPosterior(Posterior):
         Divided by sqrt(r): the r weights of a gate move together under Adam, and without it they
         close a gate for all inputs at once long before its factor has learned anything.
         """
-        weight = wide(self.gate_weight) / math.sqrt(self.rank)
-        return self.config.logit_scale * linear(features, weight, wide(self.gate_bias))
+        return self.config.logit_scale * self.linear_outputs(features)["gate"]
 
     def intensity(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Shape (r,) and scale (B, 1 or T, r) of the Weibull posterior; its mean starts at 1."""
         shape = wide(self.intensity_log_shape).exp()
-        log_mean = linear(features, wide(self.intensity_weight), wide(self.intensity_bias))
+        log_mean = self.linear_outputs(features)["intensity"]
         return shape, torch.exp(log_mean - torch.lgamma(1 + 1 / shape))
+
+    def linear_outputs(self, features: Tensor) -> dict[str, Tensor]:
+        """What the linear maps of the input-dependent parts give, (B, 1 or T, r), by their name."""
+        outputs = {}
+        if self.config.local_gate:
+            weight = wide(self.gate_weight) / math.sqrt(self.rank)
+            outputs["gate"] = linear(features, weight, wide(self.gate_bias))
+        if self.config.intensity:
+            weight, bias = wide(self.intensity_weight), wide(self.intensity_bias)
+            outputs["intensity"] = linear(features, weight, bias)
+        return outputs
+
+    def keep_factors(self, kept: Tensor, maps: Mapping[str, Tensor]) -> None:
+        """Drops all factors but r' of them.
+
+        Args:
+            kept: their numbers, (r',).
+            maps: by the names of `linear_outputs`, the new weights and (last column) biases of the
+                maps from the normalised features of the r' factors to the outputs, (r', r' + 1).
+        """
+        self.rank = len(kept)
+        self.calibrated = None
+        values = {name: parameter[kept] for name, parameter in self.named_parameters()}
+        for name, solution in maps.items():
+            scale = math.sqrt(self.rank) if name == "gate" else 1.0
+            values[f"{name}_weight"] = solution[:, :-1] * scale
+            values[f"{name}_bias"] = solution[:, -1]
+        for name, old in list(self.named_parameters()):
+            value = values[name].detach().to(old).clone()
+            setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
     def _kl(
         self, space: RankSpace, features: Tensor | None
