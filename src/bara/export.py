@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -40,6 +40,7 @@ from bara.tuner import CONTAINER, adapted_layers, scaled_columns
 Mode = Literal["mean", "draws", "merged"]
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
+
 
 @dataclass(frozen=True)
 class Export:
@@ -104,13 +105,16 @@ def export_lora(
         BaraError: an unknown mode, another method's adapter, missing or empty calibration data, a
             folder that is not empty, too little disk space, or a model that cannot be merged.
     """
-    if mode not in get_args(Mode):
-        raise BaraError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    check_mode(mode)
     if num_draws < 1:
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     adapter = bayesian_adapter(model, "export")
     require_new(folder, overwrite)
-    options = {"batch_size": batch_size, "collate_fn": collate_fn, "progress": progress}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "collate_fn": collate_fn,
+        "progress": progress,
+    }
     if data is not None:
         calibrate_gates(model, data, **options)
 
@@ -128,6 +132,7 @@ def export_lora(
         return Export(Path(folder), mode, size, distance)
 
     drawn = mode == "draws"
+    weights: list[Weights]
     weights = [_mean_weights] if not drawn else [_drawn_weights(seed, d) for d in range(num_draws)]
     size = len(weights) * num_bytes(_tensors(model, adapter, weights[0]))
     require_space(folder, size, f"{num_draws} adapters" if drawn else "The adapter")
@@ -135,7 +140,8 @@ def export_lora(
         _plain_models(model, adapter, weights),
         **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),
     )
-    config = plain_config(model.peft_config[adapter])
+    original: Any = model.peft_config[adapter]
+    config = plain_config(original)
     with atomic_directory(folder) as temporary:
         for number, weight in enumerate(weights):
             target = temporary / f"draw-{number}" if drawn else temporary
@@ -145,8 +151,19 @@ def export_lora(
             config.save_pretrained(str(target))
         if drawn:
             _write_ensemble(temporary, config, num_draws, seed)
-        write_export_card(temporary, model.peft_config[adapter], mode, num_draws, distance)
+        write_export_card(temporary, original, mode, num_draws, distance)
     return Export(Path(folder), mode, size, distance)
+
+
+def check_mode(mode: str) -> Mode:
+    """The mode, if it is one.
+
+    Raises:
+        BaraError: it is not.
+    """
+    if mode not in get_args(Mode):
+        raise BaraError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    return cast(Mode, mode)
 
 
 def plain_config(config: Any) -> LoraConfig:
@@ -170,9 +187,7 @@ def _mean_weights(
 def _drawn_weights(seed: int, draw: int) -> Weights:
     draws = Draws(1, seed, first=draw)
 
-    def weights(
-        name: str, layer: Any, adapter: str, posterior: Posterior
-    ) -> tuple[Tensor, Tensor]:
+    def weights(name: str, layer: Any, adapter: str, posterior: Posterior) -> tuple[Tensor, Tensor]:
         a = layer.lora_A[adapter].weight.data
         noise = FixedNoise(draws, torch.zeros(1, dtype=torch.long, device=a.device), name)
         a, scale = posterior.lora_draw(a, noise)

@@ -150,8 +150,7 @@ def prune(
             outside [0, 1], nothing would be left, data that is missing or cannot be used, or a
             change beyond the tolerance.
     """
-    if not 0 <= threshold <= 1:
-        raise BaraError(f"the threshold must be in [0, 1], got {threshold}")
+    check_threshold(threshold)
     if tolerance is not None and (held_out is None or not tolerance >= 0):
         raise BaraError("a tolerance must be at least 0, and needs held-out inputs to check it on")
     adapter = bayesian_adapter(model, "prune")
@@ -209,6 +208,12 @@ def prune(
     )
 
 
+def check_threshold(threshold: float) -> None:
+    """Raises BaraError for a threshold outside [0, 1]."""
+    if not 0 <= threshold <= 1:
+        raise BaraError(f"the threshold must be in [0, 1], got {threshold:g}")
+
+
 def _require_prunable(model: PeftModel, adapter: str) -> None:
     config = model.peft_config[adapter]
     if not isinstance(config, BaraConfig) or not config.global_gate:
@@ -218,7 +223,9 @@ def _require_prunable(model: PeftModel, adapter: str) -> None:
         )
     if len(model.peft_config) > 1:
         raise BaraError("prune needs a model with one adapter: delete_adapter the others first.")
-    if any(getattr(m.lora_B[adapter], "groups", 1) > 1 for _, m, _ in adapted_layers(model, adapter)):
+    if any(
+        getattr(m.lora_B[adapter], "groups", 1) > 1 for _, m, _ in adapted_layers(model, adapter)
+    ):
         raise BaraError("prune cannot take factors from the adapter of a grouped convolution.")
 
 
@@ -295,7 +302,8 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 def _remove_layer(model: PeftModel, name: str) -> None:
     parent, layer, child = _get_submodules(model.base_model.model, name)
     setattr(parent, child, layer.base_layer)
-    model.base_model.targeted_module_names.remove(name)
+    tuner: Any = model.base_model
+    tuner.targeted_module_names.remove(name)
 
 
 def _update_config(model: PeftModel, adapter: str, removed_layers: bool) -> None:
@@ -316,8 +324,7 @@ def _measure(
     means = [predict(m, held_out, deterministic=True, **options) for m in (before, after)]
     draws = predict(before, held_out, num_draws=num_draws, seed=seed, **options)
     others = [
-        predict(m, held_out, num_draws=num_draws, seed=seed + 1, **options)
-        for m in (before, after)
+        predict(m, held_out, num_draws=num_draws, seed=seed + 1, **options) for m in (before, after)
     ]
     batch, index = next(
         model_inputs(before, held_out, options["batch_size"], options["collate_fn"], False)

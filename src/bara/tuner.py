@@ -201,8 +201,7 @@ def scaled_columns(lora_b: Any, scale: Tensor | None) -> Tensor:
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Posterior]]:
-    """The layers with a posterior of this adapter: name in the base model, PEFT's layer, posterior.
-    """
+    """An adapter's layers: name in the base model, PEFT's layer, posterior."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             variant = module.lora_variant.get(adapter)

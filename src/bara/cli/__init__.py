@@ -9,8 +9,11 @@ from collections.abc import Sequence
 import typer
 
 from bara.cli.evaluate import evaluate
+from bara.cli.export import export
 from bara.cli.predict import predict
+from bara.cli.prune import prune
 from bara.cli.quickstart import quickstart
+from bara.cli.ranks import ranks
 from bara.cli.train import train
 from bara.errors import BaraError
 
@@ -25,6 +28,9 @@ app.command()(quickstart)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(ranks)
+app.command()(prune)
+app.command()(export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
