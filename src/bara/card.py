@@ -200,7 +200,8 @@ def _write(folder: Path, sections: Mapping[str, str], tags: tuple[str, ...]) -> 
     except (OSError, ValueError, TypeError) as error:
         raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
     if tags:
-        card.data.tags = sorted({*(card.data.tags or []), *tags})
+        data: Any = card.data
+        data.tags = sorted({*(data.tags or []), *tags})
     text = card.text
     present = {}
     for name in SECTIONS:

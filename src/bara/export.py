@@ -96,7 +96,8 @@ def export_lora(
         folder: where to write, whole or not at all.
         data: calibration inputs, as in `bara.calibrate_gates`; not needed where nothing depends
             on the input, or after `calibrate_gates`.
-        held_out: inputs on which to measure the difference to the original.
+        held_out: inputs on which to measure the difference to the original, read several times
+            in the same order.
         num_draws, seed: of `draws`.
         overwrite: replace files in a folder that is not empty.
         batch_size, collate_fn, progress: as in `bara.predict`.
@@ -132,10 +133,12 @@ def export_lora(
         return Export(Path(folder), mode, size, distance)
 
     drawn = mode == "draws"
-    weights: list[Weights]
-    weights = [_mean_weights] if not drawn else [_drawn_weights(seed, d) for d in range(num_draws)]
-    size = len(weights) * num_bytes(_tensors(model, adapter, weights[0]))
-    require_space(folder, size, f"{num_draws} adapters" if drawn else "The adapter")
+    count = num_draws if drawn else 1
+    size = count * num_bytes(_tensors(model, adapter, _mean_weights))
+    require_space(folder, size, f"{count} adapters" if drawn else "The adapter")
+    weights: list[Weights] = [_mean_weights]
+    if drawn:
+        weights = [_drawn_weights(seed, draw) for draw in range(count)]
     distance = measured(
         _plain_models(model, adapter, weights),
         **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),

@@ -141,7 +141,8 @@ def prune(
         threshold: in [0, 1].
         tolerance: largest mean distance (see `Difference`) on `held_out` between the posterior
             means before and after; None for any.
-        held_out: inputs to measure the change on; None leaves it unmeasured.
+        held_out: inputs to measure the change on, read several times in the same order; None
+            leaves it unmeasured.
         num_draws, seed: of the draws that are compared.
         batch_size, collate_fn, progress: as in `bara.predict`.
 
@@ -300,7 +301,7 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 
 
 def _remove_layer(model: PeftModel, name: str) -> None:
-    parent, layer, child = _get_submodules(model.base_model.model, name)
+    parent, layer, child = _get_submodules(model.get_base_model(), name)
     setattr(parent, child, layer.base_layer)
     tuner: Any = model.base_model
     tuner.targeted_module_names.remove(name)
