@@ -433,7 +433,7 @@ def test_a_refused_merge_leaves_every_layer_as_it_was():
     model = stir(adapt(tiny_llama(), task_type="CAUSAL_LM"))
     layers = [m for m in model.modules() if hasattr(m, "lora_posterior")]
     for layer in layers[:-1]:
-        layer.lora_posterior["default"].calibrated_gate = torch.ones(4)
+        layer.lora_posterior["default"].calibrated = torch.ones(4)
     with pytest.raises(BaraError, match="calibrate_gates"):
         model.merge_adapter()
     assert not any(layer.merged for layer in layers)

@@ -1,5 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+from bara.card import write_model_card
 from bara.certificate import Certificate, certify
 from bara.configs import (
     BaloraConfig,
@@ -11,9 +12,11 @@ from bara.configs import (
     ScalablConfig,
 )
 from bara.errors import BaraError
+from bara.export import export_lora
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
-from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
+from bara.pruning import prune
+from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
 from bara.sampling import sampling
 from bara.training import (
     BayesianCallback,
@@ -47,10 +50,14 @@ __all__ = [
     "effective_rank",
     "elbo_loss",
     "evaluate",
+    "export_lora",
     "gaussian_nll",
     "kl_loss",
     "kl_terms",
     "predict",
+    "prune",
+    "rank_shift",
     "sampling",
     "set_progress",
+    "write_model_card",
 ]

@@ -81,6 +81,16 @@ class BayesianConfig(LoraConfig):
             "'auto', 'sequence' or 'token'",
         )
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the configuration; beside it the README.md gets the method and how to load it.
+
+        `PeftModel.save_pretrained` calls this after it has written its own model card.
+        """
+        from bara.card import write_method_card  # not needed to train
+
+        super().save_pretrained(save_directory, **kwargs)
+        write_method_card(save_directory, self)
+
     def _require(self, name: str, value: Any, valid: bool, what: str) -> None:
         if not valid:
             raise BaraError(f"{type(self).__name__}: {name} must be {what}, got {value!r}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle
 from typing import TYPE_CHECKING, Any
@@ -177,6 +177,48 @@ def effective_rank_histogram(rank: EffectiveRank, theme: Theme = LIGHT) -> Figur
     return figure
 
 
+def effective_rank_shift(ranks: Mapping[str, EffectiveRank], theme: Theme = LIGHT) -> Figure:
+    """Effective rank of each input, mean over layers, in several data sets by name."""
+    figure, axes = _figure(theme)
+    values = [rank.per_input.double() for rank in ranks.values()]
+    low = min(v.min().item() for v in values)
+    high = max(v.max().item() for v in values)
+    edges = torch.linspace(low - 1e-3, high + 1e-3, 26)
+    for style, (name, rank), value in zip(_styles(theme), ranks.items(), values, strict=False):
+        counts, _ = torch.histogram(value.float(), edges)
+        label = f"{name} (mean {rank.s_bar:.2f})"
+        look = {"color": style["color"], "ls": style["line"], "lw": 2}
+        axes.stairs(counts / counts.sum(), edges, label=label, **look)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("effective rank, mean over layers")
+    axes.set_ylabel("share of inputs")
+    _legend(figure, axes, theme, "Effective rank in two data sets")
+    return figure
+
+
+def error_by_rank(rank: Tensor, error: Tensor, theme: Theme = LIGHT) -> Figure:
+    """Mean error of the inputs with low to high effective rank, in up to five equal groups.
+
+    Args:
+        rank: effective rank of each input, (n,).
+        error: of each input: 1 for a wrong class and 0 for the right one, or absolute errors, (n,).
+    """
+    figure, axes = _figure(theme)
+    groups = [part for part in rank.argsort().tensor_split(min(5, len(rank))) if len(part)]
+    ranks = [rank[part].mean().item() for part in groups]
+    errors = [error[part].double() for part in groups]
+    means = [e.mean().item() for e in errors]
+    # the bars are standard errors; one input has none
+    spread = [e.std().item() / len(e) ** 0.5 if len(e) > 1 else 0.0 for e in errors]
+    axes.errorbar(ranks, means, spread, fmt="o-", color=theme.series[1], capsize=3, lw=1.5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("effective rank, mean over layers")
+    axes.set_ylabel("mean error, with standard error")
+    _title(figure, theme, "Rank and error")
+    return figure
+
+
 def to_png(figure: Figure, dpi: int = 200) -> bytes:
     """The figure as a PNG file's content."""
     buffer = io.BytesIO()
@@ -264,11 +306,13 @@ def _labels_of(evaluation: Evaluation) -> Tensor:
     return evaluation.predictive.labels
 
 
-def _layer_matrix(rank: EffectiveRank) -> tuple[list[str], list[str], Tensor]:
-    """Columns (the first number in each layer's name), rows (the rest of it, shortened), and the
-    (rows, columns) mean ranks, NaN where there is no such layer."""
+def layer_grid(
+    layers: Sequence[str],
+) -> tuple[list[str], list[str], list[tuple[int, int]]]:
+    """Columns (the first number in each layer's name), rows (the rest of it, shortened: the types
+    of module), and the row and column of each layer."""
     places: list[tuple[int, tuple[str, ...]]] = []
-    for name in rank.layers:
+    for name in layers:
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         # Layers outside the numbered stack, such as a head, get the column -1.
@@ -276,11 +320,18 @@ def _layer_matrix(rank: EffectiveRank) -> tuple[list[str], list[str], Tensor]:
         places.append((index, tuple(p for i, p in enumerate(parts) if i != at)))
     types = list(dict.fromkeys(kind for _, kind in places))
     indices = sorted({index for index, _ in places}, key=lambda i: (i < 0, i))
-    matrix = torch.full((len(types), len(indices)), float("nan"))
-    for (index, kind), value in zip(places, rank.per_layer.tolist(), strict=True):
-        matrix[types.index(kind), indices.index(index)] = value
     columns = [str(index) if index >= 0 else "–" for index in indices]
-    return columns, [_short_name(kind, types) for kind in types], matrix
+    positions = [(types.index(kind), indices.index(index)) for index, kind in places]
+    return columns, [_short_name(kind, types) for kind in types], positions
+
+
+def _layer_matrix(rank: EffectiveRank) -> tuple[list[str], list[str], Tensor]:
+    """Columns and rows of `layer_grid`, and the mean ranks, NaN where there is no such layer."""
+    columns, rows, positions = layer_grid(rank.layers)
+    matrix = torch.full((len(rows), len(columns)), float("nan"))
+    for position, value in zip(positions, rank.per_layer.tolist(), strict=True):
+        matrix[position] = value
+    return columns, rows, matrix
 
 
 def _short_name(parts: tuple[str, ...], types: list[tuple[str, ...]]) -> str:

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bara.batches import Collate, batches, to_device
+from bara.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
+from bara.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
 from bara.training import elbo_of
+
+Observer = Callable[[str, Posterior, RankSpace], None]
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,17 @@ class EffectiveRank:
         max_rank: the rank r of each layer.
         soft: sum over factors of P(z_k g_k(x) > 0), (L, n).
         hard: number of factors with P(z_k g_k(x) > 0) > 1/2, (L, n).
+        draws: number of factors with z_k g_k(x) > 0 in each of S posterior draws, (S, L, n);
+            None unless draws were asked for.
 
-    With token gates both are means over an input's tokens.
+    With token gates all are means over an input's tokens.
     """
 
     layers: tuple[str, ...]
     max_rank: tuple[int, ...]
     soft: Tensor
     hard: Tensor
+    draws: Tensor | None = None
 
     @property
     def s_bar(self) -> float:
@@ -48,6 +54,21 @@ class EffectiveRank:
         """Mean over layers, (n,)."""
         return self.soft.mean(dim=0)
 
+    @property
+    def s_bar_std(self) -> float | None:
+        """Standard deviation over draws of the mean count; None without two draws."""
+        return None if self._spread is None else float(self._spread.mean(dim=1).std())
+
+    @property
+    def per_layer_std(self) -> Tensor | None:
+        """Standard deviation over draws of each layer's mean count, (L,)."""
+        return None if self._spread is None else self._spread.std(dim=0)
+
+    @property
+    def _spread(self) -> Tensor | None:
+        """Mean counts by draw and layer, (S, L)."""
+        return None if self.draws is None or len(self.draws) < 2 else self.draws.mean(dim=2)
+
     def __str__(self) -> str:
         rows = [
             f"{name}: {mean:.2f} of {rank}"
@@ -56,54 +77,107 @@ class EffectiveRank:
         return "\n".join([f"effective rank s_bar = {self.s_bar:.2f}", *rows])
 
 
+@dataclass(frozen=True)
+class RankShift:
+    """How the effective rank differs between two data sets: the other minus the first.
+
+    Attributes:
+        mean: difference of the means over layers and inputs.
+        standard_error: of `mean`, over inputs (Welch).
+        per_layer: difference of each layer's mean, (L,).
+        auroc: probability that an input of the other set has a higher rank, mean over layers,
+            than one of the first set; ties count half.
+    """
+
+    mean: float
+    standard_error: float
+    per_layer: Tensor
+    auroc: float
+
+
+def rank_shift(first: EffectiveRank, other: EffectiveRank) -> RankShift:
+    """Compares the effective ranks of one model on two data sets.
+
+    Raises:
+        BaraError: the ranks are of different models, or a data set has fewer than two inputs.
+    """
+    if first.layers != other.layers:
+        raise BaraError("A rank shift needs the ranks of one model: the layers differ.")
+    ours, theirs = first.per_input.double(), other.per_input.double()
+    if min(len(ours), len(theirs)) < 2:
+        raise BaraError("A rank shift needs at least two inputs in each data set.")
+    variance = ours.var() / len(ours) + theirs.var() / len(theirs)
+    above = (theirs[:, None] > ours).double() + 0.5 * (theirs[:, None] == ours).double()
+    return RankShift(
+        mean=float(theirs.mean() - ours.mean()),
+        standard_error=float(variance.sqrt()),
+        per_layer=other.per_layer - first.per_layer,
+        auroc=float(above.mean()),
+    )
+
+
 def effective_rank(
     model: nn.Module,
     data: Any,
     *,
+    num_draws: int = 0,
+    seed: int = 0,
     batch_size: int = 64,
     collate_fn: Collate | None = None,
     progress: bool | None = None,
 ) -> EffectiveRank:
-    """The effective rank of every layer for every input, in the posterior-mean mode.
+    """The effective rank of every layer for every input.
 
-    A family without gates has its full rank everywhere.
+    `soft` and `hard` are those of the posterior-mean mode. A family without gates has its full
+    rank everywhere.
 
     Args:
         model: a model with a Bayesian adapter.
         data: a tokenised `datasets.Dataset`, a DataLoader or one batch.
+        num_draws: S, posterior draws whose active factors are counted too; the draws are those of
+            `bara.sampling(model, S, seed)`.
+        seed: of the draws.
         batch_size, collate_fn, progress: as in `bara.predict`.
 
     Raises:
-        BaraError: no Bayesian adapter is active, or the data cannot be used.
+        BaraError: no Bayesian adapter is active, num_draws < 0, or the data cannot be used.
     """
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    if num_draws < 0:
+        raise BaraError(f"num_draws must be at least 0, got {num_draws}.")
     owners: dict[str, Posterior] = {}
+    draws = Draws(num_draws, seed) if num_draws else None
 
-    def observe(layer: str, posterior: Posterior, space: RankSpace) -> None:
+    def probable(layer: str, posterior: Posterior, space: RankSpace) -> Tensor:
         if owners.setdefault(layer, posterior) is not posterior:
             raise BaraError(
                 "Two Bayesian adapters are active together: choose the one whose rank you want "
                 "with model.set_adapter(name)."
             )
         probability = posterior.open_probability(space)
-        count = (probability > 0.5).sum(-1).to(probability.dtype)
-        soft = space.mean_over_positions(probability.sum(-1))
-        uses.setdefault(layer, []).append((soft.cpu(), space.mean_over_positions(count).cpu()))
+        count = (probability > 0.5).to(probability.dtype)
+        both = [space.mean_over_positions(p.sum(-1)) for p in (probability, count)]
+        return torch.stack(both)
 
-    parts: list[Tensor] = []  # (2, L, n) per batch
+    def sampled(layer: str, posterior: Posterior, space: RankSpace) -> Tensor:
+        assert draws is not None
+        rows = draws.rows(space.u.shape[0], space.u.device)
+        opened = posterior.open_draw(space, FixedNoise(draws, rows, layer))
+        return space.mean_over_positions(opened.sum(-1).float()).view(num_draws, -1)
+
+    means: list[Tensor] = []  # (2, L, n) per batch
+    counts: list[Tensor] = []  # (S, L, n) per batch
     order: list[int] = []
-    for index in _observed(model, data, observe, batch_size, collate_fn, progress):
-        # a layer used several times, or with several rows per input, counts once
-        means = [
-            torch.stack([torch.stack(use) for use in layer]).mean(0).view(2, len(index), -1).mean(2)
-            for layer in uses.values()
-        ]
-        parts.append(torch.stack(means, dim=1))
+    size = max(1, batch_size // max(1, num_draws)) if batch_size > 0 else batch_size
+    for batch, index in model_inputs(model, data, size, collate_fn, progress):
+        means.append(_by_layer(model, batch, probable))
+        if draws is not None:
+            counts.append(_by_layer(model, batch, sampled, draws))
         order += index
-        uses.clear()
-    soft, hard = torch.cat(parts, dim=2)[:, :, torch.tensor(order).argsort()]
+    position = torch.tensor(order).argsort()
+    soft, hard = torch.cat(means, dim=2)[:, :, position]
     ranks = tuple(posterior.rank for posterior in owners.values())
-    return EffectiveRank(tuple(owners), ranks, soft, hard)
+    sampled_counts = torch.cat(counts, dim=2)[:, :, position] if counts else None
+    return EffectiveRank(tuple(owners), ranks, soft, hard, sampled_counts)
 
 
 def calibrate_gates(
@@ -114,11 +188,12 @@ def calibrate_gates(
     collate_fn: Collate | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Fixes input-dependent gates at their average over data, for merging only.
+    """Fixes what depends on the input at its average over data, for merging and export only.
 
     Afterwards `merge_adapter` and `merge_and_unload` merge the approximation
     W0 + s B diag(E[z] mean_x E[g(x)]) A; forward passes of the unmerged adapter stay exact. Merging
-    without it is refused, because a gate that depends on the input has no merged form.
+    without it is refused, because a gate that depends on the input has no merged form. BaLoRA,
+    which merges exactly, has its noise level averaged, for `bara.export_lora`'s draws.
 
     Args and errors are those of `effective_rank`.
     """
@@ -126,29 +201,45 @@ def calibrate_gates(
     weights: dict[Posterior, int] = {}
 
     def observe(layer: str, posterior: Posterior, space: RankSpace) -> None:
-        mean = posterior.expected_input_multiplier(space)
+        mean = posterior.input_dependence(space)
         if mean is not None:
             rows = space.u.shape[0]
             totals[posterior] = totals.get(posterior, torch.zeros_like(mean)) + rows * mean
             weights[posterior] = weights.get(posterior, 0) + rows
 
-    for _ in _observed(model, data, observe, batch_size, collate_fn, progress):
-        pass
+    for batch, _ in model_inputs(model, data, batch_size, collate_fn, progress):
+        observed_pass(model, batch, observe)
     for posterior, total in totals.items():
-        posterior.calibrated_gate = total / weights[posterior]
+        posterior.calibrated = total / weights[posterior]
 
 
-def _observed(
+def model_inputs(
     model: nn.Module,
     data: Any,
-    observe: Callable[[str, Posterior, RankSpace], None],
     batch_size: int,
     collate_fn: Collate | None,
     progress: bool | None,
-) -> Iterator[list[int]]:
-    """Runs the data through the model in mean mode with an observer; yields each batch's rows."""
-    elbo = elbo_of(model)
+) -> Iterator[tuple[Batch, list[int]]]:
+    """The data's batches on the model's device, without labels, and each batch's rows."""
     device = next(model.parameters()).device
+    for batch, index in batches(data, model, batch_size, collate_fn, progress, "ranks"):
+        batch.pop("labels", None)
+        yield to_device(batch, device), index
+
+
+def observed_pass(
+    model: nn.Module, batch: Batch, observe: Observer, draws: Draws | None = None
+) -> None:
+    """One forward pass in evaluation mode in which `observe` is called by every adapted layer.
+
+    Args:
+        draws: makes the pass under these draws, of the batch repeated once for each; None for the
+            posterior mean.
+
+    Raises:
+        BaraError: no Bayesian adapter took part.
+    """
+    elbo = elbo_of(model)
     called = False
 
     def wrapped(layer: str, posterior: Posterior, space: RankSpace) -> None:
@@ -156,17 +247,30 @@ def _observed(
         called = True
         observe(layer, posterior, space)
 
-    for batch, index in batches(data, model, batch_size, collate_fn, progress, "ranks"):
-        batch.pop("labels", None)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), elbo.drawing(None), elbo.observing(wrapped):
-                model(**to_device(batch, device))
-        finally:
-            model.train(was_training)
-        if not called:
-            raise BaraError(
-                "No Bayesian adapter is active: enable it, and unmerge it if it is merged."
-            )
-        yield index
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), elbo.drawing(draws), elbo.observing(wrapped):
+            model(**(batch if draws is None else repeat_rows(batch, draws.num_draws)))
+    finally:
+        model.train(was_training)
+    if not called:
+        raise BaraError("No Bayesian adapter is active: enable it, and unmerge it if it is merged.")
+
+
+def _by_layer(
+    model: nn.Module,
+    batch: Batch,
+    count: Callable[[str, Posterior, RankSpace], Tensor],
+    draws: Draws | None = None,
+) -> Tensor:
+    """What `count` makes of each layer, (K, rows), as (K, L, n)."""
+    uses: dict[str, list[Tensor]] = {}
+
+    def observe(layer: str, posterior: Posterior, space: RankSpace) -> None:
+        uses.setdefault(layer, []).append(count(layer, posterior, space).cpu())
+
+    observed_pass(model, batch, observe, draws)
+    # a layer used several times, or with several rows per input, counts once
+    means = [torch.stack(layer).mean(0) for layer in uses.values()]
+    return torch.stack([m.view(len(m), num_rows(batch), -1).mean(2) for m in means], dim=1)

@@ -103,6 +103,30 @@ def write_report(
     Raises:
         BaraError: evaluations of two kinds or without labels, or the file cannot be written.
     """
+    classification = all(
+        isinstance(evaluation.predictive, ClassificationPredictive)
+        for evaluation in evaluations.values()
+    )
+    page = render_page(
+        "report.html.j2",
+        title=title,
+        classification=classification,
+        table=_table(table),
+        reliability=picture(plots.reliability_diagram, evaluations) if evaluations else None,
+        risk_coverage=picture(plots.risk_coverage, evaluations) if evaluations else None,
+        calibration=_calibration_sentences(evaluations),
+        selection=_selection_sentences(evaluations),
+        heatmap=picture(plots.effective_rank_heatmap, rank) if rank else None,
+        histogram=picture(plots.effective_rank_histogram, rank) if rank else None,
+        rank=rank_numbers(rank) if rank else None,
+        examples=examples or {},
+        notes=notes,
+    )
+    atomic_write_text(path, page)
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of `templates/`, with every value escaped."""
     environment = Environment(
         loader=PackageLoader("bara"),
         # Not `select_autoescape`: it goes by the name's end, and `.html.j2` is not `.html`.
@@ -111,32 +135,14 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    classification = all(
-        isinstance(evaluation.predictive, ClassificationPredictive)
-        for evaluation in evaluations.values()
-    )
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        classification=classification,
-        table=_table(table),
-        reliability=_picture(plots.reliability_diagram, evaluations) if evaluations else None,
-        risk_coverage=_picture(plots.risk_coverage, evaluations) if evaluations else None,
-        calibration=_calibration_sentences(evaluations),
-        selection=_selection_sentences(evaluations),
-        heatmap=_picture(plots.effective_rank_heatmap, rank) if rank else None,
-        histogram=_picture(plots.effective_rank_histogram, rank) if rank else None,
-        rank=_rank_numbers(rank) if rank else None,
-        examples=examples or {},
-        notes=notes,
-    )
-    atomic_write_text(path, page)
+    return environment.get_template(template).render(values)
 
 
-def _picture(draw: Callable[..., Figure], subject: Any) -> dict[str, str]:
+def picture(draw: Callable[..., Figure], *subjects: Any) -> dict[str, str]:
     """The picture in both modes, as data URIs."""
     return {
         mode: "data:image/png;base64,"
-        + base64.b64encode(plots.to_png(draw(subject, theme))).decode()
+        + base64.b64encode(plots.to_png(draw(*subjects, theme))).decode()
         for mode, theme in (("light", plots.LIGHT), ("dark", plots.DARK))
     }
 
@@ -220,7 +226,9 @@ def _selection_sentences(evaluations: Mapping[str, Evaluation]) -> list[str]:
     return sentences
 
 
-def _rank_numbers(rank: EffectiveRank) -> dict[str, str]:
+def rank_numbers(rank: EffectiveRank) -> dict[str, str]:
+    """The effective rank in the words of the page."""
+
     def extent(values: Tensor) -> str:
         return f"{values.min().item():.1f} to {values.max().item():.1f}"
 

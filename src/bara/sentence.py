@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -123,3 +124,38 @@ def is_sentence_encoder(name: str) -> bool:
     pooling = json.loads(Path(file).read_text("utf-8"))
     # sentence-transformers 5 writes the second form
     return bool(pooling.get("pooling_mode_mean_tokens")) or pooling.get("pooling_mode") == "mean"
+
+
+def save_sentence_transformer(model: SentenceClassifier, folder: Path) -> None:
+    """Writes the model as a sentence-transformers folder whose embedding of a text is its logits.
+
+    The encoder's own files are those of a plain transformers model. The tokeniser has to be saved
+    beside them.
+    """
+    head = model.classifier
+    model.encoder.save_pretrained(str(folder))
+    pooling = {"word_embedding_dimension": head.in_features, "pooling_mode_mean_tokens": True}
+    dense = {
+        "in_features": head.in_features,
+        "out_features": head.out_features,
+        "bias": True,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    modules = []
+    for number, (name, kind, config) in enumerate(
+        (("", "Transformer", None), ("1_Pooling", "Pooling", pooling), ("2_Dense", "Dense", dense))
+    ):
+        modules.append(
+            {
+                "idx": number,
+                "name": str(number),
+                "path": name,
+                "type": f"sentence_transformers.models.{kind}",
+            }
+        )
+        if config is not None:
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    weights = {f"linear.{name}": tensor for name, tensor in head.state_dict().items()}
+    save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2), "utf-8")

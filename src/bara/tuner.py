@@ -190,23 +190,39 @@ class RankSpaceVariant(LoraVariant):
 
     def _mean_delta(self, module: Any, adapter: str) -> Tensor:
         scale = posteriors(module)[adapter].mean_scale()
-        with torch.no_grad(), _scaled_columns(module.lora_B[adapter], scale):
+        with torch.no_grad(), _with_scaled_columns(module.lora_B[adapter], scale):
             return module.get_delta_weight(adapter)
 
 
 @contextmanager
-def _scaled_columns(lora_b: Any, scale: Tensor | None) -> Iterator[None]:
+def _with_scaled_columns(lora_b: Any, scale: Tensor | None) -> Iterator[None]:
     """B with its columns multiplied by `scale`, (r,), for as long as the context lasts."""
     original = lora_b.weight.data
-    if scale is not None:
-        groups = getattr(lora_b, "groups", 1)
-        grouped = original.reshape(groups, -1, *original.shape[1:])
-        shape = (groups, 1, original.shape[1], *[1] * (original.dim() - 2))
-        lora_b.weight.data = (grouped * scale.to(original).reshape(shape)).reshape(original.shape)
+    lora_b.weight.data = scaled_columns(lora_b, scale)
     try:
         yield
     finally:
         lora_b.weight.data = original
+
+
+def scaled_columns(lora_b: Any, scale: Tensor | None) -> Tensor:
+    """The weight of B with its columns multiplied by `scale`, (r,); None multiplies by ones."""
+    weight: Tensor = lora_b.weight.data
+    if scale is None:
+        return weight
+    groups = getattr(lora_b, "groups", 1)
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    shape = (groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
+    return (grouped * scale.to(weight).reshape(shape)).reshape(weight.shape)
+
+
+def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Posterior]]:
+    """An adapter's layers: name in the base model, PEFT's layer, posterior."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            variant = module.lora_variant.get(adapter)
+            if isinstance(variant, RankSpaceVariant):
+                yield variant.layer, module, posteriors(module)[adapter]
 
 
 def posteriors(module: Any) -> Any:

@@ -11,8 +11,11 @@ import typer
 from bara.cli.bench import bench
 from bara.cli.certify import certify
 from bara.cli.evaluate import evaluate
+from bara.cli.export import export
 from bara.cli.predict import predict
+from bara.cli.prune import prune
 from bara.cli.quickstart import quickstart
+from bara.cli.ranks import ranks
 from bara.cli.train import train
 from bara.errors import BaraError
 
@@ -29,6 +32,9 @@ app.command()(evaluate)
 app.command()(predict)
 app.command()(bench)
 app.command()(certify)
+app.command()(ranks)
+app.command()(prune)
+app.command()(export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from bara.cli.terminal import quieten_libraries
+    from bara.cli.terminal import quieten_libraries, update_card
     from bara.data import load_table, tokenise
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
@@ -52,6 +52,7 @@ def evaluate(
     for name, value in evaluation.metrics.items():
         view.add_row(name, f"{value:.4f}")
     Console().print(view)
+    update_card(adapter, evaluation=evaluation, data=data)
     if json_file is not None:
         content = {
             "adapter": str(adapter),

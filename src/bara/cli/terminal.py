@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 
@@ -20,3 +23,39 @@ def quieten_libraries() -> None:
     hub_logging.set_verbosity_error()
     for library in LIBRARIES:
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+
+
+def require_output(output: Path, adapter: Path, force: bool) -> None:
+    """Refuses to write over the adapter itself, or without --force over anything."""
+    from bara.adapters import require_new
+    from bara.errors import BaraError
+
+    if output.resolve() == adapter.resolve():
+        raise BaraError(f"{output} is the adapter itself; give another --output")
+    require_new(output, force)
+
+
+def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: Any) -> Any:
+    """Tokenised texts to fit on, and others to measure on: the second table, or every second text.
+
+    Raises:
+        BaraError: a table cannot be read, or there are fewer than two texts to share out.
+    """
+    from bara.data import load_table, tokenise
+    from bara.errors import BaraError
+
+    inputs = tokenise(load_table(data), tokenizer, task, labels=False)
+    if held_out is not None:
+        return inputs, tokenise(load_table(held_out), tokenizer, task, labels=False)
+    if len(inputs) < 2:
+        raise BaraError(f"{data} has one text: give two at least, or --held-out")
+    numbers = range(len(inputs))
+    return inputs.select(numbers[::2]), inputs.select(numbers[1::2])
+
+
+def update_card(adapter: Path, **measured: Any) -> None:
+    """Writes what was measured into the adapter's README.md, if its folder is the user's own."""
+    from bara.card import write_model_card
+
+    if os.access(adapter, os.W_OK):
+        write_model_card(adapter, **measured)

@@ -68,8 +68,17 @@ class BaloraPosterior(Posterior):
                 u = u + (std * noise.normal("A", (self.rank,)).unsqueeze(1)).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u, None, None, None)
+            self.calibrated = None  # the noise is about to change
             kl = space.a.numel() * scale_noise_kl(alpha.squeeze(-1), self.config.noise_prior)
             return PosteriorOutput(u, space.mean_over_positions(kl), None, None)
 
+    def input_dependence(self, space: RankSpace) -> Tensor | None:
+        with torch.autocast(space.u.device.type, enabled=False):
+            return space.mean_over_positions(self.alpha(space)).mean(dim=0)
+
     def mean_scale(self) -> Tensor | None:
         return None
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        std = self._calibrated().sqrt() * wide(a).abs()
+        return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None

@@ -8,6 +8,7 @@ with the task's gates z, the input's gates g, optional intensities theta and the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import reduce
 
 import torch
@@ -28,7 +29,6 @@ from bara.distributions import (
     weibull_sample,
 )
 from bara.draws import Noise
-from bara.errors import BaraError
 from bara.posteriors.base import (
     Granularity,
     Posterior,
@@ -45,7 +45,6 @@ class BaraPosterior(Posterior):
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
         super().__init__(rank, granularity)
         self.config = config
-        self.calibrated_gate: Tensor | None = None  # E[g theta] over data, see calibrate_gates
         start = config.init_logit / config.logit_scale
         if config.global_gate:
             self.global_logit = nn.Parameter(torch.full((rank,), start))
@@ -63,19 +62,23 @@ class BaraPosterior(Posterior):
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
-            features = self._features(space)
+            features = self.features(space)
             multipliers = self._task_multipliers(noise) + self._input_multipliers(features, noise)
             u = space.u
             if multipliers:
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u, None, None, None)
-            self.calibrated_gate = None  # the gates are about to change
+            self.calibrated = None  # the gates are about to change
             return PosteriorOutput(u, *self._kl(space, features))
 
-    def _features(self, space: RankSpace) -> Tensor | None:
+    @property
+    def depends_on_input(self) -> bool:
+        return self.config.local_gate or self.config.intensity
+
+    def features(self, space: RankSpace) -> Tensor | None:
         """What the input-dependent parts read, (B, 1 or T, r); None if there are none."""
-        if not (self.config.local_gate or self.config.intensity):
+        if not self.depends_on_input:
             return None
         return rms_normalised(space.pooled(self.granularity))
 
@@ -116,6 +119,12 @@ class BaraPosterior(Posterior):
         """Location of the task's gates, (r,)."""
         return self.config.logit_scale * wide(self.global_logit)
 
+    def inclusion(self) -> Tensor:
+        """P(z_k > 0), (r,); ones without a global gate."""
+        if not self.config.global_gate:
+            return torch.ones(self.rank, device=next(self.parameters()).device)
+        return torch.sigmoid(open_logit(self.global_gate_logit()))
+
     def noise_variance(self) -> Tensor:
         """alpha, the factors' variance relative to their squared mean, (r,)."""
         return torch.exp(self.config.logit_scale * wide(self.noise_logit))
@@ -126,14 +135,43 @@ class BaraPosterior(Posterior):
         Divided by sqrt(r): the r weights of a gate move together under Adam, and without it they
         close a gate for all inputs at once long before its factor has learned anything.
         """
-        weight = wide(self.gate_weight) / math.sqrt(self.rank)
-        return self.config.logit_scale * linear(features, weight, wide(self.gate_bias))
+        return self.config.logit_scale * self.linear_outputs(features)["gate"]
 
     def intensity(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Shape (r,) and scale (B, 1 or T, r) of the Weibull posterior; its mean starts at 1."""
         shape = wide(self.intensity_log_shape).exp()
-        log_mean = linear(features, wide(self.intensity_weight), wide(self.intensity_bias))
+        log_mean = self.linear_outputs(features)["intensity"]
         return shape, torch.exp(log_mean - torch.lgamma(1 + 1 / shape))
+
+    def linear_outputs(self, features: Tensor) -> dict[str, Tensor]:
+        """What the linear maps of the input-dependent parts give, (B, 1 or T, r), by their name."""
+        outputs = {}
+        if self.config.local_gate:
+            weight = wide(self.gate_weight) / math.sqrt(self.rank)
+            outputs["gate"] = linear(features, weight, wide(self.gate_bias))
+        if self.config.intensity:
+            weight, bias = wide(self.intensity_weight), wide(self.intensity_bias)
+            outputs["intensity"] = linear(features, weight, bias)
+        return outputs
+
+    def keep_factors(self, kept: Tensor, maps: Mapping[str, Tensor]) -> None:
+        """Drops all factors but r' of them.
+
+        Args:
+            kept: their numbers, (r',).
+            maps: by the names of `linear_outputs`, the new weights and (last column) biases of the
+                maps from the normalised features of the r' factors to the outputs, (r', r' + 1).
+        """
+        self.rank = len(kept)
+        self.calibrated = None
+        values = {name: parameter[kept] for name, parameter in self.named_parameters()}
+        for name, solution in maps.items():
+            scale = math.sqrt(self.rank) if name == "gate" else 1.0
+            values[f"{name}_weight"] = solution[:, :-1] * scale
+            values[f"{name}_bias"] = solution[:, -1]
+        for name, old in list(self.named_parameters()):
+            value = values[name].detach().to(old).clone()
+            setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
     def _kl(
         self, space: RankSpace, features: Tensor | None
@@ -185,15 +223,26 @@ class BaraPosterior(Posterior):
         with torch.autocast(space.u.device.type, enabled=False):
             probability = super().open_probability(space)
             if self.config.global_gate:
-                probability = probability * torch.sigmoid(open_logit(self.global_gate_logit()))
-            features = self._features(space)
+                probability = probability * self.inclusion()
+            features = self.features(space)
             if self.config.local_gate and features is not None:
                 logit = self.local_gate_logit(features)
                 probability = probability * torch.sigmoid(open_logit(logit))
             return probability
 
-    def expected_input_multiplier(self, space: RankSpace) -> Tensor | None:
-        features = self._features(space)
+    def open_draw(self, space: RankSpace, noise: Noise) -> Tensor:
+        with torch.autocast(space.u.device.type, enabled=False):
+            opened = super().open_draw(space, noise)
+            if self.config.global_gate:
+                opened = opened & (self._gate("z", self.global_gate_logit(), noise) > 0)
+            features = self.features(space)
+            if self.config.local_gate and features is not None:
+                logit = self.local_gate_logit(features)
+                opened = opened & (self._gate("g", logit, noise) > 0)
+            return opened
+
+    def input_dependence(self, space: RankSpace) -> Tensor | None:
+        features = self.features(space)
         if features is None:
             return None
         multiplier = reduce(torch.mul, self._input_multipliers(features, None))
@@ -203,12 +252,14 @@ class BaraPosterior(Posterior):
         scale = torch.ones(self.rank, device=next(self.parameters()).device)
         if self.config.global_gate:
             scale = scale * hard_concrete_mean(self.global_gate_logit())
-        if self.config.local_gate or self.config.intensity:
-            if self.calibrated_gate is None:
-                raise BaraError(
-                    "A BaRA adapter with input-dependent gates has no exact merged form. Keep it "
-                    "unmerged, or call bara.calibrate_gates(model, data) first to merge the "
-                    "approximation in which every gate is at its average over that data."
-                )
-            scale = scale * self.calibrated_gate.to(scale)
+        if self.depends_on_input:
+            scale = scale * self._calibrated().to(scale)
         return scale
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        scale = torch.ones(self.rank, device=next(self.parameters()).device)
+        for multiplier in self._task_multipliers(noise):
+            scale = scale * multiplier.flatten()
+        if self.depends_on_input:
+            scale = scale * self._calibrated().to(scale)
+        return a, scale

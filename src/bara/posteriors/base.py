@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.draws import FreshNoise, Noise
+from bara.errors import BaraError
 
 Granularity = Literal["sequence", "token"]
 
@@ -103,12 +104,17 @@ class Posterior(nn.Module):
     """A posterior over one layer's adapter. Subclasses hold its parameters.
 
     Made by `Family(config, rank, granularity)`.
+
+    Attributes:
+        calibrated: the average of `input_dependence` over data, which stands for the input where
+            an adapter has to do without it (merging, export); None before `bara.calibrate_gates`.
     """
 
     def __init__(self, rank: int, granularity: Granularity) -> None:
         super().__init__()
         self.rank = rank
         self.granularity = granularity
+        self.calibrated: Tensor | None = None
 
     def bind(self, b: Tensor) -> None:
         """Told B's weight once, when the layer is made: for what has its shape."""
@@ -130,8 +136,16 @@ class Posterior(nn.Module):
         """P(factor k is active), (B, 1 or T, r); all ones for a family without gates."""
         return space.u.new_ones(space.u.shape[0], 1, space.u.shape[-1], dtype=torch.float32)
 
-    def expected_input_multiplier(self, space: RankSpace) -> Tensor | None:
-        """The input-dependent part of the mean multiplier, averaged over the batch: (r,)."""
+    def open_draw(self, space: RankSpace, noise: Noise) -> Tensor:
+        """Which factors are active in the draws of `noise`, boolean, (B, 1 or T, r)."""
+        u = space.u
+        return torch.ones(u.shape[0], 1, u.shape[-1], dtype=torch.bool, device=u.device)
+
+    def input_dependence(self, space: RankSpace) -> Tensor | None:
+        """What depends on the input, averaged over the batch; None if nothing does.
+
+        The mean multipliers (r,) of BaRA's gates and intensities, BaLoRA's noise level (1,).
+        """
         return None
 
     def mean_scale(self) -> Tensor | None:
@@ -141,6 +155,30 @@ class Posterior(nn.Module):
             BaraError: the mean depends on the input, so that no constants reproduce it.
         """
         raise NotImplementedError
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        """A draw of the posterior as plain LoRA, what depends on the input at its average.
+
+        Args:
+            a: the weight of A.
+            noise: random numbers of one draw.
+
+        Returns:
+            The draw's weight of A, and the constants (r,) for B's columns, None for ones.
+
+        Raises:
+            BaraError: something depends on the input and was not calibrated.
+        """
+        raise BaraError(f"{type(self).__name__} has no draws that are plain LoRA adapters.")
+
+    def _calibrated(self) -> Tensor:
+        if self.calibrated is None:
+            raise BaraError(
+                "An adapter that depends on the input has no exact plain or merged form: keep it "
+                "as it is, or give calibration inputs (bara.calibrate_gates(model, data); in an "
+                "export, data), over which what depends on the input is averaged."
+            )
+        return self.calibrated
 
 
 def trailing(values: Tensor, dim: int) -> Tensor:

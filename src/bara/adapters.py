@@ -1,0 +1,126 @@
+"""What pruning and export share: one adapter of a model, its copy, its ranks, its place on disk."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from bara.configs import BayesianConfig
+from bara.errors import BaraError
+
+
+def bayesian_adapter(model: nn.Module, what_for: str) -> str:
+    """Name of the one active adapter, which must be Bayesian and not merged.
+
+    Raises:
+        BaraError: it is not; the message says what it is.
+    """
+    if not isinstance(model, PeftModel):
+        raise BaraError(f"{what_for} needs a PEFT model, got {type(model).__name__}.")
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise BaraError(f"{what_for} needs one active adapter, not {len(active)} (set_adapter).")
+    config = model.peft_config[active[0]]
+    if not isinstance(config, BayesianConfig):
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise BaraError(f"{what_for} needs a Bayesian adapter; this one's method is {method}.")
+    if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
+        raise BaraError(f"{what_for} needs an adapter that is not merged: call unmerge_adapter().")
+    return active[0]
+
+
+def copy_sharing_base(model: PeftModel) -> PeftModel:
+    """A copy of the model that shares the frozen base weights with it: only the adapter is new."""
+    shared = {
+        id(parameter): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad and "lora_" not in name and "modules_to_save" not in name
+    }
+    return copy.deepcopy(model, shared)
+
+
+def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The tensors that PEFT saves for an adapter."""
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=False
+    )
+    return tensors
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size of the tensors on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def rank_fields(layers: Mapping[str, tuple[int, float]], use_rslora: bool) -> dict[str, Any]:
+    """The fields of a `LoraConfig` that give each layer its rank and leave its scaling alone.
+
+    `r` is the largest rank. PEFT's scaling is alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+    Args:
+        layers: name of each layer -> its rank and its scaling.
+
+    Returns:
+        `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern`.
+    """
+    alphas = {
+        name: _whole(scaling * (math.sqrt(rank) if use_rslora else rank))
+        for name, (rank, scaling) in layers.items()
+    }
+    r = max(rank for rank, _ in layers.values())
+    alpha = Counter(alphas[name] for name, (rank, _) in layers.items() if rank == r)
+    usual = alpha.most_common(1)[0][0]
+    # "^" anchors PEFT's pattern: otherwise a name matches every longer name that ends like it
+    return {
+        "r": r,
+        "lora_alpha": usual,
+        "rank_pattern": {f"^{name}": rank for name, (rank, _) in layers.items() if rank != r},
+        "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != usual},
+    }
+
+
+def require_new(folder: str | Path, overwrite: bool) -> None:
+    """Refuses a folder that holds something.
+
+    Raises:
+        BaraError: it does, and `overwrite` is not set.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise BaraError(f"{path} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise BaraError(
+            f"{path} exists and is not empty: give another folder, or --force (overwrite=True) to "
+            "replace its files"
+        )
+
+
+def require_space(folder: str | Path, size: int, what: str) -> None:
+    """Refuses to write more bytes than the disk of the folder has free.
+
+    Raises:
+        BaraError: there is too little space.
+    """
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise BaraError(
+            f"{what} would take {size / 1e6:,.1f} MB, but the disk of {folder} has "
+            f"{free / 1e6:,.1f} MB free: ask for less, or give another disk"
+        )
+
+
+def _whole(value: float) -> float:
+    """The value as a whole number where it is one but for rounding."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value

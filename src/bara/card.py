@@ -1,0 +1,219 @@
+"""The README.md beside an adapter: its method, its rank, how good it is, how to load it.
+
+PEFT writes the file when it saves an adapter. What `bara` adds stands between marks, one pair for
+each section, so that a section can be written again and what others wrote stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+
+from bara.errors import BaraError
+from bara.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from bara.configs import BayesianConfig
+    from bara.difference import Difference
+    from bara.metrics import Evaluation
+    from bara.ranks import EffectiveRank
+
+CARD_FILE = "README.md"
+EMPTY_CARD = "---\nlibrary_name: peft\n---\n"
+SECTIONS = ("method", "rank", "metrics")
+"""In this order at the top of the card."""
+
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+LOADING = """```python
+from peft import PeftModel
+from transformers import {auto_class}
+{imports}
+base = {auto_class}.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{folder}").eval()
+{use}```
+"""
+
+METHOD = """# {name} adapter
+
+A Bayesian low-rank adapter, trained with [bara](https://pypi.org/project/bara-peft/) on
+[PEFT](https://github.com/huggingface/peft): {what}
+
+| | |
+|---|---|
+{facts}
+
+## How to load it
+
+With `bara`, which gives the posterior and so the uncertainty:
+
+{with_bara}
+If `bara train` made it, `bara predict FOLDER --data TABLE` and `bara.loading.load_adapter(FOLDER)`
+also build the base model, its head and the tokeniser.
+
+Without `bara`: `bara export FOLDER --mode mean --data TABLE --output plain-lora` writes the
+posterior mean as a plain LoRA adapter, once, and from then on PEFT alone loads it:
+
+{without_bara}"""
+
+WHAT = {
+    "BARA": "BaRA (arXiv 2606.29184), whose gates decide which of the factors of the adapter the "
+    "task and each input use.",
+    "BALORA": "BaLoRA (arXiv 2605.08110), LoRA with input-adaptive Gaussian noise on A.",
+}
+NAMES = {"BARA": "BaRA", "BALORA": "BaLoRA"}
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    evaluation: Evaluation | None = None,
+    rank: EffectiveRank | None = None,
+    data: str | None = None,
+) -> None:
+    """Adds metrics or the effective rank to the README.md of an adapter's folder.
+
+    A section that is there already is replaced; everything else in the file stays. Saving the
+    adapter again removes both sections, because they were measured on other weights.
+
+    Args:
+        folder: an adapter that was saved with `save_pretrained`.
+        evaluation: what `bara.evaluate` returned.
+        rank: what `bara.effective_rank` returned.
+        data: name of the data they were measured on.
+
+    Raises:
+        BaraError: there is no such folder, or the card is damaged or cannot be written.
+    """
+    if not Path(folder).is_dir():
+        raise BaraError(f"there is no adapter folder {folder}")
+    sections = {}
+    if evaluation is not None:
+        sections["metrics"] = _metrics_section(evaluation, data)
+    if rank is not None:
+        sections["rank"] = _rank_section(rank, data)
+    _write(Path(folder), sections, tags=())
+
+
+def write_method_card(folder: str | Path, config: BayesianConfig) -> None:
+    """Writes what the configuration tells; earlier measurements are removed."""
+    method = config.METHOD
+    name = NAMES.get(method, method)
+    names = ("r", "lora_alpha", "target_modules", "task_type", "num_observations")
+    facts = {"base model": config.base_model_name_or_path, "method": name}
+    facts |= {option: getattr(config, option) for option in names}
+    if isinstance(facts["target_modules"], (set, list)):
+        facts["target_modules"] = ", ".join(sorted(facts["target_modules"]))
+    predict = "predictive = bara.predict(model, data, num_draws=10, seed=0)\n"
+    section = METHOD.format(
+        name=name,
+        what=WHAT.get(method, f"the method {method}."),
+        facts=_rows({key.replace("_", " "): value for key, value in facts.items()}),
+        with_bara=_loading(config, "path/to/this/folder", "\nimport bara\n", predict),
+        without_bara=_loading(config, "plain-lora", "", ""),
+    )
+    sections = {"method": section, "rank": "", "metrics": ""}
+    _write(Path(folder), sections, tags=("bara", method.lower()))
+
+
+def write_export_card(
+    folder: Path, config: BayesianConfig, mode: str, num_draws: int, difference: Difference | None
+) -> None:
+    """The card of a plain LoRA adapter, or of several draws, that was made of another adapter."""
+    name = NAMES.get(config.METHOD, config.METHOD)
+    if mode == "draws":
+        what = (
+            f"{num_draws} plain LoRA adapters, `draw-0` and so on: draws of the posterior of a "
+            f"{name} adapter. Average the probabilities they give. `client.py` does so with a "
+            "server that has loaded them all under the names in `manifest.json`."
+        )
+        target = "draw-0"
+    else:
+        what = f"A plain LoRA adapter: the posterior mean of a {name} adapter."
+        target = "path/to/this/folder"
+    measured = ""
+    if difference is not None:
+        measured = (
+            f"Distance to the original's predictions on {difference.num_inputs} held-out inputs: "
+            f"{difference}.\n\n"
+        )
+    section = f"# LoRA from {name}\n\n{what} Made by `bara export`; loading needs `peft` alone:\n\n"
+    section += f"{_loading(config, target, '', '')}\n{measured}"
+    _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
+
+
+def _loading(config: BayesianConfig, folder: str, imports: str, use: str) -> str:
+    return LOADING.format(
+        auto_class=AUTO_CLASSES.get(str(config.task_type), "AutoModel"),
+        base=config.base_model_name_or_path or "BASE MODEL",
+        folder=folder,
+        imports=imports,
+        use=use,
+    )
+
+
+def _metrics_section(evaluation: Evaluation, data: str | None) -> str:
+    num_draws = evaluation.predictive.num_draws
+    values = {name: f"{value:.4f}" for name, value in evaluation.metrics.items()}
+    return f"## Metrics\n\n{_where(data)}{num_draws} posterior draws.\n\n| | |\n|---|---|\n" + (
+        _rows(values) + "\n"
+    )
+
+
+def _rank_section(rank: EffectiveRank, data: str | None) -> str:
+    spread = "" if rank.s_bar_std is None else f" ± {rank.s_bar_std:.2f} over draws"
+    lines = [
+        "## Effective rank\n",
+        f"{_where(data)}mean over layers and {rank.soft.shape[1]} inputs: s_bar = "
+        f"{rank.s_bar:.2f}{spread}.\n",
+        "| layer | effective rank | maximum |",
+        "|---|---|---|",
+    ]
+    rows = zip(rank.layers, rank.per_layer.tolist(), rank.max_rank, strict=True)
+    lines += [f"| {name} | {mean:.2f} | {largest} |" for name, mean, largest in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _where(data: str | None) -> str:
+    return f"On `{data}`, " if data else ""
+
+
+def _rows(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in values.items())
+
+
+def _write(folder: Path, sections: Mapping[str, str], tags: tuple[str, ...]) -> None:
+    """Replaces sections of the card, at its top in the order of `SECTIONS`."""
+    path = folder / CARD_FILE
+    try:
+        card = ModelCard(path.read_text("utf-8") if path.is_file() else EMPTY_CARD)
+    except (OSError, ValueError, TypeError) as error:
+        raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
+    if tags:
+        data: Any = card.data
+        data.tags = sorted({*(data.tags or []), *tags})
+    text = card.text
+    present = {}
+    for name in SECTIONS:
+        found = re.search(rf"<!-- bara:{name} -->\n(.*?)<!-- /bara:{name} -->\n*", text, re.DOTALL)
+        if found:
+            present[name] = found[1]
+            text = text.replace(found[0], "")
+    present |= sections
+    blocks = [
+        f"<!-- bara:{name} -->\n{present[name]}<!-- /bara:{name} -->\n\n"
+        for name in SECTIONS
+        if present.get(name)
+    ]
+    card.text = "".join(blocks) + text.lstrip("\n")
+    atomic_write_text(path, str(card))

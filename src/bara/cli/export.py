@@ -1,0 +1,67 @@
+"""`bara export`: an adapter as files that need no `bara`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def export(
+    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    output: Annotated[Path, Option(help="Folder for the export.")],
+    mode: Annotated[
+        str, Option(help="mean: one LoRA adapter; draws: an ensemble; merged: a whole model.")
+    ] = "mean",
+    data: Annotated[
+        str | None, Option(help="Table of texts to average what depends on the input over.")
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        Option(help="Table to measure the change on; without it, every second text of --data."),
+    ] = None,
+    num_draws: Annotated[int, Option("--num-draws", "-n", min=1, help="Adapters of draws.")] = 10,
+    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 64,
+    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace files in the output folder.")] = False,
+) -> None:
+    """Write plain LoRA adapters, or a merged model, that load without `bara`."""
+    import shutil
+
+    from bara.cli.terminal import calibration_inputs, quieten_libraries, require_output
+    from bara.errors import BaraError
+    from bara.export import check_mode, export_lora
+    from bara.loading import RECIPE_FILE, TASK_FILE, load_adapter
+
+    quieten_libraries()
+    chosen = check_mode(mode)
+    require_output(output, adapter, force)
+    if held_out is not None and data is None:
+        raise BaraError("--held-out measures an export: give --data too")
+    model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    fit, measure = (None, None)
+    if data is not None:
+        fit, measure = calibration_inputs(data, held_out, tokenizer, task)
+    exported = export_lora(
+        model,
+        output,
+        mode=chosen,
+        data=fit,
+        held_out=measure,
+        num_draws=num_draws,
+        seed=seed,
+        overwrite=force,
+        batch_size=batch_size,
+    )
+    folders = [output] if chosen != "draws" else sorted(output.glob("draw-*"))
+    for folder in folders:
+        tokenizer.save_pretrained(str(folder))
+        shutil.copyfile(adapter / TASK_FILE, folder / TASK_FILE)
+        if chosen != "merged":
+            shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
+    print(f"{output}: {exported.bytes:,} bytes of tensors, mode {chosen}.")
+    if exported.difference is not None:
+        inputs = exported.difference.num_inputs
+        print(f"Distance to the original on {inputs} held-out texts: {exported.difference}")

@@ -1,0 +1,61 @@
+"""`bara prune`: a smaller adapter, without the factors that the task does not use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+def prune(
+    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote, of method bara.")],
+    data: Annotated[str, Option(help="Table of texts to fit the gates on; labels are not used.")],
+    output: Annotated[Path, Option(help="Folder for the smaller adapter.")],
+    held_out: Annotated[
+        str | None,
+        Option(help="Table to measure the change on; without it, every second text of --data."),
+    ] = None,
+    threshold: Annotated[
+        float, Option(help="Factors whose inclusion is below it go; in [0, 1].")
+    ] = 0.05,
+    tolerance: Annotated[
+        float, Option(help="Largest mean change of the probabilities (or of the prediction).")
+    ] = 0.05,
+    num_draws: Annotated[int, Option(min=1, help="Posterior draws to compare.")] = 10,
+    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 64,
+    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace files in the output folder.")] = False,
+) -> None:
+    """Remove factors whose posterior inclusion is below a threshold."""
+    import json
+
+    from bara.cli.terminal import calibration_inputs, quieten_libraries, require_output
+    from bara.files import atomic_write_text
+    from bara.finetune import save_adapter
+    from bara.loading import RECIPE_FILE, load_adapter
+    from bara.pruning import check_threshold
+    from bara.pruning import prune as prune_model
+    from bara.recipe import TrainRecipe
+
+    quieten_libraries()
+    check_threshold(threshold)
+    require_output(output, adapter, force)
+    model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    fit, measure = calibration_inputs(data, held_out, tokenizer, task)
+    pruning = prune_model(
+        model,
+        fit,
+        threshold=threshold,
+        tolerance=tolerance,
+        held_out=measure,
+        num_draws=num_draws,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    save_adapter(output, pruning.model, tokenizer, task, recipe)
+    atomic_write_text(output / "pruning.json", json.dumps(pruning.to_dict(), indent=2) + "\n")
+    print(pruning)
+    print(f"The pruned adapter is in {output}.")

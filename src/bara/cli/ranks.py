@@ -1,0 +1,77 @@
+"""`bara ranks`: how much of its rank an adapter uses, where, and for which inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+
+def ranks(
+    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    data: Annotated[str, Option(help="Table of texts; with labels, errors are shown too.")],
+    against: Annotated[str | None, Option(help="A second table, to compare with.")] = None,
+    output: Annotated[Path, Option(help="Folder for the report.")] = Path("bara-ranks"),
+    split: Annotated[str | None, Option(help="Split of a hub data set.")] = None,
+    num_draws: Annotated[int, Option(min=0, help="Posterior draws; 0 for none.")] = 10,
+    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
+    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace an earlier report.")] = False,
+) -> None:
+    """Report the effective rank per layer, type of module and text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bara.adapters import require_new
+    from bara.cli.terminal import quieten_libraries, update_card
+    from bara.data import load_table, tokenise
+    from bara.loading import load_adapter
+    from bara.prediction import predict
+    from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report
+    from bara.ranks import effective_rank
+
+    quieten_libraries()
+    require_new(output, force)
+    tables = [load_table(name, split=split) for name in (data, against) if name is not None]
+    model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    labelled = task.label_column in tables[0].column_names
+    inputs = [tokenise(table, tokenizer, task, labels=False) for table in tables]
+    measured = [
+        effective_rank(model, part, num_draws=num_draws, seed=seed, batch_size=batch_size)
+        for part in inputs
+    ]
+    errors = None
+    if labelled:
+        whole = tokenise(tables[0], tokenizer, task)
+        draws: dict[str, Any] = {
+            "num_draws": max(1, num_draws),
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
+    columns = [task.text_column, *filter(None, [task.text_pair_column])]
+    texts = [" | ".join(str(row[column]) for column in columns) for row in tables[0]]
+    other = None if against is None else (Path(against).name, measured[1])
+    report = RankReport(Path(data).name, measured[0], texts, other, errors)
+    notes = [
+        f"Adapter {adapter}, {len(texts)} texts of {data}, {num_draws} posterior draws, "
+        f"seed {seed}."
+    ]
+    write_rank_report(output, report, notes)
+    update_card(adapter, rank=measured[0], data=data)
+    table = Table(title=f"Effective rank of {adapter} on {data}")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in report.modules():
+        table.add_row(*map(cell, row.values()))
+    console = Console()
+    console.print(table)
+    std = measured[0].s_bar_std
+    spread = "" if std is None else f" ± {std:.2f} over draws"
+    lines = [f"s_bar = {measured[0].s_bar:.2f}{spread}"]
+    lines += filter(None, [report.shift_sentence(), report.error_sentence()])
+    lines.append(f"{output / 'report.html'} shows the pictures.")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

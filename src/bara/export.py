@@ -1,0 +1,266 @@
+"""Adapters that run wherever plain LoRA runs: without `bara`, merged, or as an ensemble."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bara import client
+from bara.adapters import (
+    adapter_tensors,
+    bayesian_adapter,
+    copy_sharing_base,
+    num_bytes,
+    require_new,
+    require_space,
+)
+from bara.batches import Collate
+from bara.card import write_export_card
+from bara.difference import Difference, difference
+from bara.draws import Draws, FixedNoise
+from bara.errors import BaraError
+from bara.files import atomic_directory
+from bara.posteriors.base import Posterior
+from bara.prediction import predict
+from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.ranks import calibrate_gates
+from bara.sentence import SentenceClassifier, save_sentence_transformer
+from bara.tuner import CONTAINER, adapted_layers, scaled_columns
+
+Mode = Literal["mean", "draws", "merged"]
+WEIGHTS_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_lora` wrote.
+
+    Attributes:
+        folder: where.
+        mode: `mean`, `draws` or `merged`.
+        bytes: size of the tensors.
+        difference: on the held-out inputs, between the export and the original: the posterior mean
+            for `mean` and `merged`, the mixture of the same number of draws for `draws`; None
+            without held-out inputs.
+    """
+
+    folder: Path
+    mode: Mode
+    bytes: int
+    difference: Difference | None
+
+
+def export_lora(
+    model: PeftModel,
+    folder: str | Path,
+    *,
+    mode: Mode = "mean",
+    data: Any = None,
+    held_out: Any = None,
+    num_draws: int = 10,
+    seed: int = 0,
+    overwrite: bool = False,
+    batch_size: int = 64,
+    collate_fn: Collate | None = None,
+    progress: bool | None = None,
+) -> Export:
+    """Writes a Bayesian adapter in a form that needs no `bara`.
+
+    - `mean`: a plain LoRA adapter for `peft`, the posterior mean. Exact for BaLoRA and for BaRA
+      without input-dependent gates; otherwise the gates are at their average over `data`.
+    - `draws`: `num_draws` plain LoRA adapters `draw-0`, `draw-1`, ..., draws of the global
+      posterior, with a manifest and `client.py`, which averages a server's answers. What depends
+      on the input (BaRA's local gates and intensities, BaLoRA's noise level) is at its average
+      over `data`. Draw d has the numbers of draw d of `bara.sampling(model, seed=seed)`, but for
+      BaLoRA, whose A is sampled whole.
+    - `merged`: the mean merged into the base model, a plain transformers folder. A
+      `SentenceClassifier` becomes a sentence-transformers folder whose embedding is the logits.
+      Takes the memory of a second copy of the model.
+
+    Trained heads (`modules_to_save`) are part of every export.
+
+    Args:
+        model: a PEFT model with one active Bayesian adapter. With `data` its calibration is
+            that of `bara.calibrate_gates(model, data)` afterwards; nothing else changes.
+        folder: where to write, whole or not at all.
+        data: calibration inputs, as in `bara.calibrate_gates`; not needed where nothing depends
+            on the input, or after `calibrate_gates`.
+        held_out: inputs on which to measure the difference to the original, read several times
+            in the same order.
+        num_draws, seed: of `draws`.
+        overwrite: replace files in a folder that is not empty.
+        batch_size, collate_fn, progress: as in `bara.predict`.
+
+    Raises:
+        BaraError: an unknown mode, another method's adapter, missing or empty calibration data, a
+            folder that is not empty, too little disk space, or a model that cannot be merged.
+    """
+    check_mode(mode)
+    if num_draws < 1:
+        raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
+    adapter = bayesian_adapter(model, "export")
+    require_new(folder, overwrite)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "collate_fn": collate_fn,
+        "progress": progress,
+    }
+    if data is not None:
+        calibrate_gates(model, data, **options)
+
+    def measured(models: Iterator[PeftModel], **expected: Any) -> Difference | None:
+        if held_out is None:
+            return None
+        parts = [predict(m, held_out, deterministic=True, **options) for m in models]
+        return difference(predict(model, held_out, **expected, **options), _mixture(parts))
+
+    if mode == "merged":
+        merged, size = _merged(model, folder)
+        distance = measured(iter([merged]), deterministic=True)
+        with atomic_directory(folder) as temporary:
+            _save_merged(merged, temporary)
+        return Export(Path(folder), mode, size, distance)
+
+    drawn = mode == "draws"
+    count = num_draws if drawn else 1
+    size = count * num_bytes(_tensors(model, adapter, _mean_weights))
+    require_space(folder, size, f"{count} adapters" if drawn else "The adapter")
+    weights: list[Weights] = [_mean_weights]
+    if drawn:
+        weights = [_drawn_weights(seed, draw) for draw in range(count)]
+    distance = measured(
+        _plain_models(model, adapter, weights),
+        **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),
+    )
+    original: Any = model.peft_config[adapter]
+    config = plain_config(original)
+    with atomic_directory(folder) as temporary:
+        for number, weight in enumerate(weights):
+            target = temporary / f"draw-{number}" if drawn else temporary
+            target.mkdir(exist_ok=True)
+            tensors = _tensors(model, adapter, weight)
+            save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
+            config.save_pretrained(str(target))
+        if drawn:
+            _write_ensemble(temporary, config, num_draws, seed)
+        write_export_card(temporary, original, mode, num_draws, distance)
+    return Export(Path(folder), mode, size, distance)
+
+
+def check_mode(mode: str) -> Mode:
+    """The mode, if it is one.
+
+    Raises:
+        BaraError: it is not.
+    """
+    if mode not in get_args(Mode):
+        raise BaraError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    return cast(Mode, mode)
+
+
+def plain_config(config: Any) -> LoraConfig:
+    """The `LoraConfig` with the same layers, ranks and scaling."""
+    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
+    values |= {"peft_type": None, "init_lora_weights": True, "inference_mode": True}
+    return LoraConfig(**values)
+
+
+Weights = Callable[[str, Any, str, Posterior], tuple[Tensor, Tensor]]
+"""Makes the weights of A and B of a layer: its name, PEFT's layer, the adapter, the posterior."""
+
+
+def _mean_weights(
+    name: str, layer: Any, adapter: str, posterior: Posterior
+) -> tuple[Tensor, Tensor]:
+    b = scaled_columns(layer.lora_B[adapter], posterior.mean_scale())
+    return layer.lora_A[adapter].weight.data, b
+
+
+def _drawn_weights(seed: int, draw: int) -> Weights:
+    draws = Draws(1, seed, first=draw)
+
+    def weights(name: str, layer: Any, adapter: str, posterior: Posterior) -> tuple[Tensor, Tensor]:
+        a = layer.lora_A[adapter].weight.data
+        noise = FixedNoise(draws, torch.zeros(1, dtype=torch.long, device=a.device), name)
+        a, scale = posterior.lora_draw(a, noise)
+        return a, scaled_columns(layer.lora_B[adapter], scale)
+
+    return weights
+
+
+@torch.no_grad()
+def _tensors(model: PeftModel, adapter: str, weights: Weights) -> dict[str, Tensor]:
+    """What PEFT saves for the plain adapter."""
+    tensors = {k: v for k, v in adapter_tensors(model, adapter).items() if CONTAINER not in k}
+    for name, layer, posterior in adapted_layers(model, adapter):
+        prefix = f"base_model.model.{name}"
+        a, b = weights(name, layer, adapter, posterior)
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _plain_models(model: PeftModel, adapter: str, weights: list[Weights]) -> Iterator[PeftModel]:
+    """The model with the plain adapters in turn: what PEFT would make of the exported files."""
+    plain = copy_sharing_base(model)
+    layers = list(adapted_layers(plain, adapter))
+    originals = {name: layer for name, layer, _ in adapted_layers(model, adapter)}
+    for _, layer, _ in layers:
+        del layer.lora_variant[adapter]
+    for weight in weights:
+        for name, layer, posterior in layers:
+            a, b = weight(name, originals[name], adapter, posterior)
+            layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = a, b
+        yield plain
+
+
+def _mixture(parts: list[Predictive]) -> Predictive:
+    """One predictive with the draws of all."""
+    if all(isinstance(part, ClassificationPredictive) for part in parts):
+        draws = torch.cat([part.log_probs_draws for part in parts])  # type: ignore[union-attr]
+        return ClassificationPredictive(draws)
+    means, variances = (
+        torch.cat([getattr(part, name) for part in parts])
+        for name in ("mean_draws", "variance_draws")
+    )
+    return RegressionPredictive(means, variances)
+
+
+def _write_ensemble(folder: Path, config: LoraConfig, num_draws: int, seed: int) -> None:
+    manifest = {
+        "base_model": config.base_model_name_or_path,
+        "seed": seed,
+        "adapters": [f"draw-{number}" for number in range(num_draws)],
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    (folder / "client.py").write_text(Path(client.__file__).read_text("utf-8"), "utf-8")
+
+
+def _merged(model: PeftModel, folder: str | Path) -> tuple[Any, int]:
+    """A merged copy and its size in bytes."""
+    base = model.get_base_model()
+    if not isinstance(base, PreTrainedModel):
+        raise BaraError(
+            f"merged exports are for transformers models, not {type(base).__name__}: merge with "
+            "merge_and_unload() and save it your own way"
+        )
+    size = num_bytes(base.state_dict())
+    require_space(folder, size, "The merged model")
+    return copy.deepcopy(model).merge_and_unload(safe_merge=True), size
+
+
+def _save_merged(merged: Any, folder: Path) -> None:
+    if isinstance(merged, SentenceClassifier):
+        save_sentence_transformer(merged, folder)
+    else:
+        merged.save_pretrained(str(folder))
