@@ -2,10 +2,12 @@
 
 from bara.configs import BaloraConfig, BaraConfig
 from bara.errors import BaraError
+from bara.generation import Generation, generate
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
 from bara.sampling import sampling
+from bara.streaming import StreamedToken, generate_stream
 from bara.training import (
     BayesianCallback,
     elbo_loss,
@@ -25,13 +27,17 @@ __all__ = [
     "BayesianCallback",
     "ClassificationPredictive",
     "EffectiveRank",
+    "Generation",
     "Predictive",
     "RegressionPredictive",
+    "StreamedToken",
     "calibrate_gates",
     "effective_rank",
     "elbo_loss",
     "evaluate",
     "gaussian_nll",
+    "generate",
+    "generate_stream",
     "kl_loss",
     "kl_terms",
     "predict",
