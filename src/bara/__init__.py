@@ -3,6 +3,7 @@
 from bara.configs import BaloraConfig, BaraConfig
 from bara.errors import BaraError
 from bara.generation import Generation, generate
+from bara.multiple_choice import multiple_choice
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
@@ -40,6 +41,7 @@ __all__ = [
     "generate_stream",
     "kl_loss",
     "kl_terms",
+    "multiple_choice",
     "predict",
     "sampling",
     "set_progress",
