@@ -9,6 +9,7 @@ from bara.predictive import ClassificationPredictive, Predictive, RegressionPred
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank
 from bara.sampling import sampling
 from bara.streaming import StreamedToken, generate_stream
+from bara.trainer import KLMixin
 from bara.training import (
     BayesianCallback,
     elbo_loss,
@@ -29,6 +30,7 @@ __all__ = [
     "ClassificationPredictive",
     "EffectiveRank",
     "Generation",
+    "KLMixin",
     "Predictive",
     "RegressionPredictive",
     "StreamedToken",
