@@ -1,5 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+from bara.abstention import Threshold, calibrate_threshold
 from bara.configs import BaloraConfig, BaraConfig
 from bara.errors import BaraError
 from bara.generation import Generation, generate
@@ -34,7 +35,9 @@ __all__ = [
     "Predictive",
     "RegressionPredictive",
     "StreamedToken",
+    "Threshold",
     "calibrate_gates",
+    "calibrate_threshold",
     "effective_rank",
     "elbo_loss",
     "evaluate",

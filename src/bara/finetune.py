@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
@@ -27,10 +28,12 @@ from bara.configs import BayesianConfig
 from bara.data import TextTask, first_line, load_table, tokenise
 from bara.errors import BaraError
 from bara.files import atomic_directory
+from bara.language import LANGUAGE_TASKS, LanguageTask, tokenise_language
 from bara.loading import (
     CONFIG_FILE,
     RECIPE_FILE,
     TASK_FILE,
+    Task,
     load_base,
     load_tokenizer,
 )
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"
 """File that marks a checkpoint as whole: a process that is killed while saving leaves none."""
+
+_TASK_TYPES = {TextTask: "SEQ_CLS", LanguageTask: "CAUSAL_LM"}
 
 ATTENTION_PROJECTIONS = (
     *("query", "key", "value"),
@@ -92,25 +97,19 @@ def finetune(
         train = load_table(recipe.data, split=recipe.split)
     if validation is None and recipe.validation:
         validation = load_table(recipe.validation, split=recipe.validation_split)
-    task = TextTask.infer(
-        train,
-        text_column=recipe.text_column,
-        text_pair_column=recipe.text_pair_column,
-        label_column=recipe.label_column,
-        task=recipe.task,  # type: ignore[arg-type]  # checked there
-        max_length=recipe.max_length,
-    )
+    task = _task(recipe, train)
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
-    train_inputs = tokenise(train, tokenizer, task)
-    validation_inputs = None if validation is None else tokenise(validation, tokenizer, task)
+    train_inputs = _inputs(train, tokenizer, task)
+    validation_inputs = None if validation is None else _inputs(validation, tokenizer, task)
+    language = isinstance(task, LanguageTask)
     trainer = AdapterTrainer(
         model=model,
         args=_training_arguments(recipe, output / CHECKPOINTS, evaluate=validation is not None),
         train_dataset=train_inputs,
         eval_dataset=validation_inputs,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=(DataCollatorForSeq2Seq if language else DataCollatorWithPadding)(tokenizer),
         processing_class=tokenizer,
         callbacks=[TrainingProgress(), *callbacks],
         compute_loss_func=elbo_loss(model, gaussian_nll) if task.task == "regression" else None,
@@ -129,7 +128,30 @@ def finetune(
     return output
 
 
-def build_model(recipe: TrainRecipe, task: TextTask) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def _task(recipe: TrainRecipe, train: Dataset) -> Task:
+    if recipe.task in LANGUAGE_TASKS:
+        return LanguageTask(
+            recipe.task,  # type: ignore[arg-type]  # checked above
+            max_length=recipe.max_length,
+            scoring=recipe.scoring,  # type: ignore[arg-type]  # checked there
+        )
+    return TextTask.infer(
+        train,
+        text_column=recipe.text_column,
+        text_pair_column=recipe.text_pair_column,
+        label_column=recipe.label_column,
+        task=recipe.task,  # type: ignore[arg-type]  # checked there
+        max_length=recipe.max_length,
+    )
+
+
+def _inputs(table: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task) -> Dataset:
+    if isinstance(task, LanguageTask):
+        return tokenise_language(table, tokenizer, task)
+    return tokenise(table, tokenizer, task)
+
+
+def build_model(recipe: TrainRecipe, task: Task) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model with a new adapter, and its tokeniser.
 
     Raises:
@@ -137,7 +159,7 @@ def build_model(recipe: TrainRecipe, task: TextTask) -> tuple[PeftModel, PreTrai
     """
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
     tokenizer = load_tokenizer(recipe.model, base)
-    options = {**recipe.method_options, "task_type": "SEQ_CLS"}
+    options = {**recipe.method_options, "task_type": _TASK_TYPES[type(task)]}
     if options.get("target_modules") is None:
         options["target_modules"] = attention_projections(base)
     # What the checkpoint lacks is random: it has to come back with the adapter.
@@ -159,7 +181,7 @@ def save_adapter(
     folder: str | Path,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: TextTask,
+    task: Task,
     recipe: TrainRecipe,
 ) -> None:
     """Write everything that `bara.loading.load_adapter` reads, all of it or nothing.
@@ -292,5 +314,5 @@ def _longest_input(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _absolute(model: str) -> str:
-    """A folder's full path, so that the adapter finds its base model from anywhere."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    """A folder's or a file's full path, so that the adapter finds its base model from anywhere."""
+    return str(Path(model).resolve()) if Path(model).exists() else model

@@ -60,7 +60,11 @@ def render_chat(
 
 
 def encode_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    completion: str,
+    *,
+    add_special_tokens: bool = True,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of what follows it.
 
@@ -69,10 +73,13 @@ def encode_completion(
     Raises:
         BaraError: nothing is left of one of them.
     """
-    start = encode_prompt(tokenizer, prompt)
+    start = list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
     if start[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
         start.pop()  # some tokenisers end every text
-    end = list(tokenizer(prompt + completion)["input_ids"])[len(start) :]
+    whole = tokenizer(prompt + completion, add_special_tokens=add_special_tokens)["input_ids"]
+    end = list(whole)[len(start) :]
+    if not start:
+        raise BaraError("A prompt is empty: give at least one token.")
     if not end:
         raise BaraError(f"The completion {completion!r} has no tokens.")
     return start, end

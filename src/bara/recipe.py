@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bara.errors import BaraError
+from bara.language import LANGUAGE_TASKS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -32,6 +33,12 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
+LANGUAGE_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+}
+"""Where language models differ from `TRAINING_DEFAULTS`."""
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
 
@@ -46,7 +53,9 @@ class TrainRecipe:
         split, validation_split: splits of hub data sets.
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
-            `bara.data.TextTask.infer`.
+            `bara.data.TextTask.infer`. For `task` causal-lm or multiple-choice see
+            `bara.language.LanguageTask`, which has fixed columns.
+        scoring: for multiple choice, `text` or `letter`.
         method: `lora`, or one of the Bayesian methods (`bara`, `balora`, ...).
         method_options: fields of the method's configuration class, over `METHOD_DEFAULTS`.
             Without `target_modules` the attention's projections are adapted.
@@ -69,6 +78,7 @@ class TrainRecipe:
     label_column: str | None = None
     task: str | None = None
     max_length: int = 128
+    scoring: str = "text"
     method: str = "bara"
     method_options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +95,8 @@ class TrainRecipe:
                 raise BaraError(f"recipe: {option.name} must be {what}, not {value!r}")
         self.method_options = {**METHOD_DEFAULTS, **self.method_options}
         self.model_options = {"dtype": "float32", **self.model_options}
-        self.training = {**TRAINING_DEFAULTS, **self.training}
+        language = LANGUAGE_DEFAULTS if self.task in LANGUAGE_TASKS else {}
+        self.training = {**TRAINING_DEFAULTS, **language, **self.training}
 
     def check(self) -> None:
         """Check the method and the names of all options (imports the training libraries).
