@@ -217,9 +217,7 @@ def test_transformers_options_act_on_the_mixture(model, tokenizer):
 
 
 def test_mean_mode_is_transformers_own_generation(model, tokenizer):
-    answer = bara.generate(
-        model, tokenizer, PROMPTS[0], deterministic=True, max_new_tokens=5
-    )[0]
+    answer = bara.generate(model, tokenizer, PROMPTS[0], deterministic=True, max_new_tokens=5)[0]
     ids = model.generate(input_ids=torch.tensor([IDS[0]]), max_new_tokens=5, do_sample=False)
     assert answer.tokens.tolist() == ids[0, 5:].tolist()
     assert answer.answers == ()
@@ -265,7 +263,10 @@ def test_a_stream_that_is_closed_leaves_the_model_as_it_was(model, tokenizer):
     assert logits.shape == (1, 5, 64)
 
 
-CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w5{% endif %}"
+)
 
 
 def test_conversations_go_through_the_chat_template(model):

@@ -76,9 +76,7 @@ def test_equal_to_a_full_forward_per_draw_and_choice(tokenizer, architecture, sc
 def test_the_batch_size_changes_nothing(tokenizer, batch_size):
     model = fit(adapted_lm(method="balora"), tokenizer)
     whole = bara.multiple_choice(model, tokenizer, QUESTIONS, num_draws=4)
-    parts = bara.multiple_choice(
-        model, tokenizer, QUESTIONS, num_draws=4, batch_size=batch_size
-    )
+    parts = bara.multiple_choice(model, tokenizer, QUESTIONS, num_draws=4, batch_size=batch_size)
     torch.testing.assert_close(
         parts.log_probs_draws.exp(), whole.log_probs_draws.exp(), atol=2e-5, rtol=1e-3
     )
@@ -88,8 +86,10 @@ def test_prompts_are_encoded_once_per_draw(tokenizer):
     """Tokens that enter the model: every prompt once, and every choice but for its last token."""
     model = fit(adapted_lm(), tokenizer)
     seen = []
-    handle = model.get_base_model().get_input_embeddings().register_forward_hook(
-        lambda module, args, output: seen.append(args[0].shape)
+    handle = (
+        model.get_base_model()
+        .get_input_embeddings()
+        .register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
     )
     record = {"question": words(*range(4, 24)), "choices": [words(5, 6), words(7, 8), words(9)]}
     bara.multiple_choice(model, tokenizer, [record], num_draws=2)
@@ -128,9 +128,10 @@ def test_bad_input_is_one_clear_line(tokenizer, tiny_bert):
         "answer 4, which is no index from 0 to 1",
         [{"question": "a", "choices": ["b", "c"], "answer": 4}],
     )
-    refused("does not fit the model's context of 64", [
-        {"question": words(*range(3, 63), 4, 5), "choices": [words(3), words(4)]}
-    ])
+    refused(
+        "does not fit the model's context of 64",
+        [{"question": words(*range(3, 63), 4, 5), "choices": [words(3), words(4)]}],
+    )
     refused("scoring must be", scoring="best")
     refused("must be at least 1", num_draws=0)
     refused("cannot generate", model=stir(adapt(tiny_bert, task_type="SEQ_CLS")))

@@ -26,7 +26,14 @@ from bara.data import first_line
 from bara.draws import Draws
 from bara.elbo import Elbo
 from bara.errors import BaraError
-from bara.prompts import Prompt, encode_prompt, left_padded, require_decoder, require_room
+from bara.prompts import (
+    Prompt,
+    context,
+    encode_prompt,
+    left_padded,
+    require_decoder,
+    require_room,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,8 +155,8 @@ def generate(
         batch_size: most rows (prompts times draws times beams) decoded at a time, though all draws
             and beams of a prompt always are.
         **options: those of `transformers.generate` (`do_sample`, `temperature`, `num_beams`,
-            `num_return_sequences`, ...), which sees the mixture as one model. 128 new tokens at
-            most where no length is given.
+            `num_return_sequences`, ...), which sees the mixture as one model. Where no length is
+            given, 128 new tokens at most, as far as the model's context goes.
 
     Returns:
         An answer per prompt, or `num_return_sequences` of them one after the other.
@@ -164,8 +171,8 @@ def generate(
     if not given:
         raise BaraError("There is no prompt: give at least one.")
     ids = [encode_prompt(tokenizer, prompt) for prompt in given]
-    sampler = DrawSampler(model, tokenizer, num_draws, seed, deterministic, options)
-    require_room(model, max(map(len, ids)), sampler.new_tokens(max(map(len, ids))))
+    longest = max(map(len, ids))
+    sampler = DrawSampler(model, tokenizer, longest, num_draws, seed, deterministic, options)
     at_once = max(1, batch_size // sampler.rows_per_prompt)
     answers: list[Generation] = []
     with seeded(seed):
@@ -190,6 +197,7 @@ class DrawSampler:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
+        longest_prompt: int,
         num_draws: int,
         seed: int,
         deterministic: bool,
@@ -205,19 +213,15 @@ class DrawSampler:
         self.draws = Draws(1 if single else num_draws, seed)
         self.mean = deterministic
         self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
+        room = context(model) - longest_prompt
         if not any(name in options for name in LENGTH_OPTIONS):
-            self.options["max_new_tokens"] = MAX_NEW_TOKENS
+            self.options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
+        require_room(model, longest_prompt, int(self.options.get("max_new_tokens") or 1))
 
     @property
     def rows_per_prompt(self) -> int:
         rows = max(self.options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
         return int(self.draws.num_draws * rows)
-
-    def new_tokens(self, prompt: int) -> int:
-        """How many tokens may follow a prompt of this length."""
-        if "max_new_tokens" in self.options:
-            return int(self.options["max_new_tokens"])
-        return max(1, int(self.options.get("max_length") or 0) - prompt)
 
     def decode(
         self, prompts: Sequence[Prompt], ids: list[list[int]], agreement: bool

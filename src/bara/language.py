@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bara.errors import BaraError
 from bara.multiple_choice import Question, Scoring
-from bara.prompts import encode_completion, render_chat
+from bara.prompts import Prompt, encode_completion, render_chat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,6 +117,35 @@ def prompt_and_completion(
     if isinstance(text, str) and text.strip():
         return "", text + end
     raise BaraError("give texts under 'prompt' and 'completion', or 'text', or 'messages'")
+
+
+def row_prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    """What to generate from: `prompt`, or `messages` up to an answer that ends them.
+
+    Raises:
+        BaraError: the row has neither; `where` begins the message.
+    """
+    if row.get("messages"):
+        messages = list(row["messages"])
+        answered = messages[-1].get("role") == "assistant"
+        return messages[:-1] if answered and len(messages) > 1 else messages
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BaraError(f"{where} needs a text under 'prompt', or 'messages'")
+    return prompt
+
+
+def reference(row: Mapping[str, Any], where: str) -> str:
+    """The right answer of a row: `completion`, or what the assistant says last.
+
+    Raises:
+        BaraError: the row has none; `where` begins the message.
+    """
+    messages = row.get("messages") or [{}]
+    answer = messages[-1].get("content") if len(messages) > 1 else row.get("completion")
+    if not isinstance(answer, str):
+        raise BaraError(f"{where} needs a 'completion', or 'messages' that end with an answer")
+    return answer
 
 
 def _encode(

@@ -137,9 +137,7 @@ def multiple_choice(
     if num_draws < 1 or batch_size < 1:
         raise BaraError("num_draws and batch_size must be at least 1.")
     asked = [
-        item
-        if isinstance(item, Question)
-        else Question.from_record(item, f"Question number {i}")
+        item if isinstance(item, Question) else Question.from_record(item, f"Question number {i}")
         for i, item in enumerate(questions)
     ]
     if not asked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,13 +125,18 @@ def require_decoder(model: nn.Module, purpose: str) -> Any:
     return model
 
 
+def context(model: nn.Module) -> int:
+    """Most tokens that the model was made for; very many if it does not say."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
 def require_room(model: nn.Module, longest: int, new_tokens: int = 0) -> None:
     """Raises BaraError if a prompt with its continuation is longer than the model's context."""
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and longest + new_tokens > context:
+    most = context(model)
+    if longest + new_tokens > most:
         more = f" and {new_tokens} new ones" if new_tokens else ""
         raise BaraError(
-            f"A prompt of {longest} tokens{more} does not fit the model's context of {context}: "
+            f"A prompt of {longest} tokens{more} does not fit the model's context of {most}: "
             "shorten it" + (" or lower max_new_tokens." if new_tokens else ".")
         )

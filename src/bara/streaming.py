@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from bara.errors import BaraError
 from bara.generation import DrawSampler, Pieces, Step, seeded
-from bara.prompts import Prompt, encode_prompt, left_padded, require_decoder, require_room
+from bara.prompts import Prompt, encode_prompt, left_padded, require_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,8 +66,7 @@ def generate_stream(
     if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
         raise BaraError("generate_stream: beams are chosen at the end; use bara.generate for them.")
     ids = encode_prompt(tokenizer, prompt)
-    sampler = DrawSampler(model, tokenizer, num_draws, seed, deterministic, options)
-    require_room(model, len(ids), sampler.new_tokens(len(ids)))
+    sampler = DrawSampler(model, tokenizer, len(ids), num_draws, seed, deterministic, options)
     return _stream(sampler, ids, seed)
 
 
@@ -98,7 +97,9 @@ def _stream(sampler: DrawSampler, ids: list[int], seed: int) -> Iterator[Streame
             token, step = item
             total, aleatoric = float(step.total[0]), float(step.aleatoric[0])
             log_prob = float(step.log_probs[0, token])
-            yield StreamedToken(pieces.add(token), token, log_prob, total, max(0.0, total - aleatoric))
+            yield StreamedToken(
+                pieces.add(token), token, log_prob, total, max(0.0, total - aleatoric)
+            )
     finally:
         closed.set()
         while thread.is_alive():

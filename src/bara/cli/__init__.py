@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from bara.cli.evaluate import evaluate
+from bara.cli.generate import generate
 from bara.cli.predict import predict
 from bara.cli.quickstart import quickstart
 from bara.cli.train import train
@@ -25,6 +26,7 @@ app.command()(quickstart)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,9 @@ from typer import Option
 
 
 def train(
-    model: Annotated[str | None, Option(help="Folder, .gguf file or hub name of the base model.")] = None,
+    model: Annotated[
+        str | None, Option(help="Folder, .gguf file or hub name of the base model.")
+    ] = None,
     data: Annotated[
         str | None, Option(help="CSV, TSV, JSONL, JSON or Parquet file, or a hub data set.")
     ] = None,
@@ -80,7 +82,7 @@ def train(
         "seed": seed,
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    recipe = recipe.with_options({**_parse(options or []), **given})
+    recipe = recipe.with_options({**parse_options(options or []), **given})
     if recipe.task in LANGUAGE_TASKS and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
     recipe.check()
@@ -98,7 +100,8 @@ def train(
         print(f"  bara predict {folder} --data TABLE --output predictions.jsonl")
 
 
-def _parse(options: list[str]) -> dict[str, Any]:
+def parse_options(options: list[str]) -> dict[str, Any]:
+    """The values of repeated `NAME=VALUE` options, read as YAML."""
     from bara.errors import BaraError
     from bara.recipe import parse_yaml
 
