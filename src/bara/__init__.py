@@ -1,5 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+from bara.abstention import Threshold, calibrate_threshold
 from bara.card import write_model_card
 from bara.certificate import Certificate, certify
 from bara.configs import (
@@ -13,11 +14,15 @@ from bara.configs import (
 )
 from bara.errors import BaraError
 from bara.export import export_lora
+from bara.generation import Generation, generate
+from bara.multiple_choice import multiple_choice
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
 from bara.sampling import sampling
+from bara.streaming import StreamedToken, generate_stream
+from bara.trainer import KLMixin
 from bara.training import (
     BayesianCallback,
     elbo_loss,
@@ -40,20 +45,28 @@ __all__ = [
     "CertifiedConfig",
     "ClassificationPredictive",
     "EffectiveRank",
+    "Generation",
+    "KLMixin",
     "McDropoutConfig",
     "Predictive",
     "RankwiseConfig",
     "RegressionPredictive",
     "ScalablConfig",
+    "StreamedToken",
+    "Threshold",
     "calibrate_gates",
+    "calibrate_threshold",
     "certify",
     "effective_rank",
     "elbo_loss",
     "evaluate",
     "export_lora",
     "gaussian_nll",
+    "generate",
+    "generate_stream",
     "kl_loss",
     "kl_terms",
+    "multiple_choice",
     "predict",
     "prune",
     "rank_shift",

@@ -19,7 +19,6 @@ from bara.files import atomic_write_text
 if TYPE_CHECKING:
     from bara.configs import BayesianConfig
     from bara.difference import Difference
-    from bara.metrics import Evaluation
     from bara.ranks import EffectiveRank
 
 CARD_FILE = "README.md"
@@ -77,7 +76,8 @@ NAMES = {"BARA": "BaRA", "BALORA": "BaLoRA"}
 def write_model_card(
     folder: str | Path,
     *,
-    evaluation: Evaluation | None = None,
+    metrics: Mapping[str, float] | None = None,
+    num_draws: int | None = None,
     rank: EffectiveRank | None = None,
     data: str | None = None,
 ) -> None:
@@ -88,7 +88,8 @@ def write_model_card(
 
     Args:
         folder: an adapter that was saved with `save_pretrained`.
-        evaluation: what `bara.evaluate` returned.
+        metrics: `bara.evaluate(...).metrics`.
+        num_draws: the posterior draws behind the metrics.
         rank: what `bara.effective_rank` returned.
         data: name of the data they were measured on.
 
@@ -98,8 +99,8 @@ def write_model_card(
     if not Path(folder).is_dir():
         raise BaraError(f"there is no adapter folder {folder}")
     sections = {}
-    if evaluation is not None:
-        sections["metrics"] = _metrics_section(evaluation, data)
+    if metrics is not None:
+        sections["metrics"] = _metrics_section(metrics, num_draws, data)
     if rank is not None:
         sections["rank"] = _rank_section(rank, data)
     _write(Path(folder), sections, tags=())
@@ -162,12 +163,10 @@ def _loading(config: BayesianConfig, folder: str, imports: str, use: str) -> str
     )
 
 
-def _metrics_section(evaluation: Evaluation, data: str | None) -> str:
-    num_draws = evaluation.predictive.num_draws
-    values = {name: f"{value:.4f}" for name, value in evaluation.metrics.items()}
-    return f"## Metrics\n\n{_where(data)}{num_draws} posterior draws.\n\n| | |\n|---|---|\n" + (
-        _rows(values) + "\n"
-    )
+def _metrics_section(metrics: Mapping[str, float], num_draws: int | None, data: str | None) -> str:
+    where = _where(data) + (f"{num_draws} posterior draws." if num_draws else "")
+    rows = _rows({name: f"{value:.4f}" for name, value in metrics.items()})
+    return f"## Metrics\n\n{where}\n\n| | |\n|---|---|\n{rows}\n"
 
 
 def _rank_section(rank: EffectiveRank, data: str | None) -> str:

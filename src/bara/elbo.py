@@ -277,6 +277,8 @@ class Elbo(DrawSource):
             self.last = forward
             forward.kl = self._weighted_kl(forward)
         self._watch(forward, outputs)
+        if kwargs.get("fused_lm_head"):
+            return outputs  # TRL's trainers use its log-probabilities, not its loss: see KLMixin
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         return _complete(outputs, forward, has_labels=given.get("labels") is not None)
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import (
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     TrainerCallback,
     TrainingArguments,
@@ -25,10 +26,12 @@ from bara.data import TextTask, first_line, load_table, tokenise
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
+from bara.language import LANGUAGE_TASKS, LanguageTask, tokenise_language
 from bara.loading import (
     CONFIG_FILE,
     RECIPE_FILE,
     TASK_FILE,
+    Task,
     load_base,
     load_tokenizer,
 )
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
+
+_TASK_TYPES = {TextTask: "SEQ_CLS", LanguageTask: "CAUSAL_LM"}
 
 ATTENTION_PROJECTIONS = (
     *("query", "key", "value"),
@@ -99,24 +104,20 @@ def finetune(
         validation = load_table(recipe.validation, split=recipe.validation_split)
     if tempered and validation is None:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
-    task = TextTask.infer(
-        train,
-        text_column=recipe.text_column,
-        text_pair_column=recipe.text_pair_column,
-        label_column=recipe.label_column,
-        task=recipe.task,  # type: ignore[arg-type]  # checked there
-        max_length=recipe.max_length,
-    )
+    task = _task(recipe, train)
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
         prepare(model, recipe, train, task, learn)
+    language = isinstance(task, LanguageTask)
     data = {
-        "train_dataset": tokenise(train, tokenizer, task),
-        "eval_dataset": None if validation is None else tokenise(validation, tokenizer, task),
-        "data_collator": DataCollatorWithPadding(tokenizer),
+        "train_dataset": _inputs(train, tokenizer, task),
+        "eval_dataset": None if validation is None else _inputs(validation, tokenizer, task),
+        "data_collator": (DataCollatorForSeq2Seq if language else DataCollatorWithPadding)(
+            tokenizer
+        ),
         "processing_class": tokenizer,
         "callbacks": list(callbacks),
     }
@@ -135,7 +136,7 @@ def finetune(
 
 
 def _trainer(
-    model: nn.Module, method: Method, recipe: TrainRecipe, task: TextTask, data: dict[str, Any]
+    model: nn.Module, method: Method, recipe: TrainRecipe, task: Task, data: dict[str, Any]
 ) -> AdapterTrainer:
     trainer = method.trainer(
         model=model,
@@ -159,7 +160,7 @@ def _train(trainer: AdapterTrainer, checkpoint: Path | None = None) -> None:
 
 
 def _train_members(
-    model: PeftModel, method: Method, recipe: TrainRecipe, task: TextTask, data: dict[str, Any]
+    model: PeftModel, method: Method, recipe: TrainRecipe, task: Task, data: dict[str, Any]
 ) -> None:
     """Trains the members of an ensemble one after the other, as adapters of one base model."""
     num_members = method.own_options(recipe.method_options).num_members
@@ -174,7 +175,30 @@ def _train_members(
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
-def build_model(recipe: TrainRecipe, task: TextTask) -> tuple[Any, PreTrainedTokenizerBase]:
+def _task(recipe: TrainRecipe, train: Dataset) -> Task:
+    if recipe.task in LANGUAGE_TASKS:
+        return LanguageTask(
+            recipe.task,  # type: ignore[arg-type]  # checked above
+            max_length=recipe.max_length,
+            scoring=recipe.scoring,  # type: ignore[arg-type]  # checked there
+        )
+    return TextTask.infer(
+        train,
+        text_column=recipe.text_column,
+        text_pair_column=recipe.text_pair_column,
+        label_column=recipe.label_column,
+        task=recipe.task,  # type: ignore[arg-type]  # checked there
+        max_length=recipe.max_length,
+    )
+
+
+def _inputs(table: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task) -> Dataset:
+    if isinstance(task, LanguageTask):
+        return tokenise_language(table, tokenizer, task)
+    return tokenise(table, tokenizer, task)
+
+
+def build_model(recipe: TrainRecipe, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser.
 
     Raises:
@@ -185,7 +209,8 @@ def build_model(recipe: TrainRecipe, task: TextTask) -> tuple[Any, PreTrainedTok
     tokenizer = load_tokenizer(recipe.model, base)
     if method.config is None:
         return base, tokenizer
-    options = {**method.config_options(recipe.method_options), "task_type": "SEQ_CLS"}
+    options = method.config_options(recipe.method_options)
+    options["task_type"] = _TASK_TYPES[type(task)]
     if options.get("target_modules") is None:
         options["target_modules"] = attention_projections(base)
     # What the checkpoint lacks is random: it has to come back with the adapter.
@@ -207,7 +232,7 @@ def save_adapter(
     folder: str | Path,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: TextTask,
+    task: Task,
     recipe: TrainRecipe,
 ) -> None:
     """Write everything that `bara.loading.load_adapter` reads, all of it or nothing.
@@ -302,5 +327,5 @@ def _longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _absolute(model: str) -> str:
-    """A folder's full path, so that the adapter finds its base model from anywhere."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    """A folder's or a file's full path, so that the adapter finds its base model from anywhere."""
+    return str(Path(model).resolve()) if Path(model).exists() else model

@@ -12,12 +12,20 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data import TextTask, first_line
 from bara.draws import attach_draws
 from bara.errors import BaraError
+from bara.gguf import source
+from bara.language import LANGUAGE_TASKS, LanguageTask
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import load_temperature
@@ -35,13 +43,14 @@ PICKLE_FILE = "adapter_model.bin"
 MODEL_FILE = "model.safetensors"
 TASK_FILE = "text_task.json"
 RECIPE_FILE = "recipe.yaml"
+Task = TextTask | LanguageTask
 HEADS = ("classifier", "score")
 """Modules that PEFT saves with every sequence-classification adapter."""
 
 
 def load_adapter(
     path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
-) -> tuple[Any, PreTrainedTokenizerBase, TextTask]:
+) -> tuple[Any, PreTrainedTokenizerBase, Task]:
     """Load what `bara.finetune.finetune` saved, in evaluation mode.
 
     Args:
@@ -78,10 +87,10 @@ def load_adapter(
 
 def _load_peft(
     folder: Path, base_model: str | None
-) -> tuple[PeftModel, PreTrainedTokenizerBase, TextTask, TrainRecipe]:
+) -> tuple[PeftModel, PreTrainedTokenizerBase, Task, TrainRecipe]:
     config = read_config(folder)
     saved_shapes = read_shapes(folder)
-    task = TextTask.load(folder / TASK_FILE)
+    task = load_task(folder)
     recipe = TrainRecipe.load(folder / RECIPE_FILE)
     name = base_model or config.base_model_name_or_path
     if not name:
@@ -146,6 +155,36 @@ def _load_model(
     return model, load_tokenizer(str(folder), model), task, recipe
 
 
+def load_task(folder: Path) -> Task:
+    """What an adapter was trained for.
+
+    Raises:
+        BaraError: the file is missing or does not describe a task.
+    """
+    path = folder / TASK_FILE
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+        if fields.get("task") in LANGUAGE_TASKS:
+            return LanguageTask(**fields)
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # the next line says what is wrong
+    return TextTask.load(path)
+
+
+def text_task(task: Task, command: str) -> TextTask:
+    """The task, if it is one of `TextTask`'s.
+
+    Raises:
+        BaraError: the adapter is a language model's.
+    """
+    if isinstance(task, LanguageTask):
+        raise BaraError(
+            f"`bara {command}` needs labelled classes, and this adapter was trained for "
+            f"{task.task}: use `bara generate`"
+        )
+    return task
+
+
 def read_config(folder: Path) -> PeftConfig:
     """The adapter's configuration.
 
@@ -193,9 +232,9 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_base(
-    name: str, task: TextTask, options: Mapping[str, Any]
+    name: str, task: Task, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A base model with a head for the task.
+    """A base model with a head for the task; for a language task with its own.
 
     A sentence-transformers model becomes a `SentenceClassifier`. For regression the two outputs
     are mean and log-variance (see `bara.gaussian_nll`), and `model.config.target_mean` and
@@ -213,6 +252,8 @@ def load_base(
     Raises:
         BaraError: the model cannot be loaded.
     """
+    if isinstance(task, LanguageTask):
+        return load_causal_lm(name, options), []
     head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": "regression"}
     if task.task == "classification":
         names = dict(enumerate(task.label_names))
@@ -246,14 +287,30 @@ def load_base(
     return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in HEADS)]
 
 
+def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A language model from a folder, a hub name or a .gguf file, whose weights become `dtype`.
+
+    Raises:
+        BaraError: it cannot be loaded.
+    """
+    origin = source(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**origin, **options)
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
+    model.name_or_path = name  # PEFT notes it for those who load the adapter
+    return model
+
+
 def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokeniser, with a padding token that the model knows too.
 
     Raises:
         BaraError: it cannot be loaded, or has nothing to pad with.
     """
+    origin = source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(**origin)
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the tokeniser of {name!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:

@@ -176,9 +176,19 @@ def selective_risk(predictive: Predictive) -> tuple[Tensor, Tensor]:
     Raises:
         BaraError: as the metrics do.
     """
+    return risk_coverage(*selection(predictive))
+
+
+def selection(predictive: Predictive) -> tuple[Tensor, Tensor]:
+    """(n,) uncertainties and (n,) losses of labelled predictions, by which an input is answered or
+    not: 1 - largest probability and errors, or for regression variances and squared errors.
+
+    Raises:
+        BaraError: as the metrics do.
+    """
     if isinstance(predictive, ClassificationPredictive):
-        return risk_coverage(*_selection(predictive, _class_labels(predictive, None)))
-    return risk_coverage(*_selection(predictive, _targets(predictive, None)))
+        return _selection(predictive, _class_labels(predictive, None))
+    return _selection(predictive, _targets(predictive, None))
 
 
 def _selection(predictive: Predictive, labels: Tensor) -> tuple[Tensor, Tensor]:

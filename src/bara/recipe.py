@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bara.errors import BaraError
+from bara.language import LANGUAGE_TASKS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -38,6 +39,12 @@ METHOD_TRAINING: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 5e-5},
 }
 """Defaults of a method's training, over `TRAINING_DEFAULTS`."""
+LANGUAGE_DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+}
+"""Where language models differ from `TRAINING_DEFAULTS`."""
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
 
@@ -52,7 +59,9 @@ class TrainRecipe:
         split, validation_split: splits of hub data sets.
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
-            `bara.data.TextTask.infer`.
+            `bara.data.TextTask.infer`. For `task` causal-lm or multiple-choice see
+            `bara.language.LanguageTask`, which has fixed columns.
+        scoring: for multiple choice, `text` or `letter`.
         method: a name of `bara.methods.METHODS`, with the suffix `+temperature` for a temperature
             fitted on the validation table.
         method_options: fields of the method's configuration class and its own options, over
@@ -77,6 +86,7 @@ class TrainRecipe:
     label_column: str | None = None
     task: str | None = None
     max_length: int = 128
+    scoring: str = "text"
     method: str = "bara"
     method_options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +102,7 @@ class TrainRecipe:
                 what = {str: "text", int: "a whole number", dict: "a mapping"}[kind]
                 raise BaraError(f"recipe: {option.name} must be {what}, not {value!r}")
         self.model_options = {"dtype": "float32", **self.model_options}
-        for group, defaults in _method_defaults(self.method).items():
+        for group, defaults in _defaults(self.method, self.task).items():
             setattr(self, group, {**defaults, **getattr(self, group)})
 
     def check(self) -> None:
@@ -118,7 +128,7 @@ class TrainRecipe:
         """A copy with some options changed; `training.learning_rate` names a nested one."""
         values = asdict(self)
         if "method" in options:  # another method has other defaults
-            for group, defaults in _method_defaults(self.method).items():
+            for group, defaults in _defaults(self.method).items():
                 given = values[group].items()
                 values[group] = {k: v for k, v in given if k not in defaults or v != defaults[k]}
         for name, value in options.items():
@@ -162,11 +172,12 @@ class TrainRecipe:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
-def _method_defaults(method: str) -> dict[str, dict[str, Any]]:
+def _defaults(method: str, task: str | None) -> dict[str, dict[str, Any]]:
     base = method.lower().partition("+")[0]
+    language = LANGUAGE_DEFAULTS if task in LANGUAGE_TASKS else {}
     return {
         "method_options": METHOD_OPTIONS.get(base, METHOD_DEFAULTS),
-        "training": TRAINING_DEFAULTS | METHOD_TRAINING.get(base, {}),
+        "training": TRAINING_DEFAULTS | language | METHOD_TRAINING.get(base, {}),
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -234,10 +235,12 @@ def count_observations(dataloader: DataLoader[Any], model: nn.Module) -> int:
     if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
         return len(dataset)
     shift = predicts_next_token(adapted_root(model))
-    # one more pass over this process's batches, scaled to all processes
+    # one more pass over this process's batches
     count, rows = 0, 0
     for batch in dataloader:
         labels = batch["labels"][..., 1:] if shift else batch["labels"]
         count += int(labels.ne(-100).sum())
         rows += labels.shape[0]
+    if PartialState().num_processes == 1:
+        return count  # also where a row is packed with several examples
     return round(count * len(dataset) / rows)

@@ -12,6 +12,7 @@ from bara.cli.bench import bench
 from bara.cli.certify import certify
 from bara.cli.evaluate import evaluate
 from bara.cli.export import export
+from bara.cli.generate import generate
 from bara.cli.predict import predict
 from bara.cli.prune import prune
 from bara.cli.quickstart import quickstart
@@ -35,6 +36,7 @@ app.command()(certify)
 app.command()(ranks)
 app.command()(prune)
 app.command()(export)
+app.command()(generate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
@@ -18,49 +19,91 @@ def evaluate(
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
     base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    calibrate_risk: Annotated[
+        float | None,
+        Option(help="Also find the uncertainty above which to abstain, for this risk."),
+    ] = None,
+    calibrate_delta: Annotated[
+        float, Option(help="Probability that the calibrated risk is not kept.")
+    ] = 0.1,
     json_file: Annotated[
         Path | None, Option("--json", metavar="FILE", help="Write the numbers here too.")
     ] = None,
 ) -> None:
-    """Print accuracy, likelihood, calibration and out-of-distribution detection."""
+    """Print accuracy, likelihood, calibration and out-of-distribution detection.
+
+    With --calibrate-risk, data that was not trained on gives the threshold for --abstain-at-risk.
+    """
     from rich.console import Console
     from rich.table import Table
 
+    from bara.abstention import calibrate_threshold, save_threshold
     from bara.cli.terminal import quieten_libraries, update_card
-    from bara.data import load_table, tokenise
+    from bara.data import load_table
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
-    from bara.prediction import evaluate as evaluate_inputs
 
     quieten_libraries()
     table = load_table(data, split=split)
     ood_table = None if ood is None else load_table(ood)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
-    inputs = tokenise(table, tokenizer, task)
-    ood_inputs = None if ood_table is None else tokenise(ood_table, tokenizer, task, labels=False)
-    evaluation = evaluate_inputs(
-        model,
-        inputs,
-        ood=ood_inputs,
-        num_draws=num_draws,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    view = Table(title=f"{adapter} on {data}", caption=f"{len(inputs)} texts, {num_draws} draws")
+    options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
+    metrics, selective = _evaluate(model, tokenizer, task, table, ood_table, options)
+    view = Table(title=f"{adapter} on {data}", caption=f"{len(table)} texts, {num_draws} draws")
     view.add_column("metric")
     view.add_column("value", justify="right")
-    for name, value in evaluation.metrics.items():
+    for name, value in metrics.items():
         view.add_row(name, f"{value:.4f}")
     Console().print(view)
-    update_card(adapter, evaluation=evaluation, data=data)
+    update_card(adapter, metrics=metrics, num_draws=num_draws, data=data)
+    if calibrate_risk is not None:
+        threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)
+        measure = "answers" if task.task == "causal-lm" else "predictions"
+        save_threshold(adapter, threshold, measure=measure, num_draws=num_draws, seed=seed)
+        if threshold.uncertainty is None:
+            print(f"No threshold keeps the risk at {calibrate_risk:g}: abstaining always.")
+        else:
+            print(
+                f"Abstaining above the uncertainty {threshold.uncertainty:.4f} keeps the risk at "
+                f"{calibrate_risk:g}; {threshold.coverage:.0%} of these are answered."
+            )
     if json_file is not None:
         content = {
             "adapter": str(adapter),
             "data": data,
             "ood": ood,
-            "num_texts": len(inputs),
+            "num_texts": len(table),
             "num_draws": num_draws,
             "seed": seed,
-            "metrics": evaluation.to_dict(),
+            "metrics": metrics,
         }
         atomic_write_text(json_file, json.dumps(content, indent=2) + "\n")
+
+
+def _evaluate(
+    model: Any, tokenizer: Any, task: Any, table: Any, ood: Any, options: dict[str, Any]
+) -> tuple[dict[str, float], Callable[[], Any]]:
+    """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
+    from bara.data import tokenise
+    from bara.errors import BaraError
+    from bara.language import LanguageTask, questions, tokenise_language
+    from bara.language_evaluation import answer_losses, token_metrics
+    from bara.metrics import classification_metrics
+    from bara.multiple_choice import multiple_choice
+    from bara.prediction import evaluate as evaluate_inputs
+
+    if not isinstance(task, LanguageTask):
+        elsewhere = None if ood is None else tokenise(ood, tokenizer, task, labels=False)
+        evaluation = evaluate_inputs(
+            model, tokenise(table, tokenizer, task), ood=elsewhere, **options
+        )
+        return evaluation.to_dict(), lambda: evaluation.predictive
+    if ood is not None:
+        raise BaraError("--ood is for classification only: leave it out")
+    if task.task == "multiple-choice":
+        predictive = multiple_choice(
+            model, tokenizer, questions(table), scoring=task.scoring, **options
+        )
+        return classification_metrics(predictive), lambda: predictive
+    metrics = token_metrics(model, tokenise_language(table, tokenizer, task), **options)
+    return metrics, lambda: answer_losses(model, tokenizer, table, **options)

@@ -24,19 +24,31 @@ def predict(
     num_draws: Annotated[int, Option(min=1, help="Posterior draws.")] = 10,
     seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
+    abstain_at_risk: Annotated[
+        float | None,
+        Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
+    ] = None,
     base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
 ) -> None:
-    """Write one JSON object per text, in order: the prediction and how uncertain it is."""
+    """Write one JSON object per text or question: the prediction and how uncertain it is."""
     from tqdm.auto import tqdm
 
+    from bara.abstention import load_threshold
     from bara.cli.terminal import quieten_libraries
-    from bara.data import table_from_records, tokenise
+    from bara.data import table_from_records
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
-    from bara.prediction import predict as predict_texts
 
     quieten_libraries()
+    options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size, "progress": False}
+    threshold = (
+        None
+        if abstain_at_risk is None
+        else load_threshold(
+            adapter, abstain_at_risk, measure="predictions", num_draws=num_draws, seed=seed
+        )
+    )
     with ExitStack() as files:
         chunks = _chunks(_read(data, split, files))
         first_chunk = next(chunks, None)
@@ -49,16 +61,11 @@ def predict(
             with tqdm(desc="predicting", unit="text", disable=None) as bar:
                 for chunk in chain([first_chunk], chunks):
                     table = table_from_records(chunk, data)
-                    inputs = tokenise(table, tokenizer, task, labels=False, first_row=done + 1)
-                    predictive = predict_texts(
-                        model,
-                        inputs,
-                        num_draws=num_draws,
-                        seed=seed,
-                        batch_size=batch_size,
-                        progress=False,
-                    )
-                    for record in predictive.to_records():
+                    predictive = _predict(model, tokenizer, task, table, done + 1, options)
+                    records = predictive.to_records()
+                    if threshold is not None:
+                        _abstain(records, predictive, threshold)
+                    for record in records:
                         yield json.dumps(record, ensure_ascii=False) + "\n"
                     done += len(chunk)
                     bar.update(len(chunk))
@@ -70,6 +77,37 @@ def predict(
                     sys.stdout.flush()
         else:
             atomic_write_text(output, "".join(predicted()))
+
+
+def _predict(
+    model: Any, tokenizer: Any, task: Any, table: Any, first_row: int, options: dict[str, Any]
+) -> Any:
+    from bara.data import tokenise
+    from bara.language import LanguageTask, questions
+    from bara.loading import text_task
+    from bara.multiple_choice import multiple_choice
+    from bara.prediction import predict as predict_texts
+
+    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+        asked = questions(table, first_row=first_row)
+        return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
+    known = text_task(task, "predict")
+    inputs = tokenise(table, tokenizer, known, labels=False, first_row=first_row)
+    return predict_texts(model, inputs, **options)
+
+
+def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:
+    """Takes back the predictions that are too uncertain."""
+    from bara.errors import BaraError
+    from bara.predictive import ClassificationPredictive
+
+    if not isinstance(predictive, ClassificationPredictive):
+        raise BaraError("--abstain-at-risk is for classification and multiple choice")
+    declined = threshold.abstains(1 - predictive.probs.amax(-1)).tolist()
+    for record, abstained in zip(records, declined, strict=True):
+        record["abstained"] = abstained
+        if abstained:
+            record["prediction"] = None
 
 
 def _read(data: str, split: str | None, files: ExitStack) -> Iterable[dict[str, Any]]:

@@ -9,7 +9,9 @@ from typer import Option
 
 
 def train(
-    model: Annotated[str | None, Option(help="Folder or hub name of the base model.")] = None,
+    model: Annotated[
+        str | None, Option(help="Folder, .gguf file or hub name of the base model.")
+    ] = None,
     data: Annotated[
         str | None, Option(help="CSV, TSV, JSONL, JSON or Parquet file, or a hub data set.")
     ] = None,
@@ -18,7 +20,11 @@ def train(
     text_column: Annotated[str | None, Option(help="Column with the texts.")] = None,
     text_pair_column: Annotated[str | None, Option(help="Column with second texts.")] = None,
     label_column: Annotated[str | None, Option(help="Column with classes or targets.")] = None,
-    task: Annotated[str | None, Option(help="classification or regression.")] = None,
+    task: Annotated[
+        str | None,
+        Option(help="classification, regression, causal-lm or multiple-choice."),
+    ] = None,
+    scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
     max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,
     method: Annotated[str | None, Option(help="bara, balora, certified or lora.")] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
@@ -50,11 +56,13 @@ def train(
     from bara.cli.terminal import quieten_libraries
     from bara.files import atomic_write_text
     from bara.finetune import CHECKPOINTS, finetune
+    from bara.gguf import smollm2_path
+    from bara.language import LANGUAGE_TASKS
     from bara.loading import RECIPE_FILE
     from bara.recipe import TrainRecipe
 
     quieten_libraries()
-    recipe = TrainRecipe.load(config) if config else TrainRecipe()
+    recipe = TrainRecipe.load(config) if config else TrainRecipe(task=task)
     earlier = Path(output or recipe.output) / CHECKPOINTS / RECIPE_FILE
     if resume and config is None and earlier.is_file():
         recipe = TrainRecipe.load(earlier)
@@ -67,6 +75,7 @@ def train(
         "text_pair_column": text_pair_column,
         "label_column": label_column,
         "task": task,
+        "scoring": scoring,
         "max_length": max_length,
         "method": method,
         "method_options.r": rank,
@@ -77,7 +86,9 @@ def train(
         "seed": seed,
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    recipe = recipe.with_options({**_parse(options or []), **given})
+    recipe = recipe.with_options({**parse_options(options or []), **given})
+    if recipe.task in LANGUAGE_TASKS and not recipe.model:
+        recipe = recipe.with_options({"model": str(smollm2_path())})
     recipe.check()
     if save_config:
         atomic_write_text(save_config, recipe.to_yaml())
@@ -87,10 +98,14 @@ def train(
     folder = finetune(recipe, resume=resume, overwrite=overwrite)
     print(f"The adapter is in {folder}. Next:")
     print(f"  bara evaluate {folder} --data {recipe.validation or 'TABLE'}")
-    print(f"  bara predict {folder} --data TABLE --output predictions.jsonl")
+    if recipe.task == "causal-lm":
+        print(f"  bara generate {folder} PROMPT")
+    else:
+        print(f"  bara predict {folder} --data TABLE --output predictions.jsonl")
 
 
-def _parse(options: list[str]) -> dict[str, Any]:
+def parse_options(options: list[str]) -> dict[str, Any]:
+    """The values of repeated `NAME=VALUE` options, read as YAML."""
     from bara.errors import BaraError
     from bara.recipe import parse_yaml
 

@@ -1,0 +1,192 @@
+"""`bara generate`: text with an uncertainty on every token."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+CHUNK = 8
+"""Prompts that are read, answered and written at a time."""
+
+
+def generate(
+    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    prompt: Annotated[str | None, Argument(help="What to go on from; none starts a chat.")] = None,
+    data: Annotated[
+        str | None,
+        Option(help="Table with `prompt` or `messages`; - reads JSONL from standard input."),
+    ] = None,
+    output: Annotated[str, Option(help="JSONL file; - is standard output.")] = "-",
+    chat: Annotated[
+        bool, Option("--chat", help="Put the prompt into the chat template, as a user's message.")
+    ] = False,
+    num_draws: Annotated[int, Option(min=1, help="Posterior draws.")] = 8,
+    seed: Annotated[int, Option(help="Seed of the draws and of sampling.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Prompts times draws decoded at a time.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, help="Longest answer in tokens; 128 by default.")
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any option of transformers.generate, e.g. num_beams=4. Repeatable.",
+        ),
+    ] = None,
+    agreement: Annotated[
+        bool, Option(help="Also let every draw answer on its own, in JSON output.")
+    ] = True,
+    abstain_at_risk: Annotated[
+        float | None,
+        Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
+    ] = None,
+    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+) -> None:
+    """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
+    from bara.abstention import load_threshold
+    from bara.cli.terminal import quieten_libraries
+    from bara.cli.train import parse_options
+    from bara.errors import BaraError
+    from bara.loading import load_adapter
+
+    quieten_libraries()
+    if prompt is not None and data is not None:
+        raise BaraError("give a prompt or --data, not both")
+    settings = {
+        "num_draws": num_draws,
+        "seed": seed,
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
+        **parse_options(options or []),
+    }
+    threshold = (
+        None
+        if abstain_at_risk is None
+        else load_threshold(
+            adapter, abstain_at_risk, measure="answers", num_draws=num_draws, seed=seed
+        )
+    )
+    talks = prompt is None and data is None and sys.stdin.isatty()
+    rows = None if talks else _chunks(_rows(prompt, data, chat))
+    model, tokenizer, _ = load_adapter(adapter, base_model=base_model)
+    if rows is None:
+        _talk(model, tokenizer, settings, threshold)
+        return
+    if prompt is not None and output == "-" and sys.stdout.isatty():
+        (row,) = next(rows)
+        asked = row["messages"] if chat else prompt
+        _show(model, tokenizer, asked, settings, threshold)
+        return
+    settings |= {"batch_size": batch_size, "agreement": agreement}
+    _write(output, _answers(model, tokenizer, rows, settings, threshold))
+
+
+def _rows(prompt: str | None, data: str | None, chat: bool) -> Iterable[dict[str, Any]]:
+    from bara.data import load_table, read_jsonl
+
+    if prompt is not None:
+        asked = [{"role": "user", "content": prompt}]
+        rows: Iterable[Any] = [{"messages": asked} if chat else {"prompt": prompt}]
+    elif data is None or data == "-":
+        rows = read_jsonl(sys.stdin, "standard input")
+    else:
+        rows = load_table(data)
+    for row in rows:
+        if chat and not row.get("messages"):
+            row = {"messages": [{"role": "user", "content": row.get("prompt")}]}
+        yield row
+
+
+def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _answers(
+    model: Any, tokenizer: Any, chunks: Any, settings: dict[str, Any], threshold: Any
+) -> Iterator[str]:
+    from bara.generation import generate as generate_answers
+    from bara.language import row_prompt
+
+    done = 0
+    for chunk in chunks:
+        prompts = [row_prompt(row, f"row {done + i}") for i, row in enumerate(chunk, start=1)]
+        for answer in generate_answers(model, tokenizer, prompts, **settings):
+            record = answer.to_record()
+            if threshold is not None:
+                record["abstained"] = bool(threshold.abstains(answer.uncertainty))
+                if record["abstained"]:
+                    record["text"] = None
+            yield json.dumps(record, ensure_ascii=False) + "\n"
+        done += len(chunk)
+
+
+def _write(output: str, lines: Iterator[str]) -> None:
+    from bara.files import atomic_write_text
+
+    if output != "-":
+        atomic_write_text(output, "".join(lines))
+        return
+    for line in lines:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def _show(model: Any, tokenizer: Any, prompt: Any, settings: dict[str, Any], threshold: Any) -> str:
+    """Streams an answer to the terminal, each token shaded by its uncertainty; returns it."""
+    import math
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from bara.streaming import generate_stream
+
+    console = Console(highlight=False)
+    tokens = []
+    for token in generate_stream(model, tokenizer, prompt, **settings):
+        tokens.append(token)
+        console.print(Text(token.text, style=shade(token.total)), end="", soft_wrap=True)
+    uncertainty = 1 - math.exp(sum(token.log_prob for token in tokens) / len(tokens))
+    epistemic = sum(token.epistemic for token in tokens) / len(tokens)
+    console.print()
+    console.print(f"uncertainty {uncertainty:.2f}, epistemic {epistemic:.3f} nats", style="dim")
+    if threshold is not None and threshold.abstains(uncertainty):
+        console.print("Too uncertain for the wanted risk: take this as no answer.", style="bold")
+    return "".join(token.text for token in tokens)
+
+
+def shade(entropy: float) -> str:
+    """A style for a token: from none at 0 nats to red at 3 nats and more."""
+    level = min(1.0, entropy / 3)
+    if level < 0.1:
+        return ""
+    return f"on rgb({int(60 + 150 * level)},{int(60 - 30 * level)},{int(60 - 30 * level)})"
+
+
+def _talk(model: Any, tokenizer: Any, settings: dict[str, Any], threshold: Any) -> None:
+    """A conversation in the terminal, until an empty line or the end of input."""
+    from rich.console import Console
+
+    from bara.prompts import render_chat
+
+    console = Console()
+    messages: list[dict[str, str]] = []
+    render_chat(tokenizer, [{"role": "user", "content": "?"}])  # refuses without a template
+    console.print("An empty line ends the conversation.", style="dim")
+    while True:
+        try:
+            question = console.input("[bold]> [/]").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        messages.append({"role": "user", "content": question})
+        answer = _show(model, tokenizer, messages, settings, threshold)
+        messages.append({"role": "assistant", "content": answer})

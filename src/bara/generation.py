@@ -1,0 +1,402 @@
+"""Text from a mixture over posterior draws, with an uncertainty on every token.
+
+One answer is decoded for all draws: at each step the S draws' next-token probabilities are
+averaged, and the token chosen from the average goes on in every draw. Total uncertainty is the
+entropy of the average, epistemic what the draws disagree about (the "product of expectations" of
+Malinin & Gales 2021, arXiv 2002.07650). Whether the draws would give the same answer on their own
+is what `agreement` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import cached_property
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bara.batches import to_device
+from bara.data import first_line
+from bara.draws import Draws
+from bara.elbo import Elbo
+from bara.errors import BaraError
+from bara.prompts import (
+    Prompt,
+    context,
+    encode_prompt,
+    left_padded,
+    require_decoder,
+    require_room,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 128
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
+LENGTH_OPTIONS = ("max_new_tokens", "max_length", "generation_config")
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One answer of the mixture over draws, of T tokens. Uncertainties are in nats.
+
+    Attributes:
+        prompt: what was asked.
+        text: the answer, without special tokens.
+        tokens: (T,) token ids, the end-of-text token included where there is one.
+        pieces: T strings, the text that each token adds; joined they are `text`, but for a last
+            character that is not complete.
+        token_log_probs: (T,) log-probability of each token under the mixture.
+        total_uncertainty: (T,) entropy of the mixture's next-token distribution.
+        aleatoric_uncertainty: (T,) mean over draws of each draw's entropy.
+        log_probs: (T, V) the mixture's distributions, with `output_logits=True`, else None.
+        answers: each draw's own answer, S texts; empty with `agreement=False`.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: Tensor
+    pieces: tuple[str, ...]
+    token_log_probs: Tensor
+    total_uncertainty: Tensor
+    aleatoric_uncertainty: Tensor
+    log_probs: Tensor | None
+    answers: tuple[str, ...]
+
+    @property
+    def epistemic_uncertainty(self) -> Tensor:
+        """(T,) mutual information between the next token and the draw; never negative."""
+        return (self.total_uncertainty - self.aleatoric_uncertainty).clamp(min=0)
+
+    @property
+    def score(self) -> float:
+        """Mean log-probability of the tokens: the length-normalised log-likelihood."""
+        return float(self.token_log_probs.mean())
+
+    @property
+    def uncertainty(self) -> float:
+        """1 - exp(score), in [0, 1]: what `bara.calibrate_threshold` is given."""
+        return 1 - math.exp(self.score)
+
+    @cached_property
+    def agreement(self) -> float | None:
+        """Mean similarity of two draws' answers, in [0, 1]: 1 if all are the same.
+
+        The similarity of two texts is 2 M / L, with M the words in matching blocks and L the
+        words of both (`difflib`): the "lexical similarity" of Fomicheva et al. 2020, arXiv
+        2005.10608. None without answers.
+        """
+        if not self.answers:
+            return None
+        words = [answer.split() for answer in self.answers]
+        pairs = [
+            1.0 if a == b else SequenceMatcher(None, a, b, autojunk=False).ratio()
+            for a, b in combinations(words, 2)
+        ]
+        return sum(pairs) / len(pairs) if pairs else 1.0
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain Python values, for JSON: the text, its scores, and a list of its tokens."""
+        columns = (
+            self.token_log_probs,
+            self.total_uncertainty,
+            self.epistemic_uncertainty,
+        )
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            "score": self.score,
+            "total": float(self.total_uncertainty.mean()),
+            "epistemic": float(self.epistemic_uncertainty.mean()),
+            "agreement": self.agreement,
+            "answers": list(self.answers),
+            "tokens": [
+                {"text": piece, "log_prob": log_prob, "total": total, "epistemic": epistemic}
+                for piece, log_prob, total, epistemic in zip(
+                    self.pieces, *(column.tolist() for column in columns), strict=True
+                )
+            ],
+        }
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[Prompt],
+    *,
+    num_draws: int = 8,
+    seed: int = 0,
+    deterministic: bool = False,
+    agreement: bool = True,
+    batch_size: int = 64,
+    **options: Any,
+) -> list[Generation]:
+    """Answers prompts with the mixture over draws of the posterior.
+
+    All draws are decoded together as one batch with a key-value cache, each under one fixed draw.
+    A model without a Bayesian adapter is one draw.
+
+    Args:
+        model: a causal language model of transformers, with an adapter of PEFT or without.
+        tokenizer: the model's tokeniser.
+        prompts: texts, or conversations (lists of messages); one text alone is a list of one.
+        num_draws: S.
+        seed: of the draws, and of the tokens where they are sampled. The same call gives the same
+            answers; greedy and beam answers do not depend on the other prompts.
+        deterministic: use the posterior mean, as `model.eval()` does, instead of draws.
+        agreement: also decode every draw on its own, as a second batch, for `answers`.
+        batch_size: most rows (prompts times draws times beams) decoded at a time, though all draws
+            and beams of a prompt always are.
+        **options: those of `transformers.generate` (`do_sample`, `temperature`, `num_beams`,
+            `num_return_sequences`, ...), which sees the mixture as one model. Where no length is
+            given, 128 new tokens at most, as far as the model's context goes.
+
+    Returns:
+        An answer per prompt, or `num_return_sequences` of them one after the other.
+
+    Raises:
+        BaraError: not a causal language model, a prompt that does not fit the context, a missing
+            chat template or pad token, logits that are not finite, or options refused by
+            transformers.
+    """
+    require_decoder(model, "bara.generate")
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise BaraError("There is no prompt: give at least one.")
+    ids = [encode_prompt(tokenizer, prompt) for prompt in given]
+    longest = max(map(len, ids))
+    sampler = DrawSampler(model, tokenizer, longest, num_draws, seed, deterministic, options)
+    at_once = max(1, batch_size // sampler.rows_per_prompt)
+    answers: list[Generation] = []
+    with seeded(seed):
+        for start in range(0, len(ids), at_once):
+            part = slice(start, start + at_once)
+            answers += sampler.decode(given[part], ids[part], agreement and not deterministic)
+    return answers
+
+
+class Step(NamedTuple):
+    """One decoding step's next-token distributions, for n rows."""
+
+    log_probs: Tensor  # (n, V) of the mixture
+    total: Tensor  # (n,)
+    aleatoric: Tensor  # (n,)
+
+
+class DrawSampler:
+    """Decodes with a model under fixed draws, either mixed or each on its own."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        longest_prompt: int,
+        num_draws: int,
+        seed: int,
+        deterministic: bool,
+        options: dict[str, Any],
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.elbo = Elbo.of(model)
+        for name in ASSISTED:
+            if options.get(name) is not None:
+                raise BaraError(f"Assisted decoding ({name}) with a mixture is not supported.")
+        single = deterministic or self.elbo is None
+        self.draws = Draws(1 if single else num_draws, seed)
+        self.mean = deterministic
+        self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
+        room = context(model) - longest_prompt
+        if not any(name in options for name in LENGTH_OPTIONS):
+            self.options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
+        require_room(model, longest_prompt, int(self.options.get("max_new_tokens") or 1))
+
+    @property
+    def rows_per_prompt(self) -> int:
+        rows = max(self.options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        return int(self.draws.num_draws * rows)
+
+    def decode(
+        self, prompts: Sequence[Prompt], ids: list[list[int]], agreement: bool
+    ) -> list[Generation]:
+        """Answers of the mixture and, with `agreement`, of every draw."""
+        inputs = left_padded(self.tokenizer, ids)
+        longest = inputs["input_ids"].shape[1]
+        with self.mixed() as steps:
+            output = self.run(inputs)
+        if chunk := self.options.get("prefill_chunk_size"):
+            steps = steps[math.ceil(longest / chunk) - 1 :]
+        chosen = output.sequences[:, longest:].cpu()
+        answers = self.alone(ids) if agreement else [()] * len(ids)
+        beams = getattr(output, "beam_indices", None)
+        per_prompt = len(chosen) // len(ids)
+        results = []
+        for row, tokens in enumerate(chosen):
+            if beams is None:
+                path = torch.full((len(steps),), row)
+            else:
+                path = beams[row].cpu().long()
+                tokens = tokens[: int((path >= 0).sum())]
+            tokens = tokens[: self.length(tokens)]
+            question = row // per_prompt
+            results.append(
+                self.generation(prompts[question], tokens, steps, path, answers[question])
+            )
+        return results
+
+    def generation(
+        self,
+        prompt: Prompt,
+        tokens: Tensor,
+        steps: list[Step],
+        path: Tensor,
+        answers: tuple[str, ...],
+    ) -> Generation:
+        """An answer's record; `path` (T,) is the row that each step's token came from."""
+        rows = list(zip(steps, path.tolist(), strict=False))[: len(tokens)]
+        pieces = Pieces(self.tokenizer)
+        return Generation(
+            prompt=prompt,
+            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            tokens=tokens,
+            pieces=tuple(pieces.add(token) for token in tokens.tolist()),
+            token_log_probs=torch.stack(
+                [s.log_probs[row, token] for (s, row), token in zip(rows, tokens, strict=True)]
+            ),
+            total_uncertainty=torch.stack([step.total[row] for step, row in rows]),
+            aleatoric_uncertainty=torch.stack([step.aleatoric[row] for step, row in rows]),
+            log_probs=torch.stack([step.log_probs[row] for step, row in rows])
+            if self.options.get("output_logits")
+            else None,
+            answers=answers,
+        )
+
+    def alone(self, ids: list[list[int]]) -> list[tuple[str, ...]]:
+        """Every draw's own answer to every prompt."""
+        inputs = left_padded(self.tokenizer, ids * self.draws.num_draws)
+        output = self.run(inputs, num_return_sequences=1, output_logits=False)
+        chosen = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
+        return [tuple(texts[i :: len(ids)]) for i in range(len(ids))]
+
+    def run(self, inputs: dict[str, Any], **options: Any) -> Any:
+        """`transformers.generate` under the draws, in evaluation mode."""
+        was_training = self.model.training
+        self.model.eval()
+        drawing = self.elbo.drawing(None if self.mean else self.draws) if self.elbo else None
+        try:
+            with drawing or nullcontext():
+                return self.model.generate(
+                    **to_device(inputs, next(self.model.parameters()).device),
+                    **{**self.options, **options, "return_dict_in_generate": True},
+                )
+        except BaraError:
+            raise
+        except (ValueError, TypeError) as error:  # what generate says of its options
+            raise BaraError(f"generate: {first_line(error)}") from error
+        finally:
+            self.model.train(was_training)
+
+    def length(self, tokens: Tensor) -> int:
+        """Tokens up to the end-of-text token, or to the padding behind a shorter answer."""
+        config = self.options.get("generation_config") or self.model.generation_config
+        end = self.options.get("eos_token_id", config.eos_token_id)
+        ends = torch.isin(tokens, torch.tensor([] if end is None else end).to(tokens))
+        if ends.any():
+            return int(ends.int().argmax()) + 1
+        if not any(self.options.get(name) for name in ("stop_strings", "stopping_criteria")):
+            return len(tokens)
+        padding = self.options["pad_token_id"]
+        filled = tokens.ne(-1 if padding is None else padding).nonzero()
+        return int(filled.max()) + 1 if len(filled) else 1
+
+    @contextmanager
+    def mixed(self) -> Iterator[list[Step]]:
+        """Calls of the model inside take n rows and return the mixture's n distributions.
+
+        The rows are repeated for the S draws on the way in, and the logits averaged on the way
+        out; the cache holds S n rows. So every decoding strategy sees one model.
+
+        Yields:
+            The list that every call's last position is added to.
+        """
+        root = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        count = self.draws.num_draws
+        steps: list[Step] = []
+
+        def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            rows = kwargs["input_ids"].shape[0]
+            return args, {
+                name: value.repeat(count, *[1] * (value.dim() - 1))
+                if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
+                else value
+                for name, value in kwargs.items()
+            }
+
+        def mix(_: Any, args: Any, output: Any) -> None:
+            draws = output.logits.float().log_softmax(-1)
+            if not torch.isfinite(draws).all():
+                raise BaraError(
+                    "The model's logits are not finite: the adapter was damaged or training "
+                    "diverged."
+                )
+            draws = draws.view(count, -1, *draws.shape[1:])
+            output.logits = draws.logsumexp(0) - math.log(count)
+            last = output.logits[:, -1]
+            steps.append(
+                Step(last.cpu(), entropy(last).cpu(), entropy(draws[:, :, -1]).mean(0).cpu())
+            )
+
+        def reorder(cache: Any, beams: Tensor) -> Any:
+            offsets = torch.arange(count, device=beams.device).unsqueeze(1) * len(beams)
+            cache.reorder_cache((beams + offsets).flatten())
+            return cache
+
+        handles = [
+            root.register_forward_pre_hook(repeat, with_kwargs=True, prepend=True),
+            root.register_forward_hook(mix),
+        ]
+        root.__dict__["_reorder_cache"] = reorder  # where beam search looks before the cache's own
+        try:
+            yield steps
+        finally:
+            root.__dict__.pop("_reorder_cache")
+            for handle in handles:
+                handle.remove()
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy over the last dimension, nats."""
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+class Pieces:
+    """The text that each token adds; a character of several tokens comes with its last one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.shown = ""
+
+    def add(self, token: int) -> str:
+        self.tokens.append(token)
+        text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generators start from a seed inside, and are as they were afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,165 @@
+"""Tasks of language models: tables to token ids with a loss on the completion only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bara.errors import BaraError
+from bara.multiple_choice import Question, Scoring
+from bara.prompts import Prompt, encode_completion, render_chat
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+LANGUAGE_TASKS = ("causal-lm", "multiple-choice")
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """What a language model learns from a table.
+
+    Attributes:
+        task: `causal-lm` (columns `prompt` and `completion`, or `messages`, or `text`) or
+            `multiple-choice` (`question`, `choices`, `answer`).
+        max_length: most tokens of a row.
+        scoring: for multiple choice, whether the model says the choice's text or its letter.
+    """
+
+    task: Literal["causal-lm", "multiple-choice"]
+    max_length: int = 128
+    scoring: Scoring = "text"
+
+    def __post_init__(self) -> None:
+        if self.scoring not in ("text", "letter"):
+            raise BaraError(f"scoring must be 'text' or 'letter', not {self.scoring!r}")
+        if self.max_length < 2:
+            raise BaraError(f"max_length must be at least 2, not {self.max_length}")
+
+    def save(self, path: Path) -> None:
+        """Write the description as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+def questions(dataset: Dataset, *, first_row: int = 1) -> list[Question]:
+    """The questions of a table.
+
+    Raises:
+        BaraError: a row is not a question; the message has its number.
+    """
+    return [Question.from_record(row, f"row {first_row + i}") for i, row in enumerate(dataset)]
+
+
+def tokenise_language(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: LanguageTask,
+    *,
+    first_row: int = 1,
+) -> Dataset:
+    """`input_ids`, `attention_mask` and `labels`, which are -100 where there is no loss.
+
+    The loss is on the completion and the end-of-text token: of a prompt's completion, of the last
+    message of a conversation (which has to be the assistant's), of a whole `text`, or of the right
+    choice of a question.
+
+    Raises:
+        BaraError: a row fits none of these or is longer than `task.max_length`; the message has
+            its number.
+    """
+    from datasets import Dataset
+
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for number, row in enumerate(dataset, start=first_row):
+        try:
+            prompt, completion = _encode(row, tokenizer, task)
+        except BaraError as error:
+            raise BaraError(f"row {number}: {error}") from error
+        ids = prompt + completion
+        if len(ids) > task.max_length:
+            raise BaraError(
+                f"row {number} has {len(ids)} tokens, more than max_length, {task.max_length}; "
+                "raise it (as far as the model's context goes) or shorten the row"
+            )
+        columns["input_ids"].append(ids)
+        columns["attention_mask"].append([1] * len(ids))
+        columns["labels"].append([-100] * len(prompt) + completion)
+    if not columns["labels"]:
+        raise BaraError("the data has no rows; give at least one")
+    return Dataset.from_dict(columns)
+
+
+def prompt_and_completion(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """The text a model is given and the text it is to say; the first is empty for `text`.
+
+    Raises:
+        BaraError: the row has none of the columns, or the conversation cannot be used.
+    """
+    if row.get("messages"):
+        messages = list(row["messages"])
+        if len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise BaraError("messages must end with one of the role 'assistant'")
+        prompt = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
+        whole = render_chat(tokenizer, messages)
+        if not whole.startswith(prompt):
+            raise BaraError("the chat template does not keep the prompt when an answer follows")
+        return prompt, whole[len(prompt) :]
+    end = tokenizer.eos_token or ""
+    prompt, completion, text = (row.get(name) for name in ("prompt", "completion", "text"))
+    if isinstance(prompt, str) and isinstance(completion, str) and prompt and completion:
+        return prompt, completion + end
+    if isinstance(text, str) and text.strip():
+        return "", text + end
+    raise BaraError("give texts under 'prompt' and 'completion', or 'text', or 'messages'")
+
+
+def row_prompt(row: Mapping[str, Any], where: str) -> Prompt:
+    """What to generate from: `prompt`, or `messages` up to an answer that ends them.
+
+    Raises:
+        BaraError: the row has neither; `where` begins the message.
+    """
+    if row.get("messages"):
+        messages = list(row["messages"])
+        answered = messages[-1].get("role") == "assistant"
+        return messages[:-1] if answered and len(messages) > 1 else messages
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BaraError(f"{where} needs a text under 'prompt', or 'messages'")
+    return prompt
+
+
+def reference(row: Mapping[str, Any], where: str) -> str:
+    """The right answer of a row: `completion`, or what the assistant says last.
+
+    Raises:
+        BaraError: the row has none; `where` begins the message.
+    """
+    messages = row.get("messages") or [{}]
+    answer = messages[-1].get("content") if len(messages) > 1 else row.get("completion")
+    if not isinstance(answer, str):
+        raise BaraError(f"{where} needs a 'completion', or 'messages' that end with an answer")
+    return answer
+
+
+def _encode(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: LanguageTask
+) -> tuple[list[int], list[int]]:
+    if task.task == "multiple-choice":
+        question = Question.from_record(row, "the question")
+        if question.answer is None:
+            raise BaraError("the question has no 'answer'")
+        end = question.completions(task.scoring)[question.answer]
+        stop = (tokenizer.eos_token or "") if task.scoring == "text" else ""
+        return encode_completion(tokenizer, question.prompt(task.scoring), end + stop)
+    prompt, completion = prompt_and_completion(row, tokenizer)
+    if prompt:
+        special = not row.get("messages")  # a chat template writes its own
+        return encode_completion(tokenizer, prompt, completion, add_special_tokens=special)
+    return [], list(tokenizer(completion)["input_ids"])

@@ -1,0 +1,103 @@
+"""How good a language model's predictive distribution is, on texts and on answers."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bara.batches import batches, repeat_rows, to_device
+from bara.draws import Draws
+from bara.elbo import Elbo
+from bara.errors import BaraError
+from bara.generation import generate
+from bara.language import reference, row_prompt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_metrics(
+    model: nn.Module,
+    inputs: Dataset,
+    *,
+    num_draws: int = 10,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> dict[str, float]:
+    """The likelihood of a table's labels under the mixture over draws, token by token.
+
+    Args:
+        inputs: what `bara.language.tokenise_language` made.
+        num_draws, seed, batch_size, progress: as in `bara.predict`; all draws of an input are in
+            one pass.
+
+    Returns:
+        `nll` in nats per label token, `perplexity`, its exponential, and `accuracy`, the share of
+        label tokens that are the most probable one.
+
+    Raises:
+        BaraError: empty data, or logits that are not finite.
+    """
+    elbo = Elbo.of(model)
+    draws = Draws(num_draws if elbo else 1, seed)
+    count = draws.num_draws
+    device = next(model.parameters()).device
+    nll, right, tokens = 0.0, 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for batch, _ in batches(inputs, model, max(1, batch_size // count), None, progress):
+            labels = batch.pop("labels")[:, 1:].to(device)
+            known = labels.ne(-100)
+            with torch.no_grad():
+                moved = to_device(repeat_rows(batch, count), device)
+                if elbo:
+                    with elbo.drawing(draws):
+                        logits = model(**moved).logits
+                else:
+                    logits = model(**moved).logits
+            if not torch.isfinite(logits).all():
+                raise BaraError(
+                    "The model's logits are not finite: the adapter was damaged or training "
+                    "diverged."
+                )
+            logits = logits[:, :-1].unflatten(0, (count, -1))[:, known]  # (S, labels, V)
+            log_probs = logits.float().log_softmax(-1).logsumexp(0) - math.log(count)
+            target = labels[known]
+            nll -= float(log_probs.gather(1, target.unsqueeze(1)).sum())
+            right += int((log_probs.argmax(-1) == target).sum())
+            tokens += len(target)
+    finally:
+        model.train(was_training)
+    return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "accuracy": right / tokens}
+
+
+def answer_losses(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, table: Dataset, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Uncertainty and loss of generated answers, for `bara.calibrate_threshold`: (n,) each.
+
+    The loss is 1 where the answer is not the reference, whose words it has to repeat; case and
+    spaces do not count.
+
+    Args:
+        table: rows with `prompt` and `completion`, or `messages` that end with the assistant's.
+        options: those of `bara.generate`.
+
+    Raises:
+        BaraError: a row has no reference, or any error of `bara.generate`.
+    """
+    rows: list[Any] = list(table)
+    references = [reference(row, f"row {i}") for i, row in enumerate(rows, start=1)]
+    prompts = [row_prompt(row, f"row {i}") for i, row in enumerate(rows, start=1)]
+    answers = generate(model, tokenizer, prompts, agreement=False, **options)
+    wrong = [
+        answer.text.casefold().split() != right.casefold().split()
+        for answer, right in zip(answers, references, strict=True)
+    ]
+    return torch.tensor([answer.uncertainty for answer in answers]), torch.tensor(wrong).double()

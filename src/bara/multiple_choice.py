@@ -1,0 +1,250 @@
+"""Multiple-choice questions to a causal language model: probabilities averaged over draws."""
+
+from __future__ import annotations
+
+import string
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from bara.batches import repeat_rows, to_device
+from bara.draws import Draws
+from bara.elbo import Elbo
+from bara.errors import BaraError
+from bara.predictive import ClassificationPredictive
+from bara.prompts import encode_completion, left_padded, require_decoder, require_room
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scoring = Literal["text", "letter"]
+LETTERS = string.ascii_uppercase
+
+
+class Question(NamedTuple):
+    """A question with its choices.
+
+    Attributes:
+        question: the text.
+        choices: two or more different texts.
+        answer: index of the right choice, or None.
+    """
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], where: str = "A question") -> Question:
+        """Reads `question`, `choices` and, if it is there, `answer`: an index, a letter or a
+        choice's text.
+
+        Raises:
+            BaraError: one of them is missing or makes no sense; `where` begins the message.
+        """
+        question, choices = record.get("question"), record.get("choices")
+        answer = record.get("answer")
+        if not isinstance(question, str) or not question.strip():
+            raise BaraError(f"{where} needs a text under 'question'.")
+        texts = isinstance(choices, Sequence) and not isinstance(choices, str)
+        if not texts or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+            raise BaraError(f"{where} needs a list of texts under 'choices'.")
+        if not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices):
+            raise BaraError(f"{where} needs 2 to {len(LETTERS)} different choices.")
+        if answer is not None:
+            index = _answer_index(answer, list(choices))
+            if index is None:
+                raise BaraError(
+                    f"{where} has the answer {answer!r}, which is no index from 0 to "
+                    f"{len(choices) - 1}, letter or text of its {len(choices)} choices."
+                )
+            answer = index
+        return cls(question.strip(), tuple(choice.strip() for choice in choices), answer)
+
+    def prompt(self, scoring: Scoring) -> str:
+        """What the model reads before a choice; with letters, the choices are part of it."""
+        if scoring == "text":
+            return f"Question: {self.question}\nAnswer:"
+        listed = "".join(f"\n{LETTERS[i]}. {choice}" for i, choice in enumerate(self.choices))
+        return f"Question: {self.question}{listed}\nAnswer:"
+
+    def completions(self, scoring: Scoring) -> list[str]:
+        """What the model may say, one for each choice."""
+        if scoring == "text":
+            return [f" {choice}" for choice in self.choices]
+        return [f" {LETTERS[i]}" for i in range(len(self.choices))]
+
+
+def _answer_index(answer: Any, choices: list[str]) -> int | None:
+    if isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        letter = LETTERS.find(answer.strip().upper()) if len(answer.strip()) == 1 else -1
+        return letter if 0 <= letter < len(choices) else None
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and answer == int(answer):
+        return int(answer) if 0 <= answer < len(choices) else None
+    return None
+
+
+def multiple_choice(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question | Mapping[str, Any]],
+    *,
+    scoring: Scoring = "text",
+    num_draws: int = 10,
+    seed: int = 0,
+    deterministic: bool = False,
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> ClassificationPredictive:
+    """Probabilities over the choices of every question.
+
+    Under one draw they are the softmax of the choices' scores. A choice's score is the mean
+    log-probability of its tokens after "Question: ...\\nAnswer:" (`text`), or the log-probability
+    of its letter after a prompt that lists the choices (`letter`). The prompt is encoded once per
+    draw; its key-value cache serves all choices.
+
+    Args:
+        model: a causal language model of transformers, with an adapter of PEFT or without (then it
+            is one draw).
+        tokenizer: the model's tokeniser.
+        questions: `Question`s, or mappings with `question`, `choices` and, for reference,
+            `answer` (an index, a letter, or the choice's text).
+        scoring: `text` or `letter`.
+        num_draws, seed, deterministic: as in `bara.predict`.
+        batch_size: most rows (questions times draws) of prompts in one forward pass. Their
+            choices go through the model together.
+        progress: show a progress bar on standard error; None does so on a terminal.
+
+    Returns:
+        A predictive of n questions and C classes, C the largest number of choices, named A, B, ...
+        Choices that a question does not have get probability 0. `labels` are the answers if all
+        questions have one.
+
+    Raises:
+        BaraError: not a causal language model, a question that makes no sense or does not fit the
+            context, logits that are not finite, num_draws or batch_size < 1.
+    """
+    require_decoder(model, "bara.multiple_choice")
+    if scoring not in ("text", "letter"):
+        raise BaraError(f"scoring must be 'text' or 'letter', not {scoring!r}.")
+    if num_draws < 1 or batch_size < 1:
+        raise BaraError("num_draws and batch_size must be at least 1.")
+    asked = [
+        item if isinstance(item, Question) else Question.from_record(item, f"Question number {i}")
+        for i, item in enumerate(questions)
+    ]
+    if not asked:
+        raise BaraError("There is no question: give at least one.")
+    encoded = [_encode(tokenizer, question, scoring) for question in asked]
+    require_room(model, max(len(prompt) + max(map(len, ends)) for prompt, ends in encoded))
+    elbo = Elbo.of(model)
+    count = 1 if deterministic or elbo is None else num_draws
+    log_probs = torch.full((count, len(asked), max(len(q.choices) for q in asked)), -torch.inf)
+    was_training = model.training
+    model.eval()
+    try:
+        for index in _batches([len(prompt) for prompt, _ in encoded], count, batch_size, progress):
+            draw = 0
+            while draw < count:
+                at_once = min(count - draw, max(1, batch_size // len(index)))
+                draws = None if deterministic else Draws(at_once, seed, draw)
+                with elbo.drawing(draws) if elbo else nullcontext():
+                    part = [encoded[i] for i in index]
+                    scores = _scores(model, tokenizer, part, at_once)
+                for row, (i, score) in enumerate(zip(index, scores, strict=True)):
+                    assert score.shape == (at_once, len(asked[i].choices)), row
+                    log_probs[draw : draw + at_once, i, : score.shape[1]] = score.log_softmax(-1)
+                draw += at_once
+    finally:
+        model.train(was_training)
+    answers = [q.answer for q in asked]
+    labels = None if None in answers else torch.tensor(answers)
+    return ClassificationPredictive(log_probs, labels, tuple(LETTERS[: log_probs.shape[2]]))
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, question: Question, scoring: Scoring
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of the prompt and of each choice."""
+    prompt = question.prompt(scoring)
+    pairs = [encode_completion(tokenizer, prompt, c) for c in question.completions(scoring)]
+    return pairs[0][0], [end for _, end in pairs]
+
+
+def _batches(
+    lengths: Sequence[int], num_draws: int, batch_size: int, progress: bool | None
+) -> Iterator[list[int]]:
+    """Questions of similar length, together as many as the batch size allows."""
+    from rich.console import Console
+    from rich.progress import track
+
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    size = max(1, batch_size // num_draws)
+    show = sys.stderr.isatty() if progress is None else progress
+    starts = range(0, len(order), size)
+    for start in track(
+        starts, "answering", console=Console(stderr=True), transient=True, disable=not show
+    ):
+        yield order[start : start + size]
+
+
+@torch.no_grad()
+def _scores(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[tuple[list[int], list[list[int]]]],
+    num_draws: int,
+) -> list[Tensor]:
+    """Mean log-probability of every choice's tokens, (S, choices) for each question."""
+    device = next(model.parameters()).device
+    prompts = left_padded(tokenizer, [prompt for prompt, _ in encoded])
+    mask = prompts["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(
+        **to_device(repeat_rows({**prompts, "position_ids": positions}, num_draws), device),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    sizes = [len(ends) for _, ends in encoded]
+    # one row for every choice of every question, draw by draw
+    owner = torch.arange(len(encoded)).repeat_interleave(torch.tensor(sizes))
+    choices = [torch.tensor(end) for _, ends in encoded for end in ends]
+    lengths = torch.tensor([len(choice) for choice in choices])
+    tokens = pad_sequence(choices, batch_first=True, padding_value=0)
+    rows = (owner + len(encoded) * torch.arange(num_draws).unsqueeze(1)).flatten().to(device)
+    log_probs = _finite(output.logits[:, -1:])[rows]
+    if tokens.shape[1] > 1:
+        output.past_key_values.batch_select_indices(rows)
+        known = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+        following = {
+            "input_ids": tokens[:, :-1],
+            "attention_mask": torch.cat([mask[owner], known[:, :-1].long()], dim=1),
+            "position_ids": mask.sum(1)[owner].unsqueeze(1) + torch.arange(tokens.shape[1] - 1),
+        }
+        later = model(
+            **to_device(repeat_rows(following, num_draws), device),
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        log_probs = torch.cat([log_probs, _finite(later.logits)], dim=1)
+    log_probs = log_probs.view(num_draws, len(choices), *log_probs.shape[1:]).cpu()
+    index = tokens.expand(num_draws, -1, -1).unsqueeze(-1)
+    chosen = log_probs.gather(-1, index).squeeze(-1)
+    inside = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+    means = torch.where(inside, chosen, 0).sum(-1) / lengths
+    return list(means.split(sizes, dim=1))
+
+
+def _finite(logits: Tensor) -> Tensor:
+    if not torch.isfinite(logits).all():
+        raise BaraError(
+            "The model's logits are not finite: the adapter was damaged or training diverged."
+        )
+    return logits.float().log_softmax(-1)

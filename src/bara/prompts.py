@@ -1,0 +1,142 @@
+"""Prompts of language models: from texts and conversations to left-padded token ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bara.errors import BaraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text to go on from, or a conversation: messages with `role` and `content`."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt; a conversation goes through the tokeniser's chat template.
+
+    Raises:
+        BaraError: an empty prompt, or a conversation for a tokeniser without a chat template.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise BaraError("A prompt is empty: give at least one token.")
+    return list(ids)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Prompt, *, add_generation_prompt: bool = False
+) -> str:
+    """The text of a conversation.
+
+    Raises:
+        BaraError: there is no chat template, or the messages do not fit it.
+    """
+    if not tokenizer.chat_template:
+        raise BaraError(
+            "The tokeniser has no chat template, so it cannot take messages: give the prompt as "
+            "plain text, or set tokenizer.chat_template."
+        )
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
+    except Exception as error:  # jinja's errors and those that templates raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BaraError(f"The messages do not fit the chat template: {reason}") from error
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    completion: str,
+    *,
+    add_special_tokens: bool = True,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of what follows it.
+
+    The two are tokenised together, because a tokeniser may treat a text's beginning differently.
+
+    Raises:
+        BaraError: nothing is left of one of them.
+    """
+    start = list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
+    if start[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
+        start.pop()  # some tokenisers end every text
+    whole = tokenizer(prompt + completion, add_special_tokens=add_special_tokens)["input_ids"]
+    end = list(whole)[len(start) :]
+    if not start:
+        raise BaraError("A prompt is empty: give at least one token.")
+    if not end:
+        raise BaraError(f"The completion {completion!r} has no tokens.")
+    return start, end
+
+
+def left_padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]) -> dict[str, Any]:
+    """`input_ids` and `attention_mask`, (n, T), padded on the left.
+
+    Raises:
+        BaraError: prompts of unequal length, and no token to pad with.
+    """
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    if pad is None and any(len(ids) < longest for ids in prompts):
+        raise BaraError(
+            "The tokeniser has no pad token, which prompts of unequal length need: set "
+            "tokenizer.pad_token = tokenizer.eos_token."
+        )
+    ids: Tensor = torch.full((len(prompts), longest), pad or 0)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def require_decoder(model: nn.Module, purpose: str) -> Any:
+    """The model, if it is a causal language model.
+
+    Raises:
+        BaraError: it is a classifier, an encoder or an encoder-decoder.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generates = callable(getattr(base, "can_generate", None)) and base.can_generate()
+    if not generates:
+        raise BaraError(
+            f"{purpose} needs a causal language model, and this is a {type(base).__name__}: an "
+            "adapter trained for classification cannot generate."
+        )
+    if base.config.is_encoder_decoder:
+        raise BaraError(f"{purpose} needs a decoder-only model, not a {type(base).__name__}.")
+    return model
+
+
+def context(model: nn.Module) -> int:
+    """Most tokens that the model was made for; very many if it does not say."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+
+def require_room(model: nn.Module, longest: int, new_tokens: int = 0) -> None:
+    """Raises BaraError if a prompt with its continuation is longer than the model's context."""
+    most = context(model)
+    if longest + new_tokens > most:
+        more = f" and {new_tokens} new ones" if new_tokens else ""
+        raise BaraError(
+            f"A prompt of {longest} tokens{more} does not fit the model's context of {most}: "
+            "shorten it" + (" or lower max_new_tokens." if new_tokens else ".")
+        )

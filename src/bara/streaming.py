@@ -1,0 +1,135 @@
+"""Text from a mixture over posterior draws, token by token while it is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from bara.errors import BaraError
+from bara.generation import DrawSampler, Pieces, Step, seeded
+from bara.prompts import Prompt, encode_prompt, left_padded, require_decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """A token of the mixture's answer; the numbers are those of `bara.Generation`, in nats.
+
+    Attributes:
+        text: what it adds to the text; empty for special tokens and unfinished characters.
+        token: its id.
+        log_prob: its log-probability under the mixture.
+        total: entropy of the distribution that it was chosen from.
+        epistemic: mutual information between it and the draw.
+    """
+
+    text: str
+    token: int
+    log_prob: float
+    total: float
+    epistemic: float
+
+
+def generate_stream(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    num_draws: int = 8,
+    seed: int = 0,
+    deterministic: bool = False,
+    **options: Any,
+) -> Iterator[StreamedToken]:
+    """Yields the tokens of `bara.generate`'s answer to one prompt as soon as they are chosen.
+
+    Decoding runs in a thread of its own, one token ahead; it stops when the iterator is closed.
+    Until then the model must not be used otherwise.
+
+    Args:
+        prompt: a text, or a conversation.
+        model, tokenizer, num_draws, seed, deterministic, options: as in `bara.generate`; one beam.
+
+    Raises:
+        BaraError: beam search, or any error of `bara.generate`.
+    """
+    require_decoder(model, "bara.generate_stream")
+    if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+        raise BaraError("generate_stream: beams are chosen at the end; use bara.generate for them.")
+    ids = encode_prompt(tokenizer, prompt)
+    sampler = DrawSampler(model, tokenizer, len(ids), num_draws, seed, deterministic, options)
+    return _stream(sampler, ids, seed)
+
+
+def _stream(sampler: DrawSampler, ids: list[int], seed: int) -> Iterator[StreamedToken]:
+    queue: Queue[tuple[int, Step] | BaseException | None] = Queue(maxsize=1)
+    closed = Event()
+
+    def decode() -> None:
+        try:
+            with seeded(seed), sampler.mixed() as steps:
+                criteria = sampler.options.get("stopping_criteria") or []
+                sampler.run(
+                    left_padded(sampler.tokenizer, [ids]),
+                    streamer=_Streamer(queue, steps),
+                    stopping_criteria=StoppingCriteriaList([*criteria, _Closed(closed)]),
+                )
+        except BaseException as error:
+            queue.put(error)
+        queue.put(None)
+
+    thread = Thread(target=decode, daemon=True)
+    thread.start()
+    try:
+        pieces = Pieces(sampler.tokenizer)
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            token, step = item
+            total, aleatoric = float(step.total[0]), float(step.aleatoric[0])
+            log_prob = float(step.log_probs[0, token])
+            yield StreamedToken(
+                pieces.add(token), token, log_prob, total, max(0.0, total - aleatoric)
+            )
+    finally:
+        closed.set()
+        while thread.is_alive():
+            while not queue.empty():
+                queue.get()
+            thread.join(timeout=0.01)
+
+
+class _Streamer(BaseStreamer):
+    """Puts every chosen token with its step into a queue; the first call brings the prompt."""
+
+    def __init__(self, queue: Queue[Any], steps: list[Step]) -> None:
+        self.queue = queue
+        self.steps = steps
+        self.position = -1
+
+    def put(self, value: Tensor) -> None:
+        if self.position >= 0:
+            self.queue.put((int(value[0]), self.steps[self.position]))
+        self.position += 1
+
+    def end(self) -> None:
+        pass
+
+
+class _Closed(StoppingCriteria):
+    """Ends decoding when nobody listens any more."""
+
+    def __init__(self, closed: Event) -> None:
+        self.closed = closed
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return input_ids.new_full((len(input_ids),), self.closed.is_set(), dtype=torch.bool)

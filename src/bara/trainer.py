@@ -1,0 +1,45 @@
+"""The KL for trainers that compute their loss themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bara.elbo import Elbo
+
+
+class KLMixin:
+    """Adds the KL to the loss of a `Trainer` that does not use the model's own.
+
+    TRL's trainers compute theirs from the log-probabilities of the labels:
+
+        class BayesianSFTTrainer(bara.KLMixin, SFTTrainer): ...
+        class BayesianDPOTrainer(bara.KLMixin, DPOTrainer): ...
+
+    Where the KL is in the model's loss already, nothing is added.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The trainer's loss plus `bara.kl_loss`, weighted as the trainer weighs the batch."""
+        result = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        elbo = Elbo.of(model)
+        forward = elbo.last if elbo and model.training else None
+        if forward is None or forward.kl is None or forward.kl_in_loss:
+            return result
+        loss = result[0] if return_outputs else result
+        kl = forward.kl.to(loss.device)
+        if num_items_in_batch is not None:
+            # the trainer adds up the batches that are accumulated, in place of averaging them
+            assert forward.items is not None
+            kl = kl * (forward.items.sum() / num_items_in_batch)
+            if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
+                kl = kl * self.accelerator.num_processes  # type: ignore[attr-defined]
+        loss = loss + kl
+        return (loss, *result[1:]) if return_outputs else loss

@@ -1,0 +1,239 @@
+"""bara train, evaluate, predict and generate for language models, end to end on a tiny one."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+
+import bara
+from bara import BaraError
+from bara.cli import main
+from bara.cli.generate import shade
+from bara.language import LanguageTask, tokenise_language
+from bara.language_evaluation import token_metrics
+from bara.loading import load_adapter
+from conftest import write_jsonl
+from language_models import adapted_lm, tiny_lm, word_tokenizer, words
+
+CHAT = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w9 {% endif %}"
+)
+TEXTS = [{"prompt": words(i, 5) + " ", "completion": words(6, 7)} for i in range(10, 50)]
+QUESTIONS = [
+    {"question": words(i), "choices": [words(i + 1), words(6), words(4)], "answer": "B"}
+    for i in range(10, 60)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_lm("llama").save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(capsys, *arguments, code=0):
+    """What a command prints; for a failing one its one line on standard error."""
+    capsys.readouterr()
+    result = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert result == code, captured.err
+    if code:
+        assert captured.err.startswith("bara: error: ")
+        assert captured.err.count("\n") == 1
+        assert "unexpected" not in captured.err
+        return captured.err
+    return captured.out
+
+
+def trained(capsys, base, tmp_path, task, rows, *more):
+    table = write_jsonl(tmp_path / "table.jsonl", rows)
+    out = tmp_path / "adapter"
+    options = ["--epochs", 8, "--learning-rate", 0.03, "--batch-size", 10, *more]
+    options += ["--set", "method_options={kl_weight: 0, local_kl_weight: 0}"]
+    printed = run(
+        capsys, "train", "--model", base, "--task", task, "--data", table, "--output", out, *options
+    )
+    return table, out, printed
+
+
+def test_a_language_model_learns_answers_and_abstains(capsys, monkeypatch, base, tmp_path):
+    table, out, printed = trained(capsys, base, tmp_path, "causal-lm", TEXTS)
+    assert f"bara generate {out}" in printed
+    numbers = tmp_path / "numbers.json"
+    draws = ["--num-draws", 4]
+    run(capsys, "evaluate", out, "--data", table, "--json", numbers, *draws)
+    metrics = json.loads(numbers.read_text())["metrics"]
+    assert metrics["nll"] < 0.5 * math.log(64)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["nll"]))
+
+    model, tokenizer, task = load_adapter(out)
+    assert task == LanguageTask("causal-lm", max_length=64)  # the context, below the default
+    answers = bara.generate(model, tokenizer, [TEXTS[0]["prompt"]], num_draws=4, max_new_tokens=4)
+    options = [*draws, "--max-new-tokens", 4]
+    line = run(capsys, "generate", out, TEXTS[0]["prompt"], *options)
+    record = json.loads(line)
+    assert record["text"] == answers[0].text
+    assert record["agreement"] == pytest.approx(answers[0].agreement)
+    assert len(record["tokens"]) == len(answers[0].tokens)
+
+    # a file, and JSONL in a pipe
+    result = tmp_path / "answers.jsonl"
+    run(capsys, "generate", out, "--data", table, "--output", result, "--no-agreement", *options)
+    assert len(result.read_text().splitlines()) == len(TEXTS)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(TEXTS[0]) + "\n"))
+    assert json.loads(run(capsys, "generate", out, *options))["text"] == answers[0].text
+
+    # abstention: refused before calibration, honoured after
+    refused = ["generate", out, "--data", table, "--abstain-at-risk", 0.3, *options]
+    assert "has no threshold for the risk 0.3" in run(capsys, *refused, code=1)
+    calibrate = ["--calibrate-risk", 0.3, "--calibrate-delta", 0.2, *draws]
+    run(capsys, "evaluate", out, "--data", table, *calibrate)
+    records = [json.loads(line) for line in run(capsys, *refused).splitlines()]
+    assert all((record["text"] is None) == record["abstained"] for record in records)
+    assert "num_draws = 4, not 8" in run(
+        capsys, "generate", out, "x", "--abstain-at-risk", 0.3, code=1
+    )
+    assert "measure = answers, not predictions" in run(
+        capsys, "predict", out, "--data", table, "--abstain-at-risk", 0.3, *draws, code=1
+    )
+
+
+def test_multiple_choice_trains_predicts_and_abstains(capsys, base, tmp_path):
+    more = ["--scoring", "text", "--method", "balora"]
+    table, out, printed = trained(capsys, base, tmp_path, "multiple-choice", QUESTIONS, *more)
+    assert f"bara predict {out}" in printed
+    model, tokenizer, _ = load_adapter(out)
+    predictive = bara.multiple_choice(model, tokenizer, QUESTIONS, num_draws=3)
+    assert (predictive.prediction == 1).float().mean() > 0.6
+    options = ["--data", table, "--num-draws", 3]
+    shown = run(capsys, "evaluate", out, *options, "--calibrate-risk", 0.4)
+    assert "accuracy" in shown
+    lines = run(capsys, "predict", out, *options, "--abstain-at-risk", 0.4).splitlines()
+    assert len(lines) == len(QUESTIONS)
+    for i, line in enumerate(lines):
+        record = json.loads(line)
+        assert record["probabilities"]["B"] == pytest.approx(
+            float(predictive.probs[i, 1]), abs=1e-4
+        )
+        assert (record["prediction"] is None) == record["abstained"]
+
+
+def test_the_loss_is_on_the_completion_only():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT
+    task = LanguageTask("causal-lm")
+    talk = {
+        "messages": [
+            {"role": "user", "content": words(4)},
+            {"role": "assistant", "content": words(6, 7)},
+        ]
+    }
+    rows = tokenise_language(
+        Dataset.from_list([{"prompt": "w4 ", "completion": "w5 w6"}]), tokenizer, task
+    )
+    assert rows[0]["input_ids"] == [4, 5, 6, 2]
+    assert rows[0]["labels"] == [-100, 5, 6, 2]
+    with pytest.raises(BaraError, match="chat template does not keep the prompt"):
+        tokenise_language(Dataset.from_list([talk]), tokenizer, task)
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}w9 {% endif %}{{ m['content'] }}"
+    )
+    rows = tokenise_language(Dataset.from_list([talk]), tokenizer, task)
+    assert rows[0]["input_ids"] == [4, 9, 6, 7]
+    assert rows[0]["labels"] == [-100, -100, 6, 7]
+    rows = tokenise_language(Dataset.from_list([{"text": "w4 w5"}]), tokenizer, task)
+    assert rows[0]["labels"] == rows[0]["input_ids"] == [4, 5, 2]
+    question = Dataset.from_list([{**QUESTIONS[0], "answer": 2}])
+    for scoring, labels in [("text", [4, 2]), ("letter", [3])]:  # C is unknown: w3
+        rows = tokenise_language(
+            question, tokenizer, LanguageTask("multiple-choice", scoring=scoring)
+        )
+        assert [label for label in rows[0]["labels"] if label != -100] == labels
+
+
+def test_token_metrics_against_explicit_draws():
+    model, tokenizer = adapted_lm(), word_tokenizer()
+    rows = tokenise_language(
+        Dataset.from_list([*TEXTS[:5], {"prompt": "w9 w8 w7 ", "completion": "w6"}]),
+        tokenizer,
+        LanguageTask("causal-lm"),
+    )
+    nll, count, right = 0.0, 0, 0
+    for row in rows:
+        probs = []
+        for draw in range(3):
+            with torch.no_grad(), bara.sampling(model, seed=1, first_draw=draw):
+                probs.append(
+                    model(input_ids=torch.tensor([row["input_ids"]])).logits[0].softmax(-1)
+                )
+        mixture = torch.stack(probs).mean(0)
+        for t, label in enumerate(row["labels"]):
+            if label != -100:
+                nll -= math.log(mixture[t - 1, label])
+                right += int(mixture[t - 1].argmax()) == label
+                count += 1
+    metrics = token_metrics(model, rows, num_draws=3, seed=1, batch_size=4)
+    assert metrics["nll"] == pytest.approx(nll / count, rel=1e-4)
+    assert metrics["accuracy"] == pytest.approx(right / count)
+
+
+def test_the_terminal_shades_and_talks(capsys, monkeypatch, base, tmp_path):
+    _, out, _ = trained(capsys, base, tmp_path, "causal-lm", TEXTS[:12])
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("w12 w5\n\n"))
+    shown = run(capsys, "generate", out, "--max-new-tokens", 3, "--num-draws", 2)
+    assert "uncertainty" in shown
+    assert shade(0.0) == ""
+    assert shade(3.0) == shade(9.0) == "on rgb(210,30,30)"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "w4"}, "row 2: give texts under 'prompt' and 'completion'"),
+        (
+            {"messages": [{"role": "user", "content": "w4"}]},
+            "must end with one of the role 'assistant'",
+        ),
+        ({"prompt": words(*[4] * 130), "completion": "w4"}, "more than max_length"),
+    ],
+)
+def test_bad_training_rows_are_one_line(capsys, base, tmp_path, row, message):
+    table = write_jsonl(tmp_path / "bad.jsonl", [TEXTS[0], row])
+    arguments = ["train", "--model", base, "--task", "causal-lm", "--data", table]
+    assert message in run(capsys, *arguments, "--output", tmp_path / "o", code=1)
+
+
+def test_other_bad_input_is_one_line(capsys, tmp_path, base, tiny_model_dir):
+    table = write_jsonl(
+        tmp_path / "t.jsonl", [{"text": "the film", "label": i % 2} for i in range(8)]
+    )
+    out = tmp_path / "classifier"
+    run(capsys, "train", "--model", tiny_model_dir, "--data", table, "--output", out, "--epochs", 1)
+    assert "cannot generate" in run(capsys, "generate", out, "the film", code=1)
+    assert "a prompt or --data, not both" in run(
+        capsys, "generate", out, "x", "--data", table, code=1
+    )
+    questions = write_jsonl(tmp_path / "q.jsonl", [{**QUESTIONS[0], "answer": "Z"}])
+    train = ["train", "--model", base, "--task", "multiple-choice", "--data", questions]
+    assert "no index from 0 to 2" in run(capsys, *train, "--output", tmp_path / "o", code=1)
+    gguf = ["train", "--model", tmp_path / "no.gguf", "--task", "causal-lm", "--data", questions]
+    assert "there is no file" in run(capsys, *gguf, "--output", tmp_path / "o", code=1)
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    gguf[2] = tmp_path / "bad.gguf"
+    assert "cannot load the base model" in run(capsys, *gguf, "--output", tmp_path / "o", code=1)
