@@ -56,9 +56,9 @@ def test_measurements_are_added_replaced_and_removed(model, data, tmp_path):
     path.write_text(path.read_text() + "\nMy own words: 50 % $x$ \\1.\n")
     evaluation = bara.evaluate(model, data, num_draws=2)
     rank = bara.effective_rank(model, data, num_draws=3)
-    bara.write_model_card(tmp_path, metrics=evaluation.metrics, num_draws=3, data="test.csv")
+    bara.write_model_card(tmp_path, metrics=evaluation.metrics, num_draws=2, data="test.csv")
     bara.write_model_card(tmp_path, rank=rank)
-    bara.write_model_card(tmp_path, metrics=evaluation.metrics, num_draws=3, data="test.csv")
+    bara.write_model_card(tmp_path, metrics=evaluation.metrics, num_draws=2, data="test.csv")
     text = path.read_text()
     assert text.count(f"| nll | {evaluation.metrics['nll']:.4f} |") == 1
     assert text.count("## Metrics") == text.count("## Effective rank") == 1

@@ -127,8 +127,8 @@ class TrainRecipe:
     def with_options(self, options: Mapping[str, Any]) -> TrainRecipe:
         """A copy with some options changed; `training.learning_rate` names a nested one."""
         values = asdict(self)
-        if "method" in options:  # another method has other defaults
-            for group, defaults in _defaults(self.method).items():
+        if {"method", "task"} & set(options):  # another method or task has other defaults
+            for group, defaults in _defaults(self.method, self.task).items():
                 given = values[group].items()
                 values[group] = {k: v for k, v in given if k not in defaults or v != defaults[k]}
         for name, value in options.items():
