@@ -286,6 +286,44 @@ def test_certificate_is_the_bound_of_its_parts():
     assert result.gibbs_risk == pytest.approx(float(wrong.float().mean()), abs=0.04)
 
 
+class TinyClassifier(TinyNet):
+    """A layer to adapt and a head, on six numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(5, 2)
+
+    def forward(self, x, labels=None):
+        logits = self.classifier(self.layer(x).tanh())
+        if labels is None:
+            return {"logits": logits}
+        return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def test_training_gives_a_bound_that_says_something_and_holds():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1400, 6, generator=generator)
+    batch = {"x": x, "labels": (x[:, 0] + x[:, 1] > 0).long()}
+    seen, unseen = (
+        {k: v[part] for k, v in batch.items()} for part in (slice(400), slice(400, None))
+    )
+    torch.manual_seed(1)
+    options = {"head_prior_std": 1.0, "prior_std": 0.3, "r": 2, "lora_alpha": 4}
+    config = CertifiedConfig(target_modules=["layer"], num_observations=400, warmup=0.0, **options)
+    model = get_peft_model(TinyClassifier(), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model.train()
+    for _ in range(300):
+        model(**seen)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    certificate = bara.certify(model, seen, num_draws=20)
+    elsewhere = bara.certify(model, unseen, num_draws=20)  # its risk is an estimate of the true one
+    assert certificate.gibbs_risk < 0.2
+    assert elsewhere.gibbs_risk < certificate.bound < 0.45 < certificate.majority_error
+    assert "better than" in certificate.verdict
+
+
 def test_every_prediction_has_a_draw_of_its_own(monkeypatch):
     used = []
     original = Draws.__init__
