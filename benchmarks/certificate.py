@@ -50,6 +50,7 @@ def run_cell(setting: dict[str, Any]) -> dict[str, Any]:
             },
             training={
                 "num_train_epochs": setting["epochs"],
+                "learning_rate": setting["learning_rate"],
                 "save_strategy": "no",
                 "bf16": fast_bfloat16(),
                 "use_cpu": not torch.cuda.is_available(),
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--prior-fractions", type=float, nargs="+", default=[0.5, 0.0])
     parser.add_argument("--prior-std", type=float, default=0.1)
     parser.add_argument("--head-prior-std", type=float, default=0.1)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--num-draws", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -106,7 +106,8 @@ def run_cell(cell: Cell, steps: int, num_test: int, num_draws: int) -> dict[str,
         "train": tokenise(seen, tokenizer, task),
         "test": tokenise(data.test, tokenizer, task),
     }
-    result: dict[str, Any] = {**cell._asdict(), "steps": steps, "seconds": seconds}
+    result: dict[str, Any] = {**cell._asdict(), "steps": steps, "num_test": num_test}
+    result["seconds"] = seconds
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         result["s_bar"] = (
             float(cell.r)
@@ -176,10 +177,10 @@ def write_page(cells: list[dict[str, Any]]) -> None:
         "`benchmarks/results/rank_and_gap.jsonl`; do not edit.",
         "",
         f"{len(cells)} adapters of MiniLM-L6 on tweets, {cells[0]['steps']} steps each, "
-        f"lora_alpha = 2 r. Gap: test ({NUM_TEST} texts) minus training (at most {NUM_SEEN} of its "
-        "texts). Spearman's correlation within each training size, averaged over sizes; 95% "
-        "bootstrap intervals over cells. With so few cells an interval is wide, and a cell's own "
-        "noise is in it.",
+        f"lora_alpha = 2 r. Gap: test ({cells[0]['num_test']} texts) minus training (at most "
+        f"{NUM_SEEN} of its texts); s_bar is that of these training texts. Spearman's correlation "
+        "within each training size, averaged over sizes; 95% bootstrap intervals over cells. With "
+        "so few cells an interval is wide, and a cell's own noise is in it.",
         "",
         "![The gap against the effective and the maximum rank](images/rank-and-gap.png)",
         "",
