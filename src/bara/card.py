@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text
@@ -163,11 +164,15 @@ def _loading(config: BayesianConfig, folder: str, imports: str, use: str) -> str
 
 
 def _metrics_section(evaluation: Evaluation, data: str | None) -> str:
-    num_draws = evaluation.predictive.num_draws
     values = {name: f"{value:.4f}" for name, value in evaluation.metrics.items()}
-    return f"## Metrics\n\n{_where(data)}{num_draws} posterior draws.\n\n| | |\n|---|---|\n" + (
-        _rows(values) + "\n"
-    )
+    lines = [
+        "## Calibration metrics\n",
+        f"{_where(data)}{evaluation.predictive.num_draws} posterior draws.\n",
+        "| metric | value |",
+        "|---|---|",
+        _rows(values),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _rank_section(rank: EffectiveRank, data: str | None) -> str:
@@ -197,7 +202,7 @@ def _write(folder: Path, sections: Mapping[str, str], tags: tuple[str, ...]) -> 
     path = folder / CARD_FILE
     try:
         card = ModelCard(path.read_text("utf-8") if path.is_file() else EMPTY_CARD)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, YAMLError) as error:
         raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
     if tags:
         data: Any = card.data
