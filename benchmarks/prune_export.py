@@ -99,8 +99,9 @@ def table(results: dict[str, Any]) -> str:
         f"of the class probabilities on {TEXTS} held-out tweets. Two mixtures of {DRAWS} draws of "
         f"the original are {noise} apart. Its smallest inclusion is {inclusion['min']:.3f} (mean "
         f"{inclusion['mean']:.3f}): at 0.05 there is nothing to prune, and the higher threshold "
-        "takes factors that the task uses. Times are of one pass of all held-out tweets on a "
-        "shared machine with one thread. `python benchmarks/prune_export.py` writes this table.\n"
+        "takes factors that the posterior would keep. Parameters include the head. Times are of "
+        "one pass of all held-out tweets on a machine that other work kept busy: the first row, "
+        "where nothing changed, shows that they tell nothing. `python benchmarks/prune_export.py` writes this table.\n"
     )
 
 
