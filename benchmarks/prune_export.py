@@ -101,7 +101,8 @@ def table(results: dict[str, Any]) -> str:
         f"{inclusion['mean']:.3f}): at 0.05 there is nothing to prune, and the higher threshold "
         "takes factors that the posterior would keep. Parameters include the head. Times are of "
         "one pass of all held-out tweets on a machine that other work kept busy: the first row, "
-        "where nothing changed, shows that they tell nothing. `python benchmarks/prune_export.py` writes this table.\n"
+        "where nothing changed, shows that they tell nothing. "
+        "`python benchmarks/prune_export.py` writes this table.\n"
     )
 
 
