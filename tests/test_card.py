@@ -61,19 +61,19 @@ def test_measurements_are_added_replaced_and_removed(model, data, tmp_path):
     bara.write_model_card(tmp_path, metrics=evaluation.metrics, num_draws=2, data="test.csv")
     text = path.read_text()
     assert text.count(f"| nll | {evaluation.metrics['nll']:.4f} |") == 1
-    assert text.count("## Metrics") == text.count("## Effective rank") == 1
+    assert text.count("## Calibration metrics") == text.count("## Effective rank") == 1
     assert "On `test.csv`, 2 posterior draws." in text
     assert f"s_bar = {rank.s_bar:.2f} ± {rank.s_bar_std:.2f} over draws" in text
     for name, mean in zip(rank.layers, rank.per_layer, strict=True):
         assert f"| {name} | {mean:.2f} | 4 |" in text
-    order = [text.index(part) for part in ("## How to", "## Effective", "## Metrics", "My own")]
+    order = [text.index(part) for part in ("## How to", "## Effective", "## Calibration", "My own")]
     assert order == sorted(order)
     assert r"My own words: 50 % $x$ \1." in text
     assert PeftModel.from_pretrained(model.unload(), tmp_path)
 
     model.save_pretrained(tmp_path)  # other weights, perhaps
     text = path.read_text()
-    assert "## Metrics" not in text
+    assert "## Calibration metrics" not in text
     assert "## Effective rank" not in text
     assert text.count("# BaRA adapter") == 1
     assert "My own words" in text

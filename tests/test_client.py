@@ -4,6 +4,7 @@ import json
 import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -16,8 +17,8 @@ TABLE = {
 
 
 class Server(BaseHTTPRequestHandler):
-    seen: list[dict] = []
-    keys: list[str | None] = []
+    seen: ClassVar[list[dict]] = []
+    keys: ClassVar[list[str | None]] = []
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -39,7 +40,8 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url():
-    Server.seen, Server.keys = [], []
+    Server.seen.clear()
+    Server.keys.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -89,7 +91,7 @@ def test_from_a_folder_and_on_the_command_line(url, tmp_path, capsys, monkeypatc
 
 
 def test_errors(url):
-    with pytest.raises(EnsembleError, match="draw-9: 404 .*no such model"):
+    with pytest.raises(EnsembleError, match=r"draw-9: 404 .*no such model"):
         Ensemble(("draw-9",), url).ask("x")
     with pytest.raises(EnsembleError, match="no top_logprobs"):
         Ensemble(("draw-0",), url).ask("odd")

@@ -354,7 +354,7 @@ def test_refusals(exported, tmp_path, monkeypatch):
     with pytest.raises(BaraError, match="is not empty"):
         bara.export_lora(model, tmp_path / "full", data=exported.inputs)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**5))
-    with pytest.raises(BaraError, match="1000000 adapters would take .* MB free"):
+    with pytest.raises(BaraError, match=r"1000000 adapters would take .* MB free"):
         bara.export_lora(
             model, tmp_path / "out", mode="draws", num_draws=10**6, data=exported.inputs
         )

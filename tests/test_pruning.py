@@ -209,7 +209,7 @@ def test_refusals(bert, batch, tiny_bert):
     with pytest.raises(BaraError, match="PEFT model"):
         bara.prune(nn.Linear(2, 2), batch)
     other = adapt(copy.deepcopy(tiny_bert), "balora", task_type="SEQ_CLS")
-    with pytest.raises(BaraError, match="needs a BaRA adapter with global gates; .* BALORA"):
+    with pytest.raises(BaraError, match=r"needs a BaRA adapter with global gates; .* BALORA"):
         bara.prune(other, batch)
     ungated = adapt(copy.deepcopy(tiny_bert), global_gate=False, task_type="SEQ_CLS")
     with pytest.raises(BaraError, match="BARA without them"):

@@ -71,6 +71,7 @@ def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that must fail with one line on standard error; returns that line."""
 
     def run(*arguments: object) -> str:
+        capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 1
         error = capsys.readouterr().err
         assert error.startswith("bara: error: ")
@@ -178,7 +179,7 @@ def test_one_line_for_what_goes_wrong(
         line = failing("prune", adapter, *data, *out, "--threshold", threshold)
         assert "threshold must be in [0, 1]" in line
     assert "would remove every factor" in failing("prune", adapter, *data, *out, "--threshold", 1)
-    strict = ["--threshold", 0.999, "--tolerance", 0]
+    strict = ["--threshold", 0.99, "--tolerance", 0]
     assert "more than the tolerance" in failing("prune", adapter, *data, *out, *strict)
     assert "mode must be one of" in failing("export", adapter, *data, *out, "--mode", "best")
 

@@ -19,8 +19,7 @@ from test_report import HOSTILE, PNG, Page
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    model = stir(adapt(TinyNet(), target_modules=["layer"], init_logit=0.0), 0.1).eval()
-    return model
+    return stir(adapt(TinyNet(), target_modules=["layer"], init_logit=0.0), 0.1).eval()
 
 
 def active_factors(model, x, seed, num_draws):

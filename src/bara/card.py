@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text
@@ -166,7 +167,12 @@ def _loading(config: BayesianConfig, folder: str, imports: str, use: str) -> str
 def _metrics_section(metrics: Mapping[str, float], num_draws: int | None, data: str | None) -> str:
     where = _where(data) + (f"{num_draws} posterior draws." if num_draws else "")
     rows = _rows({name: f"{value:.4f}" for name, value in metrics.items()})
-    return f"## Metrics\n\n{where}\n\n| | |\n|---|---|\n{rows}\n"
+    lines = ["## Calibration metrics
+", f"{where}
+", "| metric | value |", "|---|---|", rows]
+    return "
+".join(lines) + "
+"
 
 
 def _rank_section(rank: EffectiveRank, data: str | None) -> str:
@@ -196,7 +202,7 @@ def _write(folder: Path, sections: Mapping[str, str], tags: tuple[str, ...]) -> 
     path = folder / CARD_FILE
     try:
         card = ModelCard(path.read_text("utf-8") if path.is_file() else EMPTY_CARD)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, YAMLError) as error:
         raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
     if tags:
         data: Any = card.data

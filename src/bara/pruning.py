@@ -31,7 +31,7 @@ from bara.prediction import predict
 from bara.ranks import model_inputs, observed_pass
 from bara.tuner import adapted_layers
 
-TIMED_PASSES = 9
+TIMED_PASSES = 5
 
 
 @dataclass(frozen=True)
