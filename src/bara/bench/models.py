@@ -98,7 +98,7 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
     Raises:
         BaraError: the model, the method or the data cannot be used.
     """
-    recipe = recipe_of(cell, folder)
+    recipe = recipe_of(cell, folder, splits.recipe_task)
     recipe = replace(
         recipe,
         model=str(MODELS[cell.model]()) if cell.model in MODELS else cell.model,
@@ -122,8 +122,6 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
     from bara.finetune import finetune
     from bara.loading import load_adapter
 
-    if splits.kind == "multiple-choice":
-        recipe = replace(recipe, task="multiple-choice")
     finetune(recipe, splits.train, splits.validation, callbacks=[count])
     model, tokenizer, task = load_adapter(folder)
     if splits.kind == "multiple-choice":

@@ -43,6 +43,13 @@ class Splits:
             return "multiple-choice"
         return "image" if "pixel_values" in columns else "text"
 
+    @property
+    def recipe_task(self) -> str | None:
+        """The task for a `TrainRecipe`; None where it is to be told from the labels."""
+        columns = {"choices": "multiple-choice", "target": "regression"}
+        names = self.train.column_names
+        return next((task for column, task in columns.items() if column in names), None)
+
     def sample(
         self, train_size: int, num_validation: int, num_test: int, seed: int
     ) -> tuple[Dataset, Dataset | None, Dataset]:
