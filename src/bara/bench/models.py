@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +86,9 @@ class ParameterCount(TrainerCallback):
         self.total += sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad)
 
 
-def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
+def fit(
+    cell: Cell, splits: Splits, folder: Path, callbacks: Iterable[TrainerCallback] = ()
+) -> Fitted:
     """Train a cell's model.
 
     Args:
@@ -94,6 +96,7 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
         splits: the training examples, and the held-out ones for methods that fit something after
             training.
         folder: where the adapter goes.
+        callbacks: further callbacks for the `Trainer`.
 
     Raises:
         BaraError: the model, the method or the data cannot be used.
@@ -115,14 +118,14 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
         from bara.bench.images import finetune_images, image_inputs
 
         model: nn.Module = finetune_images(
-            recipe, splits.train, splits.validation, callbacks=[count]
+            recipe, splits.train, splits.validation, callbacks=[count, *callbacks]
         )
         return Fitted(model, image_inputs, count.total)
     from bara.data import tokenise
     from bara.finetune import finetune
     from bara.loading import load_adapter
 
-    finetune(recipe, splits.train, splits.validation, callbacks=[count])
+    finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)
     if splits.kind == "multiple-choice":
         from bara.multiple_choice import multiple_choice
