@@ -235,6 +235,20 @@ def test_file_tasks_keep_their_classes_and_change_version(tmp_path: Path):
         load_task("film", tmp_path)
 
 
+def test_questions_with_a_choice_twice_are_left_out(tmp_path: Path):
+    folder = tmp_path / "quiz"
+    folder.mkdir()
+    rows = [
+        {"question": "a?", "choices": ["x", "y", "x "], "answer": 0},
+        {"question": "b?", "choices": ["x", "y", "z"], "answer": 2},
+    ]
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    splits = load_task("quiz", tmp_path)
+    assert splits.kind == splits.recipe_task == "multiple-choice"
+    assert splits.test["question"] == splits.train["question"] == ["b?"]
+
+
 def test_package_tasks():
     splits = load_task("bbc-news")
     assert len(splits.train.features["label"].names) == 5

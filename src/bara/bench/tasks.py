@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bara.bench.hub import HUB_TASKS, load_hub_task
 from bara.errors import BaraError
@@ -134,7 +134,14 @@ def _load_files(folder: Path) -> Splits:
     }
     if "label" in tables["train"].column_names:
         tables = _with_classes(tables)
+    if "choices" in tables["train"].column_names:
+        tables = {split: table.filter(_choices_differ) for split, table in tables.items()}
     return Splits(tables["train"], tables["test"], tables.get("validation"))
+
+
+def _choices_differ(row: Mapping[str, Any]) -> bool:
+    """A question with one choice twice has no single answer."""
+    return len({choice.strip() for choice in row["choices"]}) == len(row["choices"])
 
 
 def _with_classes(tables: dict[str, Dataset]) -> dict[str, Dataset]:
