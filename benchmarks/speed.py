@@ -22,25 +22,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from bara.bench.models import MODELS
-from bara.bench.tasks import first, load_task
+from bara.bench.models import MODELS, Fitted, fit
+from bara.bench.spec import Benchmark
+from bara.bench.tasks import Splits, load_task
 from bara.cli.terminal import quieten_libraries
-from bara.data import tokenise
+from bara.errors import BaraError
 from bara.files import atomic_write_text
-from bara.finetune import finetune
-from bara.loading import load_adapter
 from bara.methods import METHODS
-from bara.prediction import predict
-from bara.quickstart import fast_bfloat16, versions
-from bara.recipe import TrainRecipe
+from bara.quickstart import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/speed.json"
 PAGE = ROOT / "docs/speed.md"
+TASK = "tweet-sentiment"
+LANGUAGE_MODELS = ("smollm2",)
 BASELINE = "lora"
 NUM_DRAWS = 10
 WARM_UP = 2
@@ -69,49 +67,28 @@ class Times:
     forwards: list[float] = field(default_factory=list)
 
 
-def recipe_of(model: str, method: str, folder: Path, steps: int) -> TrainRecipe:
-    """The quickstart's settings, for some steps."""
-    return TrainRecipe(
-        model=str(MODELS[model]()),
-        output=str(folder),
-        method=method,
-        max_length=64,
-        training={
-            "max_steps": steps + WARM_UP,
-            "save_strategy": "no",
-            "eval_strategy": "no",
-            "logging_strategy": "no",
-            "bf16": fast_bfloat16(),
-            "use_cpu": not torch.cuda.is_available(),
-        },
-    )
+def train(
+    model: str, method: str, splits: Splits, steps: int, callback: TrainerCallback, folder: str
+) -> Fitted:
+    """Trains with the quickstart's settings, for some steps."""
+    training = {"max_steps": steps + WARM_UP, "logging_strategy": "no"}
+    benchmark = Benchmark("speed", model, [TASK], [method], training=training)
+    return fit(next(benchmark.cells()), splits, Path(folder), [callback])
 
 
-def run_round(model: str, method: str, data: dict[str, Dataset], steps: int, times: Times) -> None:
+def run_round(model: str, method: str, splits: Splits, steps: int, times: Times) -> None:
     """Trains and predicts once."""
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(model, method, Path(folder), steps)
-        finetune(recipe, data["train"], data["validation"], callbacks=[timer])
-        trained, tokenizer, task = load_adapter(folder)
+        fitted = train(model, method, splits, steps, timer, folder)
         times.steps.append(timer.seconds[WARM_UP : WARM_UP + steps])
-        inputs = tokenise(data["test"], tokenizer, task)
-        times.draws.append(timed(lambda: predicted(trained, inputs, NUM_DRAWS)))
-        times.forwards.append(
-            timed(lambda: [predicted(trained, inputs, None) for _ in range(NUM_DRAWS)])
-        )
 
+        def means() -> None:
+            for _ in range(NUM_DRAWS):
+                fitted.predict(splits.test, deterministic=True)
 
-def predicted(model: Any, inputs: Dataset, num_draws: int | None) -> None:
-    """Predicts with draws, or once with the mean."""
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
-        predict(
-            model,
-            inputs,
-            num_draws=num_draws or 1,
-            deterministic=num_draws is None,
-            progress=False,
-        )
+        times.draws.append(timed(lambda: fitted.predict(splits.test, num_draws=NUM_DRAWS)))
+        times.forwards.append(timed(means))
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -121,7 +98,7 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def training_memory(model: str, method: str, data: dict[str, Dataset], steps: int) -> float:
+def training_memory(model: str, method: str, splits: Splits, steps: int) -> float:
     """MiB that training takes above what the process held before, at its peak (Linux only)."""
 
     class Reset(TrainerCallback):
@@ -134,8 +111,7 @@ def training_memory(model: str, method: str, data: dict[str, Dataset], steps: in
 
     reset = Reset()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = recipe_of(model, method, Path(folder), steps)
-        finetune(recipe, data["train"], data["validation"], callbacks=[reset])
+        train(model, method, splits, steps, reset, folder)
     return (reset.peak - reset.before) / 2**10
 
 
@@ -145,22 +121,41 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def load_data() -> dict[str, Dataset]:
-    """Tweets: 320 to train on, 64 held out and 64 to predict."""
-    train, validation, test = load_task("tweet-sentiment").sample(320, 64, 64, seed=0)
+def load_data(model: str) -> Splits:
+    """Tweets: 320 to train on, 64 held out and 64 to predict; for a language model as questions,
+    with the sentiments as choices."""
+    train, validation, test = load_task(TASK).sample(320, 64, 64, seed=0)
     assert validation is not None
-    return {"train": train, "validation": validation, "test": first(test, 64)}
+    if model in LANGUAGE_MODELS:
+        train, validation, test = map(as_questions, (train, validation, test))
+    return Splits(train, test, validation)
+
+
+def as_questions(table: Dataset) -> Dataset:
+    """Multiple choice among the classes."""
+    names = table.features["label"].names
+    return Dataset.from_dict(
+        {
+            "question": [f"What is the sentiment of: {text}" for text in table["text"]],
+            "choices": [names] * len(table),
+            "answer": list(table["label"]),
+        }
+    )
 
 
 def measure(model: str, methods: list[str], rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Every method's row, by its name."""
-    data = load_data()
+    """Every method's row, by its name; a method that this model cannot have is left out."""
+    splits = load_data(model)
     times = {method: Times() for method in methods}
     for number in range(rounds):
-        for method in methods:
-            run_round(model, method, data, steps, times[method])
-            print(f"{model} round {number}: {method}", flush=True)
-    memory = {method: memory_in_child(model, method, steps) for method in methods}
+        for method in list(times):
+            try:
+                run_round(model, method, splits, steps, times[method])
+                print(f"{model} round {number}: {method}", flush=True)
+            except BaraError as error:
+                del times[method]
+                print(f"{model}: {method} is left out: {error}", flush=True)
+    memory = {method: memory_in_child(model, method, steps) for method in times}
     plain = times[BASELINE]
     return {
         method: {
@@ -243,7 +238,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quieten_libraries()
     if arguments.memory:
-        print(training_memory(*arguments.memory, load_data(), arguments.steps))
+        model, method = arguments.memory
+        print(training_memory(model, method, load_data(model), arguments.steps))
         return
     methods = [BASELINE, *(m for m in arguments.methods if m != BASELINE)]
     results = {

@@ -20,7 +20,7 @@ from bara.bench.measure import by_draws, curves, metrics_of, rank_correlation, w
 from bara.bench.results import append_row, read_rows, write_csv
 from bara.bench.spec import Benchmark
 from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
-from bara.bench.tasks import load_task, task_version
+from bara.bench.tasks import Splits, load_task, task_version
 from conftest import write_jsonl
 
 TEXTS = [" ".join(f"word{i}x{j}" for j in range(40)) for i in range(50)]
@@ -235,11 +235,32 @@ def test_file_tasks_keep_their_classes_and_change_version(tmp_path: Path):
         load_task("film", tmp_path)
 
 
+def test_questions_with_a_choice_twice_are_left_out(tmp_path: Path):
+    folder = tmp_path / "quiz"
+    folder.mkdir()
+    rows = [
+        {"question": "a?", "choices": ["x", "y", "x "], "answer": 0},
+        {"question": "b?", "choices": ["x", "y", "z"], "answer": 2},
+    ]
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    splits = load_task("quiz", tmp_path)
+    assert splits.kind == splits.recipe_task == "multiple-choice"
+    assert splits.test["question"] == splits.train["question"] == ["b?"]
+
+
 def test_package_tasks():
     splits = load_task("bbc-news")
     assert len(splits.train.features["label"].names) == 5
     assert not set(splits.train["text"]) & set(splits.test["text"])
     assert load_task("digits").kind == "image"
+
+
+def test_a_target_is_a_regression_whatever_its_numbers():
+    zeros = Dataset.from_dict({"text": ["a", "b"], "target": [0.0, 1.0]})
+    assert Splits(zeros, zeros).recipe_task == "regression"
+    classes = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
+    assert Splits(classes, classes).recipe_task is None
 
 
 def test_hub_tasks_have_the_papers_prompts_and_splits(monkeypatch: pytest.MonkeyPatch):

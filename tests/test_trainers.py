@@ -75,9 +75,9 @@ def test_ivon_solves_a_quadratic(tmp_path):
     model = torch.nn.Linear(3, 1, bias=False)
     x = torch.randn(64, 3) * torch.tensor([0.5, 1.0, 2.0])
     y = x @ torch.tensor([[1.0], [-1.0], [0.5]])
-    options = {"ess": 64.0, "weight_decay": 0.1, "beta2": 0.99, "hess_init": 1.0}
+    options = {"ess": 64.0, "weight_decay": 0.1, "beta2": 0.995, "hess_init": 1.0}
     optimiser = ivon.IVON(model.parameters(), lr=0.1, **options)
-    for _ in range(3000):
+    for _ in range(2000):
         with optimiser.sampled_params(train=True):
             optimiser.zero_grad()
             (0.5 * (model(x) - y).square().mean()).backward()
@@ -85,7 +85,7 @@ def test_ivon_solves_a_quadratic(tmp_path):
     factors = ivon_factors(model, optimiser)["weight"]
     hessian = x.square().mean(0)  # the diagonal of the mean loss's Hessian
     expected = (64 * (hessian + 0.1)).rsqrt()
-    torch.testing.assert_close(factors.scale[0], expected, rtol=0.1, atol=0)
+    torch.testing.assert_close(factors.scale[0], expected, rtol=0.15, atol=0)
 
 
 def test_ivon_draws_have_the_optimisers_variance(tmp_path):

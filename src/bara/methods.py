@@ -21,6 +21,7 @@ from bara.configs import (
 from bara.data import first_line
 from bara.errors import BaraError
 from bara.posthoc.ensemble import EnsembleOptions
+from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer
 from bara.posthoc.tfb import TfbOptions, TfbTrainer
 from bara.recipe import METHOD_DEFAULTS, refuse_unknown
 from bara.trainers.adalora import AdaloraTrainer, adalora_options
@@ -154,6 +155,14 @@ METHODS: dict[str, Method] = {
         "arXiv 2412.05723",
         options=TfbOptions,
         trainer=TfbTrainer,
+    ),
+    "laplace": Method(
+        "a Laplace approximation around a trained LoRA adapter",
+        "A and B (linearised), or the last layer",
+        "arXiv 2308.13111",
+        options=LaplaceOptions,
+        trainer=LaplaceTrainer,
+        package="laplace",
     ),
     "ivon": Method(
         "a Gaussian on every trained weight, from the optimiser IVON",

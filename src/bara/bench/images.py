@@ -115,8 +115,12 @@ def finetune_images(
     set_seed(recipe.seed)
     names = train.features["label"].names
     base = EfficientNetClassifier(ImageConfig(id2label=dict(enumerate(names))))
-    options = {"target_modules": POINTWISE, **method.config_options(recipe.method_options)}
-    model = get_peft_model(base, method.config(**options, modules_to_save=["classifier"]))
+    options = {
+        "target_modules": POINTWISE,
+        "modules_to_save": ["classifier"],
+        **method.config_options(recipe.method_options),
+    }
+    model = get_peft_model(base, method.config(**options))
     arguments = TrainingArguments(
         output_dir=str(Path(recipe.output) / "checkpoints"),
         seed=recipe.seed,

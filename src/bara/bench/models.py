@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ class Fitted:
         encode: from a table to the model's inputs, with or without labels.
         parameters: number of parameters that were trained.
         predictor: `bara.predict`, or what takes its place for the kind of task.
+        inputs: from a table to the inputs of one forward pass, where `encode` makes something else.
         batch_size: inputs times draws in one forward pass.
     """
 
@@ -49,6 +50,7 @@ class Fitted:
     encode: Callable[..., Any]
     parameters: int
     predictor: Callable[..., Predictive] = predict
+    inputs: Callable[[Dataset], Any] | None = None
     batch_size: int = 64
 
     def predict(self, table: Dataset, *, labels: bool = True, **options: Any) -> Predictive:
@@ -64,10 +66,11 @@ class Fitted:
 
     def rank(self, table: Dataset) -> EffectiveRank | None:
         """The effective rank on a table; None for a model without a Bayesian adapter."""
-        if Elbo.of(self.model) is None or "choices" in table.column_names:
+        if Elbo.of(self.model) is None:
             return None
+        inputs = self.encode(table, labels=False) if self.inputs is None else self.inputs(table)
         with self._precision():
-            return effective_rank(self.model, self.encode(table, labels=False), progress=False)
+            return effective_rank(self.model, inputs, progress=False)
 
     def _precision(self) -> AbstractContextManager[Any]:
         device = next(self.model.parameters()).device.type
@@ -86,7 +89,9 @@ class ParameterCount(TrainerCallback):
         self.total += sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad)
 
 
-def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
+def fit(
+    cell: Cell, splits: Splits, folder: Path, callbacks: Iterable[TrainerCallback] = ()
+) -> Fitted:
     """Train a cell's model.
 
     Args:
@@ -94,11 +99,12 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
         splits: the training examples, and the held-out ones for methods that fit something after
             training.
         folder: where the adapter goes.
+        callbacks: further callbacks for the `Trainer`.
 
     Raises:
         BaraError: the model, the method or the data cannot be used.
     """
-    recipe = recipe_of(cell, folder)
+    recipe = recipe_of(cell, folder, splits.recipe_task)
     recipe = replace(
         recipe,
         model=str(MODELS[cell.model]()) if cell.model in MODELS else cell.model,
@@ -115,24 +121,26 @@ def fit(cell: Cell, splits: Splits, folder: Path) -> Fitted:
         from bara.bench.images import finetune_images, image_inputs
 
         model: nn.Module = finetune_images(
-            recipe, splits.train, splits.validation, callbacks=[count]
+            recipe, splits.train, splits.validation, callbacks=[count, *callbacks]
         )
         return Fitted(model, image_inputs, count.total)
     from bara.data import tokenise
     from bara.finetune import finetune
     from bara.loading import load_adapter
 
-    if splits.kind == "multiple-choice":
-        recipe = replace(recipe, task="multiple-choice")
-    finetune(recipe, splits.train, splits.validation, callbacks=[count])
+    finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)
     if splits.kind == "multiple-choice":
+        from bara.language import tokenise_language
         from bara.multiple_choice import multiple_choice
+
+        def inputs(table: Dataset) -> Dataset:
+            return tokenise_language(table, tokenizer, task)
 
         def ask(model: nn.Module, questions: list[dict[str, Any]], **options: Any) -> Predictive:
             return multiple_choice(model, tokenizer, questions, **options)
 
-        return Fitted(model, _questions, count.total, ask)
+        return Fitted(model, _questions, count.total, ask, inputs)
 
     def encode(table: Dataset, labels: bool = True) -> Dataset:
         return tokenise(table, tokenizer, task, labels=labels)

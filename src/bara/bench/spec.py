@@ -280,11 +280,12 @@ class Benchmark:
             )
 
 
-def recipe_of(cell: Cell, output: str | Path) -> TrainRecipe:
+def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainRecipe:
     """How `bara.finetune.finetune` trains a cell; the model is still the benchmark's name."""
     return TrainRecipe(
         model=cell.model,
         output=str(output),
+        task=task,
         method=cell.method,
         method_options=cell.method_options,
         model_options=cell.model_options,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bara.bench.hub import HUB_TASKS, load_hub_task
 from bara.errors import BaraError
@@ -42,6 +42,13 @@ class Splits:
         if "choices" in columns:
             return "multiple-choice"
         return "image" if "pixel_values" in columns else "text"
+
+    @property
+    def recipe_task(self) -> str | None:
+        """The task for a `TrainRecipe`; None where it is to be told from the labels."""
+        columns = {"choices": "multiple-choice", "target": "regression"}
+        names = self.train.column_names
+        return next((task for column, task in columns.items() if column in names), None)
 
     def sample(
         self, train_size: int, num_validation: int, num_test: int, seed: int
@@ -127,7 +134,14 @@ def _load_files(folder: Path) -> Splits:
     }
     if "label" in tables["train"].column_names:
         tables = _with_classes(tables)
+    if "choices" in tables["train"].column_names:
+        tables = {split: table.filter(_choices_differ) for split, table in tables.items()}
     return Splits(tables["train"], tables["test"], tables.get("validation"))
+
+
+def _choices_differ(row: Mapping[str, Any]) -> bool:
+    """A question with one choice twice has no single answer."""
+    return len({choice.strip() for choice in row["choices"]}) == len(row["choices"])
 
 
 def _with_classes(tables: dict[str, Dataset]) -> dict[str, Dataset]:

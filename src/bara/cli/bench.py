@@ -55,7 +55,10 @@ def bench(
 
     quieten_libraries()
     benchmarks = [Benchmark.load(file) for file in files]
+    names = [benchmark.name for benchmark in benchmarks]
     for benchmark in benchmarks:
+        if names.count(benchmark.name) > 1:
+            raise BaraError(f"two benchmarks are named {benchmark.name!r}; give one another `name`")
         benchmark.check()
     cells = pending(benchmarks, output)
     if dry_run:

@@ -1,8 +1,18 @@
 """What is fitted after training: a temperature, an ensemble, noise on trained weights."""
 
 from bara.posthoc.ensemble import EnsembleDraws
+from bara.posthoc.laplace import LaplaceOptions, laplace
 from bara.posthoc.temperature import fit_temperature, set_temperature
 from bara.posthoc.tfb import tfb
 from bara.posthoc.weights import Factors, WeightDraws
 
-__all__ = ["EnsembleDraws", "Factors", "WeightDraws", "fit_temperature", "set_temperature", "tfb"]
+__all__ = [
+    "EnsembleDraws",
+    "Factors",
+    "LaplaceOptions",
+    "WeightDraws",
+    "fit_temperature",
+    "laplace",
+    "set_temperature",
+    "tfb",
+]

@@ -6,15 +6,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bara.draws import Draws, DrawSource
 from bara.errors import BaraError
 
 NOISE_FILE = "weight_noise.safetensors"
+LINEARISED = "linearised"
 
 
 @dataclass(frozen=True)
@@ -54,32 +58,76 @@ class WeightDraws(DrawSource):
     Args:
         model: the model whose weights are the mean.
         factors: covariance by parameter name.
+        linearised: predict with the model's first-order expansion around the mean weights, as a
+            Laplace approximation does: logits(W) + J (draw - W). Exact forward-mode
+            differentiation, at about three times the cost of a forward pass.
 
     Raises:
         BaraError: the model has no parameter of such a name.
     """
 
-    def __init__(self, model: nn.Module, factors: Mapping[str, Factors]) -> None:
+    def __init__(
+        self, model: nn.Module, factors: Mapping[str, Factors], linearised: bool = False
+    ) -> None:
         parameters = dict(model.named_parameters())
         if unknown := sorted(factors.keys() - parameters.keys()):
             raise BaraError(f"{NOISE_FILE} has noise for {unknown[0]}, which the model has not")
+        self.model = model
+        self.linearised = linearised
         self.factors = dict(factors)
         self.parameters = {name: parameters[name] for name in factors}
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
         """The model has the weights of draw 0 of `draws`, or with None its mean weights."""
-        means = {name: parameter.data for name, parameter in self.parameters.items()}
-        try:
-            if draws is not None:
-                for name, parameter in self.parameters.items():
-                    mean = means[name]
-                    normal = draws.numbers(name, "normal", tuple(mean.shape), mean.device)[0]
-                    parameter.data = mean + self.factors[name].noise(normal).to(mean.dtype)
+        if draws is None:
             yield
+        elif self.linearised:
+            noise = self._noise(draws)
+
+            def expand(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+                output["logits"] = output["logits"] + self._change(noise, args, kwargs, handle)
+                return output
+
+            handle = self.model.register_forward_hook(expand, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+        else:
+            means = {name: parameter.data for name, parameter in self.parameters.items()}
+            try:
+                for name, noise in self._noise(draws).items():
+                    self.parameters[name].data = means[name] + noise
+                yield
+            finally:
+                for name, parameter in self.parameters.items():
+                    parameter.data = means[name]
+
+    def _noise(self, draws: Draws) -> dict[str, Tensor]:
+        """What draw 0 of `draws` adds to the mean weights."""
+        noise = {}
+        for name, parameter in self.parameters.items():
+            normal = draws.numbers(name, "normal", tuple(parameter.shape), parameter.device)[0]
+            noise[name] = self.factors[name].noise(normal).to(parameter.dtype)
+        return noise
+
+    def _change(
+        self, noise: dict[str, Tensor], args: Any, kwargs: dict[str, Any], handle: Any
+    ) -> Tensor:
+        """J noise, the change of the logits to first order."""
+
+        def logits(weights: dict[str, Tensor]) -> Tensor:
+            return functional_call(self.model, weights, args, kwargs)["logits"]
+
+        means = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        hooks = self.model._forward_hooks
+        hook = hooks.pop(handle.id)  # it is what is running
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+                return jvp(logits, (means,), (noise,))[1]
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = means[name]
+            hooks[handle.id] = hook
 
     def save(self, folder: Path) -> None:
         """Writes the factors to a file in the folder."""
@@ -89,7 +137,8 @@ class WeightDraws(DrawSource):
             for part in fields(factors)
             if (value := getattr(factors, part.name)) is not None
         }
-        save_file(tensors, folder / NOISE_FILE)
+        metadata = {LINEARISED: str(self.linearised)}
+        save_file(tensors, folder / NOISE_FILE, metadata)
 
     @classmethod
     def load(cls, model: nn.Module, folder: Path) -> WeightDraws:
@@ -101,10 +150,12 @@ class WeightDraws(DrawSource):
         path = folder / NOISE_FILE
         parts: dict[str, dict[str, Tensor]] = {}
         try:
-            for key, value in load_file(path).items():
-                name, _, part = key.rpartition("/")
-                parts.setdefault(name, {})[part] = value
+            with safe_open(path, framework="pt") as file:
+                linearised = file.metadata()[LINEARISED] == "True"
+                for key in file.keys():  # noqa: SIM118  (no dictionary)
+                    name, _, part = key.rpartition("/")
+                    parts.setdefault(name, {})[part] = file.get_tensor(key)
             factors = {name: Factors(**values) for name, values in parts.items()}
-        except (OSError, SafetensorError, TypeError) as error:
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
             raise BaraError(f"{path} is missing or damaged; train again or restore it") from error
-        return cls(model, factors)
+        return cls(model, factors, linearised)
