@@ -20,7 +20,14 @@ def train(
     label_column: Annotated[str | None, Option(help="Column with classes or targets.")] = None,
     task: Annotated[str | None, Option(help="classification or regression.")] = None,
     max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,
-    method: Annotated[str | None, Option(help="bara, balora or lora.")] = None,
+    method: Annotated[
+        str | None,
+        Option(
+            help="bara, balora, lora, full, adalora, blob, scalabl, rankwise, mc-dropout, "
+            "ensemble, tfb, laplace, ivon, monteclora or pvera; NAME+temperature also fits a "
+            "temperature on the validation table."
+        ),
+    ] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, Option(help="Peak learning rate.")] = None,
