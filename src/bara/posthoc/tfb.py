@@ -101,7 +101,7 @@ class TfbTrainer(AdapterTrainer):
     def finish(self) -> None:
         data: Any = self.train_dataset
         anchors = data.select(range(min(len(data), self.options.num_anchors)))
-        tfb(self.model, anchors, tolerance=self.options.tolerance)
+        tfb(self.trained, anchors, tolerance=self.options.tolerance)
 
 
 def _directions(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
