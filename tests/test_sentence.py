@@ -1,6 +1,7 @@
 """The classifier on a sentence encoder: what it computes, and its way through training and disk."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_incomplete_and_damaged_encoders_are_refused(encoder_dir):
         load_base(str(encoder_dir), TASK, {})
 
 
-@pytest.mark.parametrize("method", ["lora", "bara"])
+@pytest.mark.parametrize("method", ["lora", "bara", "full"])
 def test_a_saved_adapter_comes_back(encoder_dir, tmp_path, method):
     recipe = TrainRecipe(model=str(encoder_dir), method=method)
     torch.manual_seed(1)
@@ -167,11 +168,24 @@ def test_a_saved_adapter_comes_back(encoder_dir, tmp_path, method):
     torch.manual_seed(2)
     loaded, _, task = load_adapter(tmp_path / "adapter")
     assert task == TASK
-    assert isinstance(loaded.get_base_model(), SentenceClassifier)
+    base = loaded if method == "full" else loaded.get_base_model()
+    assert isinstance(base, SentenceClassifier)
     expected = bara.predict(model, inputs(), num_draws=3)
     torch.testing.assert_close(
         bara.predict(loaded, inputs(), num_draws=3).probs, expected.probs, rtol=0, atol=0
     )
+
+
+def test_a_fully_tuned_model_needs_no_base_and_must_be_whole(encoder_dir, tmp_path):
+    recipe = TrainRecipe(model=str(encoder_dir), method="full")
+    model, tokenizer = build_model(recipe, TASK)
+    save_adapter(tmp_path / "full", model, tokenizer, TASK, recipe)
+    shutil.rmtree(encoder_dir)
+    load_adapter(tmp_path / "full")
+    weights = tmp_path / "full" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(bara.BaraError, match="incomplete or damaged"):
+        load_adapter(tmp_path / "full")
 
 
 def test_a_merged_adapter_can_be_saved(encoder_dir, tmp_path):

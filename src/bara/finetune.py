@@ -247,7 +247,9 @@ def save_adapter(
                 "saved; lower training.learning_rate"
             )
     with atomic_directory(folder) as temporary:
-        options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        options: dict[str, Any] = (
+            {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+        )
         model.save_pretrained(str(temporary), **options)
         source = draw_source(model)
         if isinstance(source, WeightDraws):

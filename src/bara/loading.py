@@ -67,6 +67,7 @@ def load_adapter(
         BaraError: something is missing or damaged, or the adapter does not fit the base model.
     """
     folder = Path(path)
+    model: Any
     if _holds_a_model(folder):
         model, tokenizer, task, recipe = _load_model(folder)
     else:

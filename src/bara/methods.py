@@ -50,7 +50,7 @@ class Method:
         options: dataclass of the method's own options.
         translate: makes the configuration's options of those given and the method's own.
         trainer: how it trains.
-        package: a package it needs, which is in the extra of the method's name.
+        package: a package it needs, which is in the extra of the same name.
     """
 
     summary: str
@@ -67,7 +67,7 @@ class Method:
         """Whether several adapters are trained, one after the other."""
         return issubclass(self.options, EnsembleOptions)
 
-    def check(self, name: str, options: Mapping[str, Any]) -> None:
+    def check(self, options: Mapping[str, Any]) -> None:
         """Raises `BaraError` for an option that is unknown or a package that is missing."""
         known = set(METHOD_DEFAULTS)  # a rank is given to every method, and means nothing to some
         known |= {option.name for option in fields(self.options)}
@@ -76,15 +76,17 @@ class Method:
         refuse_unknown(options, known, "method_options")
         self.own_options(options)
         if self.package and find_spec(self.package) is None:
-            raise BaraError(f"method {name} needs a package: pip install 'bara-peft[{name}]'")
+            raise BaraError(f"the method needs a package: pip install 'bara-peft[{self.package}]'")
 
     def own_options(self, options: Mapping[str, Any]) -> Any:
         """The method's own options, checked."""
         known = {option.name for option in fields(self.options)}
         try:
             return self.options(**{key: value for key, value in options.items() if key in known})
-        except (ValueError, TypeError) as error:
-            raise BaraError(f"method options: {first_line(error)}") from error
+        except BaraError:
+            raise
+        except (ValueError, TypeError) as error:  # PEFT's
+            raise BaraError(f"method_options: {first_line(error)}") from error
 
     def config_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of PEFT's configuration."""

@@ -117,7 +117,7 @@ class TrainRecipe:
             raise BaraError("which model? Give a folder or a hub name with --model")
         from bara.methods import parse_method
 
-        parse_method(self.method)[0].check(self.method, self.method_options)
+        parse_method(self.method)[0].check(self.method_options)
         for name, instead in ELSEWHERE.items():
             if name in self.training:
                 raise BaraError(f"recipe: set `{instead}` instead of training.{name}")

@@ -42,7 +42,9 @@ class RankSpaceVariant(LoraVariant):
             module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
             setattr(module, CONTAINER, nn.ModuleDict())
         posteriors(module)[adapter_name] = posterior
-        posterior.start(module.lora_A[adapter_name].weight)
+        a = module.lora_A[adapter_name].weight
+        assert isinstance(a, Tensor)
+        posterior.start(a)
 
     def forward(  # type: ignore[override]
         self,

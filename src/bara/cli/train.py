@@ -26,7 +26,14 @@ def train(
     ] = None,
     scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
     max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,
-    method: Annotated[str | None, Option(help="bara, balora, certified or lora.")] = None,
+    method: Annotated[
+        str | None,
+        Option(
+            help="bara, balora, lora, full, adalora, blob, scalabl, rankwise, mc-dropout, "
+            "ensemble, tfb, laplace, ivon, monteclora, pvera or certified; NAME+temperature also fits a "
+            "temperature on the validation table."
+        ),
+    ] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
     prior_fraction: Annotated[
         float | None, Option(help="certified only: part of the data to learn the prior on.")

@@ -92,7 +92,7 @@ def laplace(
         )
         approximation.fit(loader)
         if options.prior_precision is None:
-            approximation.optimize_prior_precision(method="marglik")
+            approximation.optimize_prior_precision(pred_type="glm", method="marglik")
     model.train(was_training)
     linearised = options.subset == "adapter"
     attach_draws(model, WeightDraws(model, _factors(model, names, approximation), linearised))
@@ -105,7 +105,7 @@ class LaplaceTrainer(AdapterTrainer):
     weight_noise = True
 
     def finish(self) -> None:
-        laplace(self.model, self.train_dataset, self.options)
+        laplace(self.trained, self.train_dataset, self.options)
 
 
 class _Logits(nn.Module):

@@ -57,7 +57,7 @@ def tfb(
         model: a PEFT model with a LoRA adapter; it gets the draws, and its weights stay the mean.
         data: anchors, as `bara.predict` takes them: training data, or any data of the task.
             Without labels the model's own predictions stand for them.
-        tolerance: bound on (loss(sigma) - loss(0)) / loss(0), the loss being the negative
+        tolerance: bound on (loss(sigma) - loss(0)) / |loss(0)|, the loss being the negative
             log-likelihood of the mixture over `num_draws` draws.
         num_draws, seed, batch_size: those of `bara.predict` in the search.
         bounds: the least and the largest sigma.
@@ -74,9 +74,15 @@ def tfb(
     directions = dict(_directions(model))
     if not directions:
         raise BaraError("tfb: the model has no LoRA adapter on linear or convolution layers")
-    options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size, "progress": False}
+    options: dict[str, Any] = {
+        "num_draws": num_draws,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": False,
+    }
     reference = _labelled(predict(model, data, **options), None)
-    bound = float(negative_log_likelihood(reference)) * (1 + tolerance)
+    loss_without = float(negative_log_likelihood(reference))
+    bound = loss_without + tolerance * abs(loss_without)
 
     def bearable(sigma: float) -> bool:
         _attach(model, directions, sigma)
@@ -101,7 +107,7 @@ class TfbTrainer(AdapterTrainer):
     def finish(self) -> None:
         data: Any = self.train_dataset
         anchors = data.select(range(min(len(data), self.options.num_anchors)))
-        tfb(self.model, anchors, tolerance=self.options.tolerance)
+        tfb(self.trained, anchors, tolerance=self.options.tolerance)
 
 
 def _directions(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -112,7 +118,9 @@ def _directions(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]
         for adapter in module.active_adapters:
             if adapter not in module.lora_A:
                 continue
-            b = module.lora_B[adapter].weight.detach().float().flatten(1)
+            weight = module.lora_B[adapter].weight
+            assert isinstance(weight, Tensor)
+            b = weight.detach().float().flatten(1)
             _, d, v = torch.linalg.svd(b, full_matrices=False)
             inverse = torch.where(d > 1e-6 * d.max(), 1 / d, 0.0)
             yield f"{name}.lora_A.{adapter}.weight", (v.mT.contiguous(), inverse.unsqueeze(1))
@@ -129,5 +137,6 @@ def _labelled(predictive: Predictive, reference: Predictive | None) -> Predictiv
         return predictive
     if reference is not None:
         return replace(predictive, labels=reference.labels)
-    classes = isinstance(predictive, ClassificationPredictive)
-    return replace(predictive, labels=predictive.prediction if classes else predictive.mean)
+    if isinstance(predictive, ClassificationPredictive):
+        return replace(predictive, labels=predictive.prediction)
+    return replace(predictive, labels=predictive.mean)

@@ -97,8 +97,8 @@ class WeightDraws(DrawSource):
         else:
             means = {name: parameter.data for name, parameter in self.parameters.items()}
             try:
-                for name, noise in self._noise(draws).items():
-                    self.parameters[name].data = means[name] + noise
+                for name, change in self._noise(draws).items():
+                    self.parameters[name].data = means[name] + change
                 yield
             finally:
                 for name, parameter in self.parameters.items():

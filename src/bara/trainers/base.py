@@ -46,6 +46,12 @@ class AdapterTrainer(Trainer):
         self.add_callback(TrainingProgress())
         self.remove_callback(PrinterCallback)
 
+    @property
+    def trained(self) -> nn.Module:
+        """The model, which `Trainer` declares optional."""
+        assert self.model is not None
+        return self.model
+
     def finish(self) -> None:
         """What a method does after training: it attaches its draws to the model."""
 

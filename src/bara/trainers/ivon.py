@@ -56,7 +56,7 @@ class IvonTrainer(AdapterTrainer):
         if self.optimizer is None:
             options = self.options
             self.optimizer = IVON(
-                [p for p in self.model.parameters() if p.requires_grad],
+                [p for p in self.trained.parameters() if p.requires_grad],
                 lr=self.args.learning_rate / options.clip_radius,
                 ess=options.ess,
                 hess_init=options.hess_init,
@@ -73,7 +73,8 @@ class IvonTrainer(AdapterTrainer):
             return super().training_step(*args, **kwargs)
 
     def finish(self) -> None:
-        attach_draws(self.model, WeightDraws(self.model, ivon_factors(self.model, self._ivon())))
+        model = self.trained
+        attach_draws(model, WeightDraws(model, ivon_factors(model, self._ivon())))
 
     def _ivon(self) -> Any:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it

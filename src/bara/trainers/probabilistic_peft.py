@@ -15,7 +15,7 @@ from bara.draws import Draws, DrawSource, attach_draws, generator
 from bara.trainers.base import AdapterTrainer
 
 
-class MontecloraTrainer(MontecloraTrainerMixin, AdapterTrainer):
+class MontecloraTrainer(MontecloraTrainerMixin, AdapterTrainer):  # type: ignore[misc]
     """Adds MonteCLoRA's regulariser to the loss. PEFT predicts with the mean alone."""
 
 
@@ -53,7 +53,7 @@ class PveraTrainer(AdapterTrainer):
     """PEFT's PVeRA, whose draws `bara.predict` uses."""
 
     def finish(self) -> None:
-        attach_draws(self.model, PveraDraws(self.model))
+        attach_draws(self.trained, PveraDraws(self.trained))
 
 
 def monteclora_options(options: dict[str, Any], own: Any) -> dict[str, Any]:
