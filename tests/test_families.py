@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 import bara
 from bara.distributions import log_uniform_kl
-from bara.draws import FreshNoise
+from bara.draws import FixedNoise, FreshNoise
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
 
 CPU = torch.device("cpu")
@@ -236,3 +236,33 @@ def test_mc_dropout_trains_with_dropout_and_without_warnings(recwarn):
         losses.append(data.item())
     assert len(set(losses)) == 3
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("method", ["blob", "rankwise", "scalabl", "mc-dropout"])
+@pytest.mark.parametrize("kind", ["layer", "conv"])
+def test_a_draw_as_plain_lora_is_the_sampled_forward(method, kind):
+    torch.manual_seed(0)
+    net = TinyNet() if kind == "layer" else TinyConv()
+    name, inputs = (
+        ("x", torch.randn(3, 4, 6))
+        if kind == "layer"
+        else ("pixel_values", torch.randn(3, 3, 5, 5))
+    )
+    model = stir(adapt(net, method, target_modules=[kind])).eval()
+    layer, posterior = layer_posterior(model)
+    a_module, b_module = layer.lora_A["default"], layer.lora_B["default"]
+    outputs = []
+    layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad(), bara.sampling(model, num_draws=2, seed=5) as draws:
+        model(**{name: inputs.repeat(2, *[1] * (inputs.dim() - 1))})
+        for d in range(2):
+            noise = FixedNoise(draws, torch.tensor([d]), kind)
+            a, scale = posterior.lora_draw(a_module.weight, noise)
+            b = b_module.weight
+            if scale is not None:
+                b = b * scale.reshape(1, -1, *[1] * (b.dim() - 2))
+            u = torch.func.functional_call(a_module, {"weight": a}, (inputs,))
+            update = torch.func.functional_call(b_module, {"weight": b}, (u,))
+            expected = layer.base_layer(inputs) + layer.scaling["default"] * update
+            drawn = outputs[0][3 * d : 3 * d + 3]
+            torch.testing.assert_close(drawn, expected, atol=1e-5, rtol=1e-4)

@@ -167,12 +167,8 @@ def _loading(config: BayesianConfig, folder: str, imports: str, use: str) -> str
 def _metrics_section(metrics: Mapping[str, float], num_draws: int | None, data: str | None) -> str:
     where = _where(data) + (f"{num_draws} posterior draws." if num_draws else "")
     rows = _rows({name: f"{value:.4f}" for name, value in metrics.items()})
-    lines = ["## Calibration metrics
-", f"{where}
-", "| metric | value |", "|---|---|", rows]
-    return "
-".join(lines) + "
-"
+    lines = ["## Calibration metrics\n", f"{where}\n", "| metric | value |", "|---|---|", rows]
+    return "\n".join(lines) + "\n"
 
 
 def _rank_section(rank: EffectiveRank, data: str | None) -> str:

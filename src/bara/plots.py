@@ -184,7 +184,9 @@ def effective_rank_shift(ranks: Mapping[str, EffectiveRank], theme: Theme = LIGH
     low = min(v.min().item() for v in values)
     high = max(v.max().item() for v in values)
     edges = torch.linspace(low - 1e-3, high + 1e-3, 26)
-    for style, (name, rank), value in zip(series_styles(theme), ranks.items(), values, strict=False):
+    for style, (name, rank), value in zip(
+        series_styles(theme), ranks.items(), values, strict=False
+    ):
         counts, _ = torch.histogram(value.float(), edges)
         label = f"{name} (mean {rank.s_bar:.2f})"
         look = {"color": style["color"], "ls": style["line"], "lw": 2}

@@ -42,9 +42,10 @@ class RankSpaceVariant(LoraVariant):
             module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
             setattr(module, CONTAINER, nn.ModuleDict())
         posteriors(module)[adapter_name] = posterior
-        a = module.lora_A[adapter_name].weight
+        a, b = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         assert isinstance(a, Tensor)
-        posterior.start(a)
+        assert isinstance(b, Tensor)
+        posterior.start(a, b)
 
     def forward(  # type: ignore[override]
         self,
@@ -291,8 +292,6 @@ class BayesianLoraModel(LoraModel):
         elbo = self.elbo
         elbo.configs[adapter_name] = lora_config
         posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)
-        lora_b: Any = layer.lora_B[adapter_name]
-        posterior.bind(lora_b.weight)
         frozen = {adapter_name: lora_config.FROZEN}
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}
         variant = RankSpaceVariant(current_key, elbo)

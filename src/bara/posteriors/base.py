@@ -116,9 +116,6 @@ class Posterior(nn.Module):
         self.granularity = granularity
         self.calibrated: Tensor | None = None
 
-    def bind(self, b: Tensor) -> None:
-        """Told B's weight once, when the layer is made: for what has its shape."""
-
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         """Applies a draw of the posterior, or its mean when `noise` is None.
 
@@ -129,8 +126,13 @@ class Posterior(nn.Module):
         """
         raise NotImplementedError
 
-    def start(self, a: Tensor) -> None:
-        """Called once with the new layer's A, (r, d_in, ...), which it may change in place."""
+    def start(self, a: Tensor, b: Tensor) -> None:
+        """Called once, for parameters in the shape of A or B.
+
+        Args:
+            a: the new layer's A, (r, d_in, ...), which may be changed in place.
+            b: its B, (d_out, r, ...).
+        """
 
     def open_probability(self, space: RankSpace) -> Tensor:
         """P(factor k is active), (B, 1 or T, r); all ones for a family without gates."""

@@ -23,7 +23,7 @@ class BlobPosterior(Posterior):
         super().__init__(rank, granularity)
         self.config = config
 
-    def start(self, a: Tensor) -> None:
+    def start(self, a: Tensor, b: Tensor) -> None:
         g = torch.empty_like(a, dtype=torch.float32)
         nn.init.uniform_(g, self.config.init_noise / math.sqrt(2), self.config.init_noise)
         self.noise_root = nn.Parameter(g)
@@ -42,3 +42,6 @@ class BlobPosterior(Posterior):
 
     def mean_scale(self) -> Tensor | None:
         return None
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        return a + (self.std() * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None

@@ -40,7 +40,7 @@ class CertifiedPosterior(Posterior):
         self.register_buffer("prior_logit", torch.full((rank,), odds))
         self.register_buffer("prior_log_std", torch.full((rank,), math.log(config.prior_std)))
 
-    def bind(self, b: Tensor) -> None:
+    def start(self, a: Tensor, b: Tensor) -> None:
         if b.dim() != 2:
             raise BaraError("CertifiedConfig adapts linear layers only; target others no more.")
         self.register_buffer("prior_mean", torch.zeros_like(b))

@@ -23,12 +23,21 @@ class McDropoutPosterior(Posterior):
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None:
             return PosteriorOutput(space.u, None, None, None)
-        rate, x = self.config.dropout_rate, space.x
+        x = space.x
         channel = -1 if space.a.dim() == 2 else 1
-        mask = noise.uniform("mask", (x.shape[channel],)).ge(rate) / (1 - rate)
+        mask = self._mask(x.shape[channel], noise)
         mask = mask.unsqueeze(1) if channel == -1 else trailing(mask, x.dim())
         x = x * mask.to(x.dtype)
         return PosteriorOutput(space.project(x, space.a.to(x.dtype)), None, None, None)
 
     def mean_scale(self) -> Tensor | None:
         return None
+
+    def _mask(self, features: int, noise: Noise) -> Tensor:
+        """What each input feature is multiplied by, (B, features): 0, or 1 / (1 - rate)."""
+        rate = self.config.dropout_rate
+        return noise.uniform("mask", (features,)).ge(rate) / (1 - rate)
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        mask = self._mask(a.shape[1], noise)[0]
+        return a * trailing(mask, a.dim() - 1).to(a.dtype), None

@@ -52,3 +52,7 @@ class RankwisePosterior(Posterior):
 
     def mean_scale(self) -> Tensor | None:
         return None
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        std = trailing(self.variance().sqrt(), a.dim())
+        return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None

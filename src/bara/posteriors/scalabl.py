@@ -31,7 +31,7 @@ class ScalablPosterior(Posterior):
         self.log_mean = nn.Parameter(torch.zeros(rank))
         self.log_std = nn.Parameter(torch.full((rank,), math.log(config.init_noise) / SCALE))
 
-    def start(self, a: Tensor) -> None:
+    def start(self, a: Tensor, b: Tensor) -> None:
         matrix = wide(a.detach()).flatten(1)
         if matrix.shape[0] > matrix.shape[1]:
             raise BaraError(f"ScalaBL: r = {self.rank} exceeds a layer's {matrix.shape[1]} inputs.")
@@ -59,3 +59,6 @@ class ScalablPosterior(Posterior):
 
     def mean_scale(self) -> Tensor | None:
         return self.mean()
+
+    def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        return a, self.mean() + self.std() * noise.normal("s", (self.rank,))[0]
