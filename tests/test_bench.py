@@ -241,6 +241,7 @@ def test_ray_runs_the_same_cells(tmp_path: Path, tiny_model_dir: Path):
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,
+        _system_config={"worker_niceness": 0},
         runtime_env={"env_vars": environment},
     )
     try:
