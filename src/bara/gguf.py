@@ -41,7 +41,7 @@ def load_gguf(origin: Mapping[str, str], options: Mapping[str, Any]) -> PreTrain
     from transformers import AutoModelForCausalLM, GgufConfig
 
     with redirect_stderr(StringIO()):  # a progress bar that no option switches off
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             **origin, quantization_config=GgufConfig(dequantize=True), **options
         )
     # it has become an ordinary model, and may be trained and saved

@@ -47,8 +47,8 @@ class Question(NamedTuple):
         Raises:
             BaraError: one of them is missing or makes no sense; `where` begins the message.
         """
-        question, choices = record.get("question"), record.get("choices")
-        answer = record.get("answer")
+        question, answer = record.get("question"), record.get("answer")
+        choices: Any = record.get("choices")
         if not isinstance(question, str) or not question.strip():
             raise BaraError(f"{where} needs a text under 'question'.")
         texts = isinstance(choices, Sequence) and not isinstance(choices, str)
