@@ -264,7 +264,7 @@ class DrawSampler:
         pieces = Pieces(self.tokenizer)
         return Generation(
             prompt=prompt,
-            text=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            text=str(self.tokenizer.decode(tokens, skip_special_tokens=True)),
             tokens=tokens,
             pieces=tuple(pieces.add(token) for token in tokens.tolist()),
             token_log_probs=torch.stack(

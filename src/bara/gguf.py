@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bara.errors import BaraError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def source(name: str) -> dict[str, str]:
@@ -22,6 +29,26 @@ def source(name: str) -> dict[str, str]:
     if find_spec("gguf") is None:
         raise BaraError("a .gguf model needs the package gguf: pip install 'bara-peft[llm]'")
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def load_gguf(origin: Mapping[str, str], options: Mapping[str, Any]) -> PreTrainedModel:
+    """The language model in a GGUF file, its weights unpacked to ordinary ones.
+
+    Args:
+        origin: what `source` returned.
+        options: further arguments of `from_pretrained`.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    with redirect_stderr(StringIO()):  # a progress bar that no option switches off
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **origin, quantization_config=GgufConfig(dequantize=True), **options
+        )
+    # it has become an ordinary model, and may be trained and saved
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def smollm2_path() -> Path:

@@ -111,9 +111,9 @@ def prompt_and_completion(
             raise BaraError("the chat template does not keep the prompt when an answer follows")
         return prompt, whole[len(prompt) :]
     end = tokenizer.eos_token or ""
-    prompt, completion, text = (row.get(name) for name in ("prompt", "completion", "text"))
-    if isinstance(prompt, str) and isinstance(completion, str) and prompt and completion:
-        return prompt, completion + end
+    given, completion, text = (row.get(name) for name in ("prompt", "completion", "text"))
+    if isinstance(given, str) and isinstance(completion, str) and given and completion:
+        return given, completion + end
     if isinstance(text, str) and text.strip():
         return "", text + end
     raise BaraError("give texts under 'prompt' and 'completion', or 'text', or 'messages'")

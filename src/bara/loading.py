@@ -24,7 +24,7 @@ import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data import TextTask, first_line
 from bara.draws import attach_draws
 from bara.errors import BaraError
-from bara.gguf import source
+from bara.gguf import load_gguf, source
 from bara.language import LANGUAGE_TASKS, LanguageTask
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
@@ -296,7 +296,10 @@ def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """
     origin = source(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(**origin, **options)
+        if "gguf_file" in origin:
+            model = load_gguf(origin, options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(**origin, **options)
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
     model.name_or_path = name  # PEFT notes it for those who load the adapter

@@ -47,8 +47,8 @@ class Question(NamedTuple):
         Raises:
             BaraError: one of them is missing or makes no sense; `where` begins the message.
         """
-        question, choices = record.get("question"), record.get("choices")
-        answer = record.get("answer")
+        question, answer = record.get("question"), record.get("answer")
+        choices: Any = record.get("choices")
         if not isinstance(question, str) or not question.strip():
             raise BaraError(f"{where} needs a text under 'question'.")
         texts = isinstance(choices, Sequence) and not isinstance(choices, str)
@@ -219,13 +219,15 @@ def _scores(
     lengths = torch.tensor([len(choice) for choice in choices])
     tokens = pad_sequence(choices, batch_first=True, padding_value=0)
     rows = (owner + len(encoded) * torch.arange(num_draws).unsqueeze(1)).flatten().to(device)
-    log_probs = _finite(output.logits[:, -1:])[rows]
+    inside = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+    chosen = tokens.repeat(num_draws, 1).to(device)
+    first = _log_prob(output.logits[:, -1], rows, chosen[:, 0])
+    log_probs = first.unsqueeze(1)
     if tokens.shape[1] > 1:
         output.past_key_values.batch_select_indices(rows)
-        known = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
         following = {
             "input_ids": tokens[:, :-1],
-            "attention_mask": torch.cat([mask[owner], known[:, :-1].long()], dim=1),
+            "attention_mask": torch.cat([mask[owner], inside[:, :-1].long()], dim=1),
             "position_ids": mask.sum(1)[owner].unsqueeze(1) + torch.arange(tokens.shape[1] - 1),
         }
         later = model(
@@ -233,18 +235,22 @@ def _scores(
             past_key_values=output.past_key_values,
             use_cache=True,
         )
-        log_probs = torch.cat([log_probs, _finite(later.logits)], dim=1)
-    log_probs = log_probs.view(num_draws, len(choices), *log_probs.shape[1:]).cpu()
-    index = tokens.expand(num_draws, -1, -1).unsqueeze(-1)
-    chosen = log_probs.gather(-1, index).squeeze(-1)
-    inside = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-    means = torch.where(inside, chosen, 0).sum(-1) / lengths
+        steps = torch.arange(len(rows), device=device)
+        others = [
+            _log_prob(later.logits[:, t - 1], steps, chosen[:, t])
+            for t in range(1, chosen.shape[1])
+        ]
+        log_probs = torch.cat([log_probs, torch.stack(others, dim=1)], dim=1)
+    log_probs = log_probs.view(num_draws, *tokens.shape).cpu()
+    means = torch.where(inside, log_probs, 0).sum(-1) / lengths
     return list(means.split(sizes, dim=1))
 
 
-def _finite(logits: Tensor) -> Tensor:
+def _log_prob(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of a token under each of some rows of logits (n, V)."""
     if not torch.isfinite(logits).all():
         raise BaraError(
             "The model's logits are not finite: the adapter was damaged or training diverged."
         )
-    return logits.float().log_softmax(-1)
+    logits = logits.float()
+    return logits[rows, tokens] - logits.logsumexp(-1)[rows]

@@ -113,7 +113,8 @@ def require_decoder(model: nn.Module, purpose: str) -> Any:
     Raises:
         BaraError: it is a classifier, an encoder or an encoder-decoder.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
     generates = callable(getattr(base, "can_generate", None)) and base.can_generate()
     if not generates:
         raise BaraError(

@@ -19,7 +19,7 @@ from bara.data import TextTask, tokenise
 from bara.examples_data import load_news, load_sentiment, minilm_path
 from bara.files import atomic_write_text
 from bara.finetune import finetune
-from bara.loading import load_adapter, read_shapes
+from bara.loading import load_adapter, read_shapes, text_task
 from bara.metrics import Evaluation
 from bara.plots import (
     effective_rank_heatmap,
@@ -86,7 +86,8 @@ def run_method(
     start = time.perf_counter()
     finetune(recipe, train, overwrite=True)
     seconds = time.perf_counter() - start
-    model, tokenizer, task = load_adapter(folder)
+    model, tokenizer, loaded = load_adapter(folder)
+    task = text_task(loaded, "quickstart")
     inputs = tokenise(test, tokenizer, task)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         evaluation = evaluate(
