@@ -22,11 +22,11 @@ from transformers import (
 
 from bara.certified import prepare
 from bara.configs import BayesianConfig, CertifiedConfig
-from bara.data import TextTask, first_line, load_table, tokenise
+from bara.data import TextTask, first_line, load_table
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
-from bara.language import LANGUAGE_TASKS, LanguageTask, tokenise_language
+from bara.language import LANGUAGE_TASKS, LanguageTask
 from bara.loading import (
     CONFIG_FILE,
     RECIPE_FILE,
@@ -34,6 +34,8 @@ from bara.loading import (
     Task,
     load_base,
     load_tokenizer,
+    model_inputs,
+    text_task,
 )
 from bara.methods import Method, parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
@@ -110,11 +112,11 @@ def finetune(
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
-        prepare(model, recipe, train, task, learn)
+        prepare(model, recipe, train, text_task(task, "certify"), learn)
     language = isinstance(task, LanguageTask)
     data = {
-        "train_dataset": _inputs(train, tokenizer, task),
-        "eval_dataset": None if validation is None else _inputs(validation, tokenizer, task),
+        "train_dataset": model_inputs(train, tokenizer, task),
+        "eval_dataset": None if validation is None else model_inputs(validation, tokenizer, task),
         "data_collator": (DataCollatorForSeq2Seq if language else DataCollatorWithPadding)(
             tokenizer
         ),
@@ -190,12 +192,6 @@ def _task(recipe: TrainRecipe, train: Dataset) -> Task:
         task=recipe.task,  # type: ignore[arg-type]  # checked there
         max_length=recipe.max_length,
     )
-
-
-def _inputs(table: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task) -> Dataset:
-    if isinstance(task, LanguageTask):
-        return tokenise_language(table, tokenizer, task)
-    return tokenise(table, tokenizer, task)
 
 
 def build_model(recipe: TrainRecipe, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:

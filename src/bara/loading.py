@@ -21,11 +21,11 @@ from transformers import (
 )
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
-from bara.data import TextTask, first_line
+from bara.data import TextTask, first_line, tokenise
 from bara.draws import attach_draws
 from bara.errors import BaraError
 from bara.gguf import load_gguf, source
-from bara.language import LANGUAGE_TASKS, LanguageTask
+from bara.language import LANGUAGE_TASKS, LanguageTask, tokenise_language
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import load_temperature
@@ -35,6 +35,7 @@ from bara.sentence import SentenceClassifier, is_sentence_encoder
 from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG_FILE = "adapter_config.json"
@@ -184,6 +185,25 @@ def text_task(task: Task, command: str) -> TextTask:
             f"{task.task}: use `bara generate`"
         )
     return task
+
+
+def model_inputs(
+    table: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, *, labels: bool = True
+) -> Dataset:
+    """A table as the model of a task reads it.
+
+    Args:
+        table: its rows.
+        tokenizer: the model's.
+        task: what the model is for.
+        labels: keep the labels; a language model's inputs always have theirs.
+
+    Raises:
+        BaraError: see `bara.data.tokenise` and `bara.language.tokenise_language`.
+    """
+    if isinstance(task, LanguageTask):
+        return tokenise_language(table, tokenizer, task)
+    return tokenise(table, tokenizer, task, labels=labels)
 
 
 def read_config(folder: Path) -> PeftConfig:

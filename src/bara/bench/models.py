@@ -124,18 +124,16 @@ def fit(
             recipe, splits.train, splits.validation, callbacks=[count, *callbacks]
         )
         return Fitted(model, image_inputs, count.total)
-    from bara.data import tokenise
     from bara.finetune import finetune
-    from bara.loading import load_adapter
+    from bara.loading import load_adapter, model_inputs
 
     finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)
     if splits.kind == "multiple-choice":
-        from bara.language import tokenise_language
         from bara.multiple_choice import multiple_choice
 
         def inputs(table: Dataset) -> Dataset:
-            return tokenise_language(table, tokenizer, task)
+            return model_inputs(table, tokenizer, task)
 
         def ask(model: nn.Module, questions: list[dict[str, Any]], **options: Any) -> Predictive:
             return multiple_choice(model, tokenizer, questions, **options)
@@ -143,7 +141,7 @@ def fit(
         return Fitted(model, _questions, count.total, ask, inputs)
 
     def encode(table: Dataset, labels: bool = True) -> Dataset:
-        return tokenise(table, tokenizer, task, labels=labels)
+        return model_inputs(table, tokenizer, task, labels=labels)
 
     return Fitted(model, encode, count.total)
 

@@ -54,7 +54,7 @@ def certify(
     from bara.data import TextTask, load_table, tokenise
     from bara.errors import BaraError
     from bara.files import atomic_write_text
-    from bara.loading import TASK_FILE, load_adapter, read_config
+    from bara.loading import TASK_FILE, load_adapter, read_config, text_task
 
     quieten_libraries()
     if output is not None and output.exists() and not force:
@@ -65,7 +65,7 @@ def certify(
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     certificate = certify_inputs(
         model,
-        tokenise(rows, tokenizer, task),
+        tokenise(rows, tokenizer, text_task(task, "certify")),
         delta=delta,
         num_draws=num_draws,
         seed=seed,

@@ -26,8 +26,9 @@ def ranks(
 
     from bara.adapters import require_new
     from bara.cli.terminal import quieten_libraries, update_card
-    from bara.data import load_table, tokenise
-    from bara.loading import load_adapter
+    from bara.data import load_table
+    from bara.language import LanguageTask
+    from bara.loading import load_adapter, model_inputs
     from bara.prediction import predict
     from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report
     from bara.ranks import effective_rank
@@ -36,23 +37,25 @@ def ranks(
     require_new(output, force)
     tables = [load_table(name, split=split) for name in (data, against) if name is not None]
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
-    labelled = task.label_column in tables[0].column_names
-    inputs = [tokenise(table, tokenizer, task, labels=False) for table in tables]
+    inputs = [model_inputs(table, tokenizer, task, labels=False) for table in tables]
     measured = [
         effective_rank(model, part, num_draws=num_draws, seed=seed, batch_size=batch_size)
         for part in inputs
     ]
     errors = None
-    if labelled:
-        whole = tokenise(tables[0], tokenizer, task)
+    if not isinstance(task, LanguageTask) and task.label_column in tables[0].column_names:
+        whole = model_inputs(tables[0], tokenizer, task)
         draws: dict[str, Any] = {
             "num_draws": max(1, num_draws),
             "seed": seed,
             "batch_size": batch_size,
         }
         errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
-    columns = [task.text_column, *filter(None, [task.text_pair_column])]
-    texts = [" | ".join(str(row[column]) for column in columns) for row in tables[0]]
+    if isinstance(task, LanguageTask):
+        texts = [tokenizer.decode(row["input_ids"]) for row in inputs[0]]
+    else:
+        columns = [task.text_column, *filter(None, [task.text_pair_column])]
+        texts = [" | ".join(str(row[column]) for column in columns) for row in tables[0]]
     other = None if against is None else (Path(against).name, measured[1])
     report = RankReport(Path(data).name, measured[0], texts, other, errors)
     notes = [

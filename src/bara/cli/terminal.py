@@ -41,12 +41,13 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     Raises:
         BaraError: a table cannot be read, or there are fewer than two texts to share out.
     """
-    from bara.data import load_table, tokenise
+    from bara.data import load_table
     from bara.errors import BaraError
+    from bara.loading import model_inputs
 
-    inputs = tokenise(load_table(data), tokenizer, task, labels=False)
+    inputs = model_inputs(load_table(data), tokenizer, task, labels=False)
     if held_out is not None:
-        return inputs, tokenise(load_table(held_out), tokenizer, task, labels=False)
+        return inputs, model_inputs(load_table(held_out), tokenizer, task, labels=False)
     if len(inputs) < 2:
         raise BaraError(f"{data} has one text: give two at least, or --held-out")
     numbers = range(len(inputs))
