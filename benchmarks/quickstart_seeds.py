@@ -119,7 +119,8 @@ def write_table(cells: list[dict[str, Any]], epochs: float) -> None:
         "`benchmarks/results/quickstart_seeds.jsonl`; do not edit.",
         "",
         f"Mean ± standard error over {len(seeds)} seeds, each with its own 300 training and "
-        f"{NUM_TEST} test tweets and 300 news texts; MiniLM-L6, r = 8, {epochs:g} epochs, 10 draws.",
+        f"{NUM_TEST} test tweets and 300 news texts; MiniLM-L6, r = 8, {epochs:g} epochs, "
+        "10 draws.",
         "",
         f"| | {heading} |",
         "|---" * (len(METRICS) + 1) + "|",

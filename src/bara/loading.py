@@ -69,6 +69,7 @@ def load_adapter(
     """
     folder = Path(path)
     model: Any
+    task: Task
     if _holds_a_model(folder):
         model, tokenizer, task, recipe = _load_model(folder)
     else:

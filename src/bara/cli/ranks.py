@@ -52,7 +52,7 @@ def ranks(
         }
         errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
     if isinstance(task, LanguageTask):
-        texts = [tokenizer.decode(row["input_ids"]) for row in inputs[0]]
+        texts = [str(tokenizer.decode(row["input_ids"])) for row in inputs[0]]
     else:
         columns = [task.text_column, *filter(None, [task.text_pair_column])]
         texts = [" | ".join(str(row[column]) for column in columns) for row in tables[0]]

@@ -30,8 +30,8 @@ def train(
         str | None,
         Option(
             help="bara, balora, lora, full, adalora, blob, scalabl, rankwise, mc-dropout, "
-            "ensemble, tfb, laplace, ivon, monteclora, pvera or certified; NAME+temperature also fits a "
-            "temperature on the validation table."
+            "ensemble, tfb, laplace, ivon, monteclora, pvera or certified; NAME+temperature also "
+            "fits a temperature on the validation table."
         ),
     ] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
