@@ -22,7 +22,7 @@ import bara
 from bara.cli.terminal import quieten_libraries
 from bara.files import atomic_write_text
 from bara.finetune import attention_projections
-from bara.gguf import smollm2_path
+from bara.language.gguf import smollm2_path
 from bara.loading import load_causal_lm, load_tokenizer
 from bara.quickstart import versions
 

@@ -24,11 +24,11 @@ from bara.cli.terminal import quieten_libraries
 from bara.data import load_table
 from bara.files import atomic_write_text
 from bara.finetune import finetune
-from bara.gguf import smollm2_path
-from bara.language import LanguageTask, questions
+from bara.language.gguf import smollm2_path
+from bara.language.multiple_choice import multiple_choice
+from bara.language.tasks import LanguageTask, questions
 from bara.loading import load_adapter, load_causal_lm, load_tokenizer
 from bara.metrics import classification_metrics
-from bara.multiple_choice import multiple_choice
 from bara.quickstart import fast_bfloat16, versions
 from bara.recipe import TrainRecipe
 

@@ -12,7 +12,7 @@ import torch
 import bara
 from bara import BaraError
 from bara.cli import main
-from bara.gguf import smollm2_path
+from bara.language.gguf import smollm2_path
 from bara.loading import load_adapter, load_causal_lm
 from conftest import write_jsonl
 from language_models import tiny_lm

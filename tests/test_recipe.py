@@ -9,7 +9,8 @@ import peft
 import pytest
 
 from bara import BaraConfig, BaraError
-from bara.recipe import TrainRecipe, config_class, parse_yaml
+from bara.methods import METHODS, parse_method
+from bara.recipe import TrainRecipe, parse_yaml
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def test_missing_recipe_is_one_line(tmp_path: Path) -> None:
 
 
 def test_methods() -> None:
-    assert config_class("lora") is peft.LoraConfig
-    assert config_class("bara") is BaraConfig
+    assert parse_method("lora")[0].config is peft.LoraConfig
+    assert parse_method("BARA+temperature") == (METHODS["bara"], True)
+    assert METHODS["bara"].config is BaraConfig
     TrainRecipe(model="m", method="balora").check()

@@ -14,15 +14,15 @@ from bara.configs import (
 )
 from bara.errors import BaraError
 from bara.export import export_lora
-from bara.generation import Generation, generate
-from bara.multiple_choice import multiple_choice
+from bara.language.generation import Generation, generate
+from bara.language.multiple_choice import multiple_choice
+from bara.language.streaming import StreamedToken, generate_stream
 from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
 from bara.sampling import sampling
-from bara.streaming import StreamedToken, generate_stream
-from bara.trainer import KLMixin
+from bara.trainers.kl_mixin import KLMixin
 from bara.training import (
     BayesianCallback,
     elbo_loss,

@@ -26,7 +26,7 @@ from bara.data import TextTask, first_line, load_table
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
-from bara.language import LANGUAGE_TASKS, LanguageTask
+from bara.language.tasks import LANGUAGE_TASKS, LanguageTask
 from bara.loading import (
     CONFIG_FILE,
     RECIPE_FILE,

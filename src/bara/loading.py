@@ -24,8 +24,8 @@ import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data import TextTask, first_line, tokenise
 from bara.draws import attach_draws
 from bara.errors import BaraError
-from bara.gguf import load_gguf, source
-from bara.language import LANGUAGE_TASKS, LanguageTask, tokenise_language
+from bara.language.gguf import load_gguf, source
+from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, tokenise_language
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import load_temperature
@@ -200,7 +200,7 @@ def model_inputs(
         labels: keep the labels; a language model's inputs always have theirs.
 
     Raises:
-        BaraError: see `bara.data.tokenise` and `bara.language.tokenise_language`.
+        BaraError: see `bara.data.tokenise` and `bara.language.tasks.tokenise_language`.
     """
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)

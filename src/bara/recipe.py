@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from bara.errors import BaraError
-from bara.language import LANGUAGE_TASKS
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from bara.language.tasks import LANGUAGE_TASKS
 
 METHOD_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16}
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -60,7 +57,7 @@ class TrainRecipe:
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
             `bara.data.TextTask.infer`. For `task` causal-lm or multiple-choice see
-            `bara.language.LanguageTask`, which has fixed columns.
+            `bara.language.tasks.LanguageTask`, which has fixed columns.
         scoring: for multiple choice, `text` or `letter`.
         method: a name of `bara.methods.METHODS`, with the suffix `+temperature` for a temperature
             fitted on the validation table.
@@ -200,17 +197,6 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, of safe types only."""
     return yaml.load(text, Loader=_Loader)
-
-
-def config_class(method: str) -> type[PeftConfig] | None:
-    """The configuration class of a method; None for full fine-tuning.
-
-    Raises:
-        BaraError: there is no such method.
-    """
-    from bara.methods import parse_method
-
-    return parse_method(method)[0].config
 
 
 def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str) -> None:

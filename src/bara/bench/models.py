@@ -24,7 +24,7 @@ from bara.ranks import EffectiveRank, effective_rank
 
 
 def _smollm2_path() -> Path:
-    from bara.gguf import smollm2_path
+    from bara.language.gguf import smollm2_path
 
     return smollm2_path()
 
@@ -130,7 +130,7 @@ def fit(
     finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)
     if splits.kind == "multiple-choice":
-        from bara.multiple_choice import multiple_choice
+        from bara.language.multiple_choice import multiple_choice
 
         def inputs(table: Dataset) -> Dataset:
             return model_inputs(table, tokenizer, task)

@@ -86,10 +86,10 @@ def _evaluate(
     """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
     from bara.data import tokenise
     from bara.errors import BaraError
-    from bara.language import LanguageTask, questions, tokenise_language
-    from bara.language_evaluation import answer_losses, token_metrics
+    from bara.language.evaluation import answer_losses, token_metrics
+    from bara.language.multiple_choice import multiple_choice
+    from bara.language.tasks import LanguageTask, questions, tokenise_language
     from bara.metrics import classification_metrics
-    from bara.multiple_choice import multiple_choice
     from bara.prediction import evaluate as evaluate_inputs
 
     if not isinstance(task, LanguageTask):

@@ -112,8 +112,8 @@ def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 def _answers(
     model: Any, tokenizer: Any, chunks: Any, settings: dict[str, Any], threshold: Any
 ) -> Iterator[str]:
-    from bara.generation import generate as generate_answers
-    from bara.language import row_prompt
+    from bara.language.generation import generate as generate_answers
+    from bara.language.tasks import row_prompt
 
     done = 0
     for chunk in chunks:
@@ -146,7 +146,7 @@ def _show(model: Any, tokenizer: Any, prompt: Any, settings: dict[str, Any], thr
     from rich.console import Console
     from rich.text import Text
 
-    from bara.streaming import generate_stream
+    from bara.language.streaming import generate_stream
 
     console = Console(highlight=False)
     tokens = []
@@ -174,7 +174,7 @@ def _talk(model: Any, tokenizer: Any, settings: dict[str, Any], threshold: Any) 
     """A conversation in the terminal, until an empty line or the end of input."""
     from rich.console import Console
 
-    from bara.prompts import render_chat
+    from bara.language.prompts import render_chat
 
     console = Console()
     messages: list[dict[str, str]] = []

@@ -83,9 +83,9 @@ def _predict(
     model: Any, tokenizer: Any, task: Any, table: Any, first_row: int, options: dict[str, Any]
 ) -> Any:
     from bara.data import tokenise
-    from bara.language import LanguageTask, questions
+    from bara.language.multiple_choice import multiple_choice
+    from bara.language.tasks import LanguageTask, questions
     from bara.loading import text_task
-    from bara.multiple_choice import multiple_choice
     from bara.prediction import predict as predict_texts
 
     if isinstance(task, LanguageTask) and task.task == "multiple-choice":

@@ -27,7 +27,7 @@ def ranks(
     from bara.adapters import require_new
     from bara.cli.terminal import quieten_libraries, update_card
     from bara.data import load_table
-    from bara.language import LanguageTask
+    from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter, model_inputs
     from bara.prediction import predict
     from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report

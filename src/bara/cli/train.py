@@ -63,8 +63,8 @@ def train(
     from bara.cli.terminal import quieten_libraries
     from bara.files import atomic_write_text
     from bara.finetune import CHECKPOINTS, finetune
-    from bara.gguf import smollm2_path
-    from bara.language import LANGUAGE_TASKS
+    from bara.language.gguf import smollm2_path
+    from bara.language.tasks import LANGUAGE_TASKS
     from bara.loading import RECIPE_FILE
     from bara.recipe import TrainRecipe
 

@@ -26,7 +26,7 @@ from bara.data import first_line
 from bara.draws import Draws
 from bara.elbo import Elbo
 from bara.errors import BaraError
-from bara.prompts import (
+from bara.language.prompts import (
     Prompt,
     context,
     encode_prompt,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bara.errors import BaraError
-from bara.multiple_choice import Question, Scoring
-from bara.prompts import Prompt, encode_completion, render_chat
+from bara.language.multiple_choice import Question, Scoring
+from bara.language.prompts import Prompt, encode_completion, render_chat
 
 if TYPE_CHECKING:
     from datasets import Dataset

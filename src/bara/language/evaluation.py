@@ -12,8 +12,8 @@ from bara.batches import batches, repeat_rows, to_device
 from bara.draws import Draws
 from bara.elbo import Elbo
 from bara.errors import BaraError
-from bara.generation import generate
-from bara.language import reference, row_prompt
+from bara.language.generation import generate
+from bara.language.tasks import reference, row_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +32,7 @@ def token_metrics(
     """The likelihood of a table's labels under the mixture over draws, token by token.
 
     Args:
-        inputs: what `bara.language.tokenise_language` made.
+        inputs: what `bara.language.tasks.tokenise_language` made.
         num_draws, seed, batch_size, progress: as in `bara.predict`; all draws of an input are in
             one pass.
 

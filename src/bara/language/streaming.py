@@ -14,8 +14,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from bara.errors import BaraError
-from bara.generation import DrawSampler, Pieces, Step, seeded
-from bara.prompts import Prompt, encode_prompt, left_padded, require_decoder
+from bara.language.generation import DrawSampler, Pieces, Step, seeded
+from bara.language.prompts import Prompt, encode_prompt, left_padded, require_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

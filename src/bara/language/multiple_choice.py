@@ -16,8 +16,8 @@ from bara.batches import repeat_rows, to_device
 from bara.draws import Draws
 from bara.elbo import Elbo
 from bara.errors import BaraError
+from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
 from bara.predictive import ClassificationPredictive
-from bara.prompts import encode_completion, left_padded, require_decoder, require_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

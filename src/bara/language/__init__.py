@@ -1,0 +1,1 @@
+"""Language models: their tasks, questions with choices, and generation with uncertainty."""
