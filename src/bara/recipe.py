@@ -153,13 +153,7 @@ class TrainRecipe:
         Raises:
             BaraError: the file is missing, not YAML, or not a recipe.
         """
-        try:
-            values = parse_yaml(Path(path).read_text("utf-8")) or {}
-        except OSError as error:
-            raise BaraError(f"cannot read the recipe {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise BaraError(f"the recipe {path} is not YAML: {reason}") from error
+        values = read_yaml(path, "recipe") or {}
         if not isinstance(values, dict):
             raise BaraError(f"the recipe {path} must be a mapping of options to values")
         return cls.from_dict(values)
@@ -197,6 +191,25 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, of safe types only."""
     return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """The value of a YAML file.
+
+    Args:
+        path: the file.
+        what: what it is to be, for the message.
+
+    Raises:
+        BaraError: the file cannot be read or is not YAML.
+    """
+    try:
+        return parse_yaml(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise BaraError(f"cannot read the {what} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise BaraError(f"the {what} {path} is not YAML: {reason}") from error
 
 
 def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str) -> None:

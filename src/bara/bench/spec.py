@@ -10,11 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bara.bench.tasks import check_task, task_version
 from bara.errors import BaraError
-from bara.recipe import TrainRecipe, parse_yaml, refuse_unknown
+from bara.recipe import TrainRecipe, read_yaml, refuse_unknown
 
 CORRUPTIONS = ("typo", "drop", "shuffle")
 LISTS = {
@@ -215,13 +213,7 @@ class Benchmark:
             BaraError: the file is missing, not YAML, or not a benchmark.
         """
         path = Path(path)
-        try:
-            values = parse_yaml(path.read_text("utf-8"))
-        except OSError as error:
-            raise BaraError(f"cannot read the benchmark {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise BaraError(f"the benchmark {path} is not YAML: {reason}") from error
+        values = read_yaml(path, "benchmark")
         if not isinstance(values, dict):
             raise BaraError(f"the benchmark {path} must be a mapping of options to values")
         refuse_unknown(values, {option.name for option in fields(cls)}, f"benchmark {path}")
