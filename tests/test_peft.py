@@ -450,3 +450,19 @@ def test_training_makes_a_calibration_stale():
     model.train()(x=x)
     with pytest.raises(BaraError, match="calibrate_gates"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"scalabl"}))  # its A is orthogonal
+def test_a_seed_gives_every_layer_the_a_of_plain_lora(method):
+    """A comparison with LoRA at one seed then differs in the method, not in where it starts."""
+    targets = ["q_proj", "v_proj"]
+    model = tiny_llama()
+    torch.manual_seed(3)
+    plain = get_peft_model(model, LoraConfig(target_modules=targets))
+    expected = {k: v for k, v in plain.state_dict().items() if "lora_A" in k}
+    model = tiny_llama()
+    torch.manual_seed(3)
+    actual = get_peft_model(model, CONFIGS[method](target_modules=targets)).state_dict()
+    assert len(expected) == 4
+    for name, a in expected.items():
+        assert torch.equal(actual[name], a), name

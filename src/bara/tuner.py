@@ -291,12 +291,13 @@ class BayesianLoraModel(LoraModel):
             granularity = "sequence"  # a gate per image, not per pixel
         elbo = self.elbo
         elbo.configs[adapter_name] = lora_config
-        posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)
         frozen = {adapter_name: lora_config.FROZEN}
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}
         variant = RankSpaceVariant(current_key, elbo)
         layer.lora_variant[adapter_name] = variant
-        variant.init(layer, adapter_name, posterior)
+        with torch.random.fork_rng(devices=[]):  # a seed gives all layers the A of plain LoRA
+            posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)
+            variant.init(layer, adapter_name, posterior)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
 
