@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,11 +26,14 @@ from bara.data import TextTask, first_line, tokenise
 from bara.draws import attach_draws
 from bara.errors import BaraError
 from bara.language.gguf import load_gguf, source
-from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, tokenise_language
+from bara.language.multiple_choice import multiple_choice
+from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, questions, tokenise_language
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import load_temperature
 from bara.posthoc.weights import WeightDraws
+from bara.prediction import predict
+from bara.predictive import Predictive
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
 from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer
@@ -205,6 +209,38 @@ def model_inputs(
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)
     return tokenise(table, tokenizer, task, labels=labels)
+
+
+def predict_table(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    table: Dataset,
+    *,
+    labels: bool = True,
+    first_row: int = 1,
+    **options: Any,
+) -> Predictive:
+    """The predictive distribution of a table's texts or questions.
+
+    Args:
+        model, tokenizer, task: what `load_adapter` returns.
+        table: its rows.
+        labels: whether the rows have labels, which the predictive then keeps; the answers of
+            multiple choice are kept where there are any.
+        first_row: number of the first row, for messages.
+        **options: `num_draws`, `seed`, `deterministic`, `batch_size`, `progress` of `bara.predict`.
+
+    Raises:
+        BaraError: the task is causal-lm, or any error of `bara.predict` or `bara.multiple_choice`.
+    """
+    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+        asked = questions(table, first_row=first_row)
+        return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
+    task = text_task(task, "predict")
+    return predict(
+        model, tokenise(table, tokenizer, task, labels=labels, first_row=first_row), **options
+    )
 
 
 def read_config(folder: Path) -> PeftConfig:
