@@ -35,13 +35,13 @@ from bara.loading import (
     load_base,
     load_tokenizer,
     model_inputs,
+    predict_table,
     text_task,
 )
 from bara.methods import Method, parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import fit_temperature, save_temperature, set_temperature
 from bara.posthoc.weights import WeightDraws
-from bara.prediction import predict
 from bara.recipe import TrainRecipe
 from bara.trainers.base import COMPLETE, AdapterTrainer
 from bara.training import BayesianCallback, elbo_loss, gaussian_nll
@@ -131,7 +131,8 @@ def finetune(
         _train(trainer, checkpoint)
         trainer.finish()
     if tempered:
-        held_out = predict(model, data["eval_dataset"], progress=False)
+        assert validation is not None
+        held_out = predict_table(model, tokenizer, task, validation, progress=False)
         set_temperature(model, fit_temperature(held_out))
     save_adapter(output, model, tokenizer, task, recipe)
     return output
