@@ -108,7 +108,7 @@ def finetune(
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = _task(recipe, train)
     set_seed(recipe.seed)
-    model, tokenizer = build_model(recipe, task)
+    model, tokenizer = build_model(recipe, method, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
@@ -195,13 +195,19 @@ def _task(recipe: TrainRecipe, train: Dataset) -> Task:
     )
 
 
-def build_model(recipe: TrainRecipe, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
+def build_model(
+    recipe: TrainRecipe, method: Method, task: Task
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser.
+
+    Args:
+        recipe: the model and the options.
+        method: the recipe's.
+        task: decides the head.
 
     Raises:
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
-    method, _ = parse_method(recipe.method)
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
     tokenizer = load_tokenizer(recipe.model, base)
     if method.config is None:

@@ -72,13 +72,16 @@ def load_adapter(
         BaraError: something is missing or damaged, or the adapter does not fit the base model.
     """
     folder = Path(path)
+    if not (folder / RECIPE_FILE).is_file():
+        read_config(folder)  # says so if this is no adapter at all
+    recipe = TrainRecipe.load(folder / RECIPE_FILE)
+    method, tempered = parse_method(recipe.method)
     model: Any
     task: Task
-    if _holds_a_model(folder):
-        model, tokenizer, task, recipe = _load_model(folder)
+    if method.config is None:
+        model, tokenizer, task = _load_model(folder)
     else:
-        model, tokenizer, task, recipe = _load_peft(folder, base_model)
-    method, tempered = parse_method(recipe.method)
+        model, tokenizer, task = _load_peft(folder, base_model, recipe.model_options)
     if method.ensemble:
         _load_members(model, folder, method.own_options(recipe.method_options).num_members)
     if issubclass(method.trainer, PveraTrainer):
@@ -93,16 +96,15 @@ def load_adapter(
 
 
 def _load_peft(
-    folder: Path, base_model: str | None
-) -> tuple[PeftModel, PreTrainedTokenizerBase, Task, TrainRecipe]:
+    folder: Path, base_model: str | None, model_options: Mapping[str, Any]
+) -> tuple[PeftModel, PreTrainedTokenizerBase, Task]:
     config = read_config(folder)
     saved_shapes = read_shapes(folder)
     task = load_task(folder)
-    recipe = TrainRecipe.load(folder / RECIPE_FILE)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
-    base, _ = load_base(name, task, recipe.model_options)
+    base, _ = load_base(name, task, model_options)
     tokenizer = load_tokenizer(str(folder), base)
     with warnings.catch_warnings():
         # PEFT warns about what it skipped; the comparison below refuses it.
@@ -118,7 +120,7 @@ def _load_peft(
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _refuse_mismatch(saved_shapes, expected, folder, name)
-    return model, tokenizer, task, recipe
+    return model, tokenizer, task
 
 
 def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
@@ -136,17 +138,9 @@ def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
-def _holds_a_model(folder: Path) -> bool:
-    """Whether the folder is the result of full fine-tuning."""
-    recipe = folder / RECIPE_FILE
-    return recipe.is_file() and parse_method(TrainRecipe.load(recipe).method)[0].config is None
-
-
-def _load_model(
-    folder: Path,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextTask, TrainRecipe]:
+def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextTask]:
+    """The result of full fine-tuning."""
     task = TextTask.load(folder / TASK_FILE)
-    recipe = TrainRecipe.load(folder / RECIPE_FILE)
     try:
         config = AutoConfig.from_pretrained(str(folder))
         if SentenceClassifier.__name__ in (config.architectures or ()):
@@ -159,7 +153,7 @@ def _load_model(
             f"the model in {folder} is incomplete or damaged ({first_line(error)}); train again"
         ) from error
     model.to(config.dtype)
-    return model, load_tokenizer(str(folder), model), task, recipe
+    return model, load_tokenizer(str(folder), model), task
 
 
 def load_task(folder: Path) -> Task:
