@@ -43,7 +43,7 @@ from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import fit_temperature, save_temperature, set_temperature
 from bara.posthoc.weights import WeightDraws
 from bara.recipe import TrainRecipe
-from bara.trainers.base import COMPLETE, AdapterTrainer
+from bara.trainers.base import COMPLETE
 from bara.training import BayesianCallback, elbo_loss, gaussian_nll
 
 if TYPE_CHECKING:
@@ -127,9 +127,7 @@ def finetune(
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
     else:
-        trainer = _trainer(model, method, recipe, task, data)
-        _train(trainer, checkpoint)
-        trainer.finish()
+        train_model(model, method, recipe, data, task.task, checkpoint)
     if tempered:
         assert validation is not None
         held_out = predict_table(model, tokenizer, task, validation, progress=False)
@@ -138,28 +136,43 @@ def finetune(
     return output
 
 
-def _trainer(
-    model: nn.Module, method: Method, recipe: TrainRecipe, task: Task, data: dict[str, Any]
-) -> AdapterTrainer:
+def train_model(
+    model: nn.Module,
+    method: Method,
+    recipe: TrainRecipe,
+    data: dict[str, Any],
+    task: str = "classification",
+    checkpoint: Path | None = None,
+) -> None:
+    """Trains a model in place, and does what the method does after training.
+
+    Args:
+        model: with its new adapter.
+        method: the recipe's.
+        recipe: the options of the method and of training.
+        data: arguments of the `Trainer`, `eval_dataset` among them.
+        task: for `regression` the model has two outputs, see `gaussian_nll`.
+        checkpoint: where to go on from.
+
+    Raises:
+        BaraError: an option cannot be used, the loss is not finite, or memory is short.
+    """
     trainer = method.trainer(
         model=model,
         options=method.own_options(recipe.method_options),
         args=_training_arguments(recipe, evaluate=data["eval_dataset"] is not None),
-        compute_loss_func=elbo_loss(model, gaussian_nll) if task.task == "regression" else None,
+        compute_loss_func=elbo_loss(model, gaussian_nll) if task == "regression" else None,
         **data,
     )
     if isinstance(model, PeftModel) and isinstance(model.active_peft_config, BayesianConfig):
         trainer.add_callback(BayesianCallback())
-    return trainer
-
-
-def _train(trainer: AdapterTrainer, checkpoint: Path | None = None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise BaraError(
             "out of memory; lower training.per_device_train_batch_size or max_length"
         ) from error
+    trainer.finish()
 
 
 def _train_members(
@@ -174,7 +187,7 @@ def _train_members(
             set_seed(member.seed)
             model.add_adapter(member_name(index), model.peft_config[member_name(0)])
             model.set_adapter(member_name(index))
-        _train(_trainer(model, method, member, task, data))
+        train_model(model, method, member, data, task.task)
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
