@@ -363,7 +363,7 @@ def test_damaged_adapters(trained: Path, table: Path, failing: Callable[..., str
     weights.write_bytes(whole)
     for name in ("adapter_config.json", "text_task.json", "recipe.yaml"):
         content = (trained / name).read_text()
-        (trained / name).write_text(content[: len(content) // 2] + "{[")
+        (trained / name).write_text(content[: len(content) // 2] + "\n{[")
         assert name in fails()
         (trained / name).unlink()
         assert name in fails()

@@ -117,8 +117,9 @@ def test_multiple_choice_trains_predicts_and_abstains(capsys, base, tmp_path):
     predictive = bara.multiple_choice(model, tokenizer, QUESTIONS, num_draws=3)
     assert (predictive.prediction == 1).float().mean() > 0.6
     options = ["--data", table, "--num-draws", 3]
-    shown = run(capsys, "evaluate", out, *options, "--calibrate-risk", 0.4)
+    shown = run(capsys, "evaluate", out, *options, "--ood", table, "--calibrate-risk", 0.4)
     assert "accuracy" in shown
+    assert "ood_auroc" in shown
     lines = run(capsys, "predict", out, *options, "--abstain-at-risk", 0.4).splitlines()
     assert len(lines) == len(QUESTIONS)
     for i, line in enumerate(lines):
@@ -127,6 +128,26 @@ def test_multiple_choice_trains_predicts_and_abstains(capsys, base, tmp_path):
             float(predictive.probs[i, 1]), abs=1e-4
         )
         assert (record["prediction"] is None) == record["abstained"]
+
+
+def test_a_temperature_is_fitted_to_held_out_questions(capsys, base, tmp_path):
+    table = write_jsonl(tmp_path / "validation.jsonl", QUESTIONS[::2])
+    more = ["--method", "bara+temperature", "--validation", table]
+    _, out, _ = trained(capsys, base, tmp_path, "multiple-choice", QUESTIONS, *more)
+    fitted = json.loads((out / "temperature.json").read_text())["temperature"]
+    model, tokenizer, _ = load_adapter(out)
+    tempered = bara.multiple_choice(model, tokenizer, QUESTIONS[::2])
+    model.config.predictive_temperature = 1.0
+    plain = bara.multiple_choice(model, tokenizer, QUESTIONS[::2])
+    assert fitted != pytest.approx(1, abs=0.01)
+    expected = (plain.log_probs_draws / fitted).softmax(-1)
+    torch.testing.assert_close(tempered.log_probs_draws.exp(), expected)
+
+    def nll(temperature):
+        probs = (plain.log_probs_draws / temperature).softmax(-1).mean(0)
+        return -probs[:, 1].log().mean().item()
+
+    assert nll(fitted) <= min(nll(0.05 * 1.1**i) for i in range(63)) + 1e-6
 
 
 def test_the_loss_is_on_the_completion_only():

@@ -15,6 +15,7 @@ from bara.cli import main
 from bara.data import TextTask
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
+from bara.methods import METHODS
 from bara.recipe import TrainRecipe
 from bara.tuner import adapted_layers
 from conftest import write_jsonl
@@ -44,7 +45,7 @@ def make_adapter(tmp_path: Path, model_dir: Path, table: Path, method: str) -> P
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     task = TextTask.infer(Dataset.from_list(rows))
     torch.manual_seed(0)
-    model, tokenizer = build_model(recipe, task)
+    model, tokenizer = build_model(recipe, METHODS[method], task)
     stir(model, 0.1)
     if method == "bara":
         for _, _, posterior in adapted_layers(model, "default"):

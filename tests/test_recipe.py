@@ -90,6 +90,12 @@ def test_unknown_option_names_are_refused_with_the_nearest(
         recipe.check()
 
 
+def test_a_temperature_needs_something_to_fit_it_to() -> None:
+    TrainRecipe(model="m", method="lora+temperature", task="multiple-choice").check()
+    with pytest.raises(BaraError, match="causal-lm does not predict; leave out"):
+        TrainRecipe(model="m", method="lora+temperature", task="causal-lm").check()
+
+
 def test_missing_recipe_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BaraError, match="cannot read the recipe"):
         TrainRecipe.load(tmp_path / "none.yaml")

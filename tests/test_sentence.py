@@ -13,6 +13,7 @@ from bara.cli import main
 from bara.data import TextTask, load_table, tokenise
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter, load_base
+from bara.methods import METHODS
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
 from conftest import VOCABULARY, tiny_bert_config, write_jsonl
@@ -162,7 +163,7 @@ def test_incomplete_and_damaged_encoders_are_refused(encoder_dir):
 def test_a_saved_adapter_comes_back(encoder_dir, tmp_path, method):
     recipe = TrainRecipe(model=str(encoder_dir), method=method)
     torch.manual_seed(1)
-    model, tokenizer = build_model(recipe, TASK)
+    model, tokenizer = build_model(recipe, METHODS[recipe.method], TASK)
     stir(model)
     save_adapter(tmp_path / "adapter", model, tokenizer, TASK, recipe)
     torch.manual_seed(2)
@@ -178,7 +179,7 @@ def test_a_saved_adapter_comes_back(encoder_dir, tmp_path, method):
 
 def test_a_fully_tuned_model_needs_no_base_and_must_be_whole(encoder_dir, tmp_path):
     recipe = TrainRecipe(model=str(encoder_dir), method="full")
-    model, tokenizer = build_model(recipe, TASK)
+    model, tokenizer = build_model(recipe, METHODS[recipe.method], TASK)
     save_adapter(tmp_path / "full", model, tokenizer, TASK, recipe)
     shutil.rmtree(encoder_dir)
     load_adapter(tmp_path / "full")
@@ -189,7 +190,8 @@ def test_a_fully_tuned_model_needs_no_base_and_must_be_whole(encoder_dir, tmp_pa
 
 
 def test_a_merged_adapter_can_be_saved(encoder_dir, tmp_path):
-    model, _ = build_model(TrainRecipe(model=str(encoder_dir), method="lora"), TASK)
+    recipe = TrainRecipe(model=str(encoder_dir), method="lora")
+    model, _ = build_model(recipe, METHODS[recipe.method], TASK)
     stir(model)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")

@@ -26,6 +26,8 @@ class BayesianConfig(LoraConfig):
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "sequence"
     FROZEN: ClassVar[tuple[str, ...]] = ()
     """Parts of the adapter that are never trained, by PEFT's names."""
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    """Fields that must be numbers above 0."""
 
     num_observations: int | None = field(
         default=None,
@@ -74,6 +76,8 @@ class BayesianConfig(LoraConfig):
         self._require_real("kl_weight", low=0)
         self._require_real("local_kl_weight", low=0)
         self._require_real("warmup", low=0, high=1)
+        for name in self.POSITIVE:
+            self._require_real(name, low=0, strict=True)
         self._require(
             "granularity",
             self.granularity,
@@ -146,6 +150,7 @@ class BaraConfig(BayesianConfig):
 
     METHOD: ClassVar[str] = "BARA"
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
+    POSITIVE = ("noise_prior", "init_noise", "intensity_prior", "logit_scale")
 
     global_gate: bool = field(
         default=True,
@@ -222,8 +227,6 @@ class BaraConfig(BayesianConfig):
         )
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
-        for name in ("noise_prior", "init_noise", "intensity_prior", "logit_scale"):
-            self._require_real(name, low=0, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)
         self._require_real("init_logit")
         if not (self.global_gate or self.local_gate or self.factor_noise or self.intensity):
@@ -285,6 +288,7 @@ class BlobConfig(BayesianConfig):
     """
 
     METHOD: ClassVar[str] = "BLOB"
+    POSITIVE = ("prior_std", "init_noise")
 
     kl_weight: float = field(
         default=0.1,
@@ -304,11 +308,6 @@ class BlobConfig(BayesianConfig):
         },
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("prior_std", "init_noise"):
-            self._require_real(name, low=0, strict=True)
-
 
 @dataclass
 class ScalablConfig(BayesianConfig):
@@ -318,6 +317,7 @@ class ScalablConfig(BayesianConfig):
     """
 
     METHOD: ClassVar[str] = "SCALABL"
+    POSITIVE = ("prior_std", "init_noise")
 
     prior_std: float = field(
         default=1.0, metadata={"help": "Standard deviation > 0 of the prior on the diagonal."}
@@ -326,11 +326,6 @@ class ScalablConfig(BayesianConfig):
         default=0.05,
         metadata={"help": "Where the diagonal's standard deviation > 0 starts."},
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("prior_std", "init_noise"):
-            self._require_real(name, low=0, strict=True)
 
 
 @dataclass
@@ -396,6 +391,7 @@ class CertifiedConfig(BayesianConfig):
 
     METHOD: ClassVar[str] = "CERTIFIED"
     FROZEN: ClassVar[tuple[str, ...]] = ("lora_A",)
+    POSITIVE = ("logit_scale",)
 
     heads: list[str] = field(
         default_factory=lambda: ["classifier", "score"],
@@ -440,7 +436,6 @@ class CertifiedConfig(BayesianConfig):
         self.heads = [*self.heads, *(n for n in self.modules_to_save or () if n not in self.heads)]
         self.modules_to_save = None
         self._require_real("global_prior", low=0, high=1, strict=True)
-        self._require_real("logit_scale", low=0, strict=True)
         for name in ("prior_std", "head_prior_std"):
             value = getattr(self, name)
             self._require(name, value, value in PRIOR_STDS, f"one of {PRIOR_STDS}")

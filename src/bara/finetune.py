@@ -35,15 +35,15 @@ from bara.loading import (
     load_base,
     load_tokenizer,
     model_inputs,
+    predict_table,
     text_task,
 )
 from bara.methods import Method, parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import fit_temperature, save_temperature, set_temperature
 from bara.posthoc.weights import WeightDraws
-from bara.prediction import predict
 from bara.recipe import TrainRecipe
-from bara.trainers.base import COMPLETE, AdapterTrainer
+from bara.trainers.base import COMPLETE
 from bara.training import BayesianCallback, elbo_loss, gaussian_nll
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def finetune(
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = _task(recipe, train)
     set_seed(recipe.seed)
-    model, tokenizer = build_model(recipe, task)
+    model, tokenizer = build_model(recipe, method, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
@@ -127,38 +127,52 @@ def finetune(
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
     else:
-        trainer = _trainer(model, method, recipe, task, data)
-        _train(trainer, checkpoint)
-        trainer.finish()
+        train_model(model, method, recipe, data, task.task, checkpoint)
     if tempered:
-        held_out = predict(model, data["eval_dataset"], progress=False)
+        assert validation is not None
+        held_out = predict_table(model, tokenizer, task, validation, progress=False)
         set_temperature(model, fit_temperature(held_out))
     save_adapter(output, model, tokenizer, task, recipe)
     return output
 
 
-def _trainer(
-    model: nn.Module, method: Method, recipe: TrainRecipe, task: Task, data: dict[str, Any]
-) -> AdapterTrainer:
+def train_model(
+    model: nn.Module,
+    method: Method,
+    recipe: TrainRecipe,
+    data: dict[str, Any],
+    task: str = "classification",
+    checkpoint: Path | None = None,
+) -> None:
+    """Trains a model in place, and does what the method does after training.
+
+    Args:
+        model: with its new adapter.
+        method: the recipe's.
+        recipe: the options of the method and of training.
+        data: arguments of the `Trainer`, `eval_dataset` among them.
+        task: for `regression` the model has two outputs, see `gaussian_nll`.
+        checkpoint: where to go on from.
+
+    Raises:
+        BaraError: an option cannot be used, the loss is not finite, or memory is short.
+    """
     trainer = method.trainer(
         model=model,
         options=method.own_options(recipe.method_options),
         args=_training_arguments(recipe, evaluate=data["eval_dataset"] is not None),
-        compute_loss_func=elbo_loss(model, gaussian_nll) if task.task == "regression" else None,
+        compute_loss_func=elbo_loss(model, gaussian_nll) if task == "regression" else None,
         **data,
     )
     if isinstance(model, PeftModel) and isinstance(model.active_peft_config, BayesianConfig):
         trainer.add_callback(BayesianCallback())
-    return trainer
-
-
-def _train(trainer: AdapterTrainer, checkpoint: Path | None = None) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise BaraError(
             "out of memory; lower training.per_device_train_batch_size or max_length"
         ) from error
+    trainer.finish()
 
 
 def _train_members(
@@ -173,7 +187,7 @@ def _train_members(
             set_seed(member.seed)
             model.add_adapter(member_name(index), model.peft_config[member_name(0)])
             model.set_adapter(member_name(index))
-        _train(_trainer(model, method, member, task, data))
+        train_model(model, method, member, data, task.task)
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
@@ -194,13 +208,19 @@ def _task(recipe: TrainRecipe, train: Dataset) -> Task:
     )
 
 
-def build_model(recipe: TrainRecipe, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
+def build_model(
+    recipe: TrainRecipe, method: Method, task: Task
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser.
+
+    Args:
+        recipe: the model and the options.
+        method: the recipe's.
+        task: decides the head.
 
     Raises:
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
-    method, _ = parse_method(recipe.method)
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
     tokenizer = load_tokenizer(recipe.model, base)
     if method.config is None:

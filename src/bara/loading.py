@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,11 +26,14 @@ from bara.data import TextTask, first_line, tokenise
 from bara.draws import attach_draws
 from bara.errors import BaraError
 from bara.language.gguf import load_gguf, source
-from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, tokenise_language
+from bara.language.multiple_choice import multiple_choice
+from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, questions, tokenise_language
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import load_temperature
 from bara.posthoc.weights import WeightDraws
+from bara.prediction import predict
+from bara.predictive import Predictive
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
 from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer
@@ -68,13 +72,16 @@ def load_adapter(
         BaraError: something is missing or damaged, or the adapter does not fit the base model.
     """
     folder = Path(path)
+    if not (folder / RECIPE_FILE).is_file():
+        read_config(folder)  # says so if this is no adapter at all
+    recipe = TrainRecipe.load(folder / RECIPE_FILE)
+    method, tempered = parse_method(recipe.method)
     model: Any
     task: Task
-    if _holds_a_model(folder):
-        model, tokenizer, task, recipe = _load_model(folder)
+    if method.config is None:
+        model, tokenizer, task = _load_model(folder)
     else:
-        model, tokenizer, task, recipe = _load_peft(folder, base_model)
-    method, tempered = parse_method(recipe.method)
+        model, tokenizer, task = _load_peft(folder, base_model, recipe.model_options)
     if method.ensemble:
         _load_members(model, folder, method.own_options(recipe.method_options).num_members)
     if issubclass(method.trainer, PveraTrainer):
@@ -89,16 +96,15 @@ def load_adapter(
 
 
 def _load_peft(
-    folder: Path, base_model: str | None
-) -> tuple[PeftModel, PreTrainedTokenizerBase, Task, TrainRecipe]:
+    folder: Path, base_model: str | None, model_options: Mapping[str, Any]
+) -> tuple[PeftModel, PreTrainedTokenizerBase, Task]:
     config = read_config(folder)
     saved_shapes = read_shapes(folder)
     task = load_task(folder)
-    recipe = TrainRecipe.load(folder / RECIPE_FILE)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
-    base, _ = load_base(name, task, recipe.model_options)
+    base, _ = load_base(name, task, model_options)
     tokenizer = load_tokenizer(str(folder), base)
     with warnings.catch_warnings():
         # PEFT warns about what it skipped; the comparison below refuses it.
@@ -114,7 +120,7 @@ def _load_peft(
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _refuse_mismatch(saved_shapes, expected, folder, name)
-    return model, tokenizer, task, recipe
+    return model, tokenizer, task
 
 
 def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
@@ -132,17 +138,9 @@ def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
-def _holds_a_model(folder: Path) -> bool:
-    """Whether the folder is the result of full fine-tuning."""
-    recipe = folder / RECIPE_FILE
-    return recipe.is_file() and parse_method(TrainRecipe.load(recipe).method)[0].config is None
-
-
-def _load_model(
-    folder: Path,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextTask, TrainRecipe]:
+def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextTask]:
+    """The result of full fine-tuning."""
     task = TextTask.load(folder / TASK_FILE)
-    recipe = TrainRecipe.load(folder / RECIPE_FILE)
     try:
         config = AutoConfig.from_pretrained(str(folder))
         if SentenceClassifier.__name__ in (config.architectures or ()):
@@ -155,7 +153,7 @@ def _load_model(
             f"the model in {folder} is incomplete or damaged ({first_line(error)}); train again"
         ) from error
     model.to(config.dtype)
-    return model, load_tokenizer(str(folder), model), task, recipe
+    return model, load_tokenizer(str(folder), model), task
 
 
 def load_task(folder: Path) -> Task:
@@ -205,6 +203,38 @@ def model_inputs(
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)
     return tokenise(table, tokenizer, task, labels=labels)
+
+
+def predict_table(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    table: Dataset,
+    *,
+    labels: bool = True,
+    first_row: int = 1,
+    **options: Any,
+) -> Predictive:
+    """The predictive distribution of a table's texts or questions.
+
+    Args:
+        model, tokenizer, task: what `load_adapter` returns.
+        table: its rows.
+        labels: whether the rows have labels, which the predictive then keeps; the answers of
+            multiple choice are kept where there are any.
+        first_row: number of the first row, for messages.
+        **options: `num_draws`, `seed`, `deterministic`, `batch_size`, `progress` of `bara.predict`.
+
+    Raises:
+        BaraError: the task is causal-lm, or any error of `bara.predict` or `bara.multiple_choice`.
+    """
+    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+        asked = questions(table, first_row=first_row)
+        return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
+    task = text_task(task, "predict")
+    return predict(
+        model, tokenise(table, tokenizer, task, labels=labels, first_row=first_row), **options
+    )
 
 
 def read_config(folder: Path) -> PeftConfig:

@@ -38,6 +38,24 @@ class Evaluation:
         return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in self.metrics.items())
 
 
+def measure(predictive: Predictive, ood: Predictive | None = None) -> Evaluation:
+    """The metrics of the prediction's kind.
+
+    Args:
+        predictive: predictions for labelled inputs.
+        ood: predictions of the same classifier for inputs that are not of the task at all.
+
+    Raises:
+        BaraError: labels are missing, or a regression has an `ood`.
+    """
+    if isinstance(predictive, ClassificationPredictive):
+        if not isinstance(ood, RegressionPredictive):
+            return Evaluation(classification_metrics(predictive, ood=ood), predictive, ood)
+    elif ood is None:
+        return Evaluation(regression_metrics(predictive), predictive)
+    raise BaraError("OOD detection is measured for classification only: leave out ood.")
+
+
 def classification_metrics(
     predictive: ClassificationPredictive,
     labels: Tensor | None = None,

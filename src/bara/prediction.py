@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bara.batches import Collate, batches, num_rows, repeat_rows, to_device
 from bara.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
-from bara.metrics import Evaluation, classification_metrics, regression_metrics
+from bara.metrics import Evaluation, measure
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.training import MIN_LOG_VARIANCE
 
@@ -108,14 +108,7 @@ def evaluate(
     """
     predictive = predict(model, data, **options)
     elsewhere = None if ood is None else predict(model, ood, **options)
-    if isinstance(predictive, RegressionPredictive):
-        if elsewhere is not None:
-            raise BaraError("OOD detection is measured for classification only: leave out ood.")
-        return Evaluation(regression_metrics(predictive), predictive, None)
-    if isinstance(elsewhere, RegressionPredictive):
-        raise BaraError("The model is a classifier, but its OOD prediction is a regression.")
-    metrics = classification_metrics(predictive, ood=elsewhere)
-    return Evaluation(metrics, predictive, elsewhere)
+    return measure(predictive, elsewhere)
 
 
 class _Portions:

@@ -244,13 +244,11 @@ class _GateFit:
 
     def add(self, space: RankSpace) -> None:
         posterior, kept = self.posterior, self.kept.to(space.u.device)
-        features = posterior.features(space)
-        assert features is not None
         left = rms_normalised(space.pooled(posterior.granularity)[..., kept])
         valid = space.mask if left.shape[1] > 1 else None
         design = nn.functional.pad(_rows(left, valid), (0, 1), value=1.0)
         self.gram = self.gram + design.T @ design
-        for name, output in posterior.linear_outputs(features).items():
+        for name, output in posterior.linear_outputs(space).items():
             target = _rows(output[..., kept], valid)
             self.cross[name] = self.cross.get(name, 0.0) + design.T @ target
 

@@ -106,7 +106,8 @@ class TrainRecipe:
         """Check the method and the names of all options (imports the training libraries).
 
         Raises:
-            BaraError: a name is unknown; the message has the nearest that is known.
+            BaraError: a name is unknown (the message has the nearest that is known), or the method
+                does not fit the task.
         """
         from transformers import TrainingArguments
 
@@ -114,7 +115,13 @@ class TrainRecipe:
             raise BaraError("which model? Give a folder or a hub name with --model")
         from bara.methods import parse_method
 
-        parse_method(self.method)[0].check(self.method_options)
+        method, tempered = parse_method(self.method)
+        method.check(self.method_options)
+        if tempered and self.task == "causal-lm":
+            raise BaraError(
+                f"method {self.method}: a temperature is fitted to classes, choices or numbers, "
+                "which causal-lm does not predict; leave out +temperature"
+            )
         for name, instead in ELSEWHERE.items():
             if name in self.training:
                 raise BaraError(f"recipe: set `{instead}` instead of training.{name}")

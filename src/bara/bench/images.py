@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,11 +103,9 @@ def finetune_images(
         BaraError: the packages with the backbone are missing, or an option does not fit.
     """
     from peft import get_peft_model
-    from transformers import TrainingArguments
 
-    from bara.configs import BayesianConfig
+    from bara.finetune import train_model
     from bara.methods import parse_method
-    from bara.training import BayesianCallback
 
     method, tempered = parse_method(recipe.method)
     if method.ensemble or tempered or method.config is None:
@@ -121,24 +119,13 @@ def finetune_images(
         **method.config_options(recipe.method_options),
     }
     model = get_peft_model(base, method.config(**options))
-    arguments = TrainingArguments(
-        output_dir=str(Path(recipe.output) / "checkpoints"),
-        seed=recipe.seed,
-        disable_tqdm=True,
-        **{**recipe.training, "train_sampling_strategy": "random"},
-    )
-    trainer = method.trainer(
-        model=model,
-        options=method.own_options(recipe.method_options),
-        args=arguments,
-        train_dataset=image_inputs(train),
-        eval_dataset=None if validation is None else image_inputs(validation),
-        callbacks=[*callbacks],
-    )
-    if isinstance(model.active_peft_config, BayesianConfig):
-        trainer.add_callback(BayesianCallback())
-    trainer.train()
-    trainer.finish()
+    data = {
+        "train_dataset": image_inputs(train),
+        "eval_dataset": None if validation is None else image_inputs(validation),
+        "callbacks": list(callbacks),
+    }
+    shuffled = {**recipe.training, "train_sampling_strategy": "random"}
+    train_model(model, method, replace(recipe, training=shuffled), data)
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +36,32 @@ MODELS: dict[str, Callable[[], Path]] = {"minilm": minilm_path, "smollm2": _smol
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained model with the way its inputs are made.
+    """A trained model with the way it takes tables.
 
     Attributes:
         model: in evaluation mode.
-        encode: from a table to the model's inputs, with or without labels.
         parameters: number of parameters that were trained.
-        predictor: `bara.predict`, or what takes its place for the kind of task.
-        inputs: from a table to the inputs of one forward pass, where `encode` makes something else.
-        batch_size: inputs times draws in one forward pass.
+        predictor: the predictive distribution of a table, with or without labels; takes the options
+            of `bara.predict`.
+        inputs: from a table to the inputs of a forward pass, without labels where it can be.
     """
 
     model: nn.Module
-    encode: Callable[..., Any]
     parameters: int
-    predictor: Callable[..., Predictive] = predict
-    inputs: Callable[[Dataset], Any] | None = None
-    batch_size: int = 64
+    predictor: Callable[..., Predictive]
+    inputs: Callable[[Dataset], Any]
 
     def predict(self, table: Dataset, *, labels: bool = True, **options: Any) -> Predictive:
         """The predictive distribution for a table; `options` are those of `bara.predict`."""
         with self._precision():
-            return self.predictor(
-                self.model,
-                self.encode(table, labels=labels),
-                batch_size=self.batch_size,
-                progress=False,
-                **options,
-            )
+            return self.predictor(table, labels=labels, progress=False, **options)
 
     def rank(self, table: Dataset) -> EffectiveRank | None:
         """The effective rank on a table; None for a model without a Bayesian adapter."""
         if Elbo.of(self.model) is None:
             return None
-        inputs = self.encode(table, labels=False) if self.inputs is None else self.inputs(table)
         with self._precision():
-            return effective_rank(self.model, inputs, progress=False)
+            return effective_rank(self.model, self.inputs(table), progress=False)
 
     def _precision(self) -> AbstractContextManager[Any]:
         device = next(self.model.parameters()).device.type
@@ -120,31 +111,21 @@ def fit(
     if splits.kind == "image":
         from bara.bench.images import finetune_images, image_inputs
 
-        model: nn.Module = finetune_images(
+        images = finetune_images(
             recipe, splits.train, splits.validation, callbacks=[count, *callbacks]
         )
-        return Fitted(model, image_inputs, count.total)
+
+        def predict_images(table: Dataset, labels: bool = True, **options: Any) -> Predictive:
+            return predict(images, image_inputs(table, labels=labels), **options)
+
+        return Fitted(images, count.total, predict_images, partial(image_inputs, labels=False))
     from bara.finetune import finetune
-    from bara.loading import load_adapter, model_inputs
+    from bara.loading import load_adapter, model_inputs, predict_table
 
     finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)
-    if splits.kind == "multiple-choice":
-        from bara.language.multiple_choice import multiple_choice
 
-        def inputs(table: Dataset) -> Dataset:
-            return model_inputs(table, tokenizer, task)
+    def inputs(table: Dataset) -> Dataset:
+        return model_inputs(table, tokenizer, task, labels=False)
 
-        def ask(model: nn.Module, questions: list[dict[str, Any]], **options: Any) -> Predictive:
-            return multiple_choice(model, tokenizer, questions, **options)
-
-        return Fitted(model, _questions, count.total, ask, inputs)
-
-    def encode(table: Dataset, labels: bool = True) -> Dataset:
-        return model_inputs(table, tokenizer, task, labels=labels)
-
-    return Fitted(model, encode, count.total)
-
-
-def _questions(table: Dataset, labels: bool = True) -> list[dict[str, Any]]:
-    return list(table if labels else table.remove_columns("answer"))
+    return Fitted(model, count.total, partial(predict_table, model, tokenizer, task), inputs)

@@ -84,26 +84,18 @@ def _evaluate(
     model: Any, tokenizer: Any, task: Any, table: Any, ood: Any, options: dict[str, Any]
 ) -> tuple[dict[str, float], Callable[[], Any]]:
     """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
-    from bara.data import tokenise
     from bara.errors import BaraError
     from bara.language.evaluation import answer_losses, token_metrics
-    from bara.language.multiple_choice import multiple_choice
-    from bara.language.tasks import LanguageTask, questions, tokenise_language
-    from bara.metrics import classification_metrics
-    from bara.prediction import evaluate as evaluate_inputs
+    from bara.loading import model_inputs, predict_table
+    from bara.metrics import measure
 
-    if not isinstance(task, LanguageTask):
-        elsewhere = None if ood is None else tokenise(ood, tokenizer, task, labels=False)
-        evaluation = evaluate_inputs(
-            model, tokenise(table, tokenizer, task), ood=elsewhere, **options
-        )
-        return evaluation.to_dict(), lambda: evaluation.predictive
+    if task.task == "causal-lm":
+        if ood is not None:
+            raise BaraError("--ood is for classification and multiple choice: leave it out")
+        metrics = token_metrics(model, model_inputs(table, tokenizer, task), **options)
+        return metrics, lambda: answer_losses(model, tokenizer, table, **options)
+    predictive = predict_table(model, tokenizer, task, table, **options)
+    elsewhere = None
     if ood is not None:
-        raise BaraError("--ood is for classification only: leave it out")
-    if task.task == "multiple-choice":
-        predictive = multiple_choice(
-            model, tokenizer, questions(table), scoring=task.scoring, **options
-        )
-        return classification_metrics(predictive), lambda: predictive
-    metrics = token_metrics(model, tokenise_language(table, tokenizer, task), **options)
-    return metrics, lambda: answer_losses(model, tokenizer, table, **options)
+        elsewhere = predict_table(model, tokenizer, task, ood, labels=False, **options)
+    return measure(predictive, elsewhere).to_dict(), lambda: predictive

@@ -38,10 +38,15 @@ def predict(
     from bara.data import table_from_records
     from bara.errors import BaraError
     from bara.files import atomic_write_text
-    from bara.loading import load_adapter
+    from bara.loading import load_adapter, predict_table
 
     quieten_libraries()
-    options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size, "progress": False}
+    options: dict[str, Any] = {
+        "num_draws": num_draws,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": False,
+    }
     threshold = (
         None
         if abstain_at_risk is None
@@ -61,7 +66,9 @@ def predict(
             with tqdm(desc="predicting", unit="text", disable=None) as bar:
                 for chunk in chain([first_chunk], chunks):
                     table = table_from_records(chunk, data)
-                    predictive = _predict(model, tokenizer, task, table, done + 1, options)
+                    predictive = predict_table(
+                        model, tokenizer, task, table, labels=False, first_row=done + 1, **options
+                    )
                     records = predictive.to_records()
                     if threshold is not None:
                         _abstain(records, predictive, threshold)
@@ -77,23 +84,6 @@ def predict(
                     sys.stdout.flush()
         else:
             atomic_write_text(output, "".join(predicted()))
-
-
-def _predict(
-    model: Any, tokenizer: Any, task: Any, table: Any, first_row: int, options: dict[str, Any]
-) -> Any:
-    from bara.data import tokenise
-    from bara.language.multiple_choice import multiple_choice
-    from bara.language.tasks import LanguageTask, questions
-    from bara.loading import text_task
-    from bara.prediction import predict as predict_texts
-
-    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
-        asked = questions(table, first_row=first_row)
-        return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
-    known = text_task(task, "predict")
-    inputs = tokenise(table, tokenizer, known, labels=False, first_row=first_row)
-    return predict_texts(model, inputs, **options)
 
 
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:

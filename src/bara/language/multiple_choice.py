@@ -17,6 +17,7 @@ from bara.draws import Draws
 from bara.elbo import Elbo
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
+from bara.prediction import TEMPERATURE
 from bara.predictive import ClassificationPredictive
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def multiple_choice(
 ) -> ClassificationPredictive:
     """Probabilities over the choices of every question.
 
-    Under one draw they are the softmax of the choices' scores. A choice's score is the mean
+    Under one draw they are the softmax of the choices' scores, divided by the model's fitted
+    temperature if it has one (`bara.posthoc.set_temperature`). A choice's score is the mean
     log-probability of its tokens after "Question: ...\\nAnswer:" (`text`), or the log-probability
     of its letter after a prompt that lists the choices (`letter`). The prompt is encoded once per
     draw; its key-value cache serves all choices.
@@ -146,6 +148,8 @@ def multiple_choice(
     require_room(model, max(len(prompt) + max(map(len, ends)) for prompt, ends in encoded))
     elbo = Elbo.of(model)
     count = 1 if deterministic or elbo is None else num_draws
+    config: Any = model.config
+    temperature = getattr(config, TEMPERATURE, 1.0)
     log_probs = torch.full((count, len(asked), max(len(q.choices) for q in asked)), -torch.inf)
     was_training = model.training
     model.eval()
@@ -160,7 +164,8 @@ def multiple_choice(
                     scores = _scores(model, tokenizer, part, at_once)
                 for row, (i, score) in enumerate(zip(index, scores, strict=True)):
                     assert score.shape == (at_once, len(asked[i].choices)), row
-                    log_probs[draw : draw + at_once, i, : score.shape[1]] = score.log_softmax(-1)
+                    tempered = (score / temperature).log_softmax(-1)
+                    log_probs[draw : draw + at_once, i, : score.shape[1]] = tempered
                 draw += at_once
     finally:
         model.train(was_training)
