@@ -94,9 +94,14 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 def adapt(model: nn.Module, method: str = "bara", seed: int = 0, **options: Any) -> PeftModel:
-    """A model with an adapter of rank 4 on its attention, N = 50."""
+    """A model with an adapter of rank 4 on its attention, N = 50.
+
+    BaRA's `logit_scale` is 20: with more, what `stir` does would close or open every gate for good.
+    """
     torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 8, "num_observations": 50} | options
+    if method == "bara":
+        options.setdefault("logit_scale", 20.0)
     return get_peft_model(model, CONFIGS[method](**options))
 
 

@@ -452,6 +452,11 @@ def test_training_makes_a_calibration_stale():
         model.merge_adapter()
 
 
+@pytest.mark.parametrize(("rank", "prior"), [(1, 0.5), (2, 0.5), (8, 0.125), (64, 1 / 64)])
+def test_one_factor_per_layer_is_expected_whatever_the_maximum_rank(rank, prior):
+    assert BaraConfig(r=rank).global_prior == prior
+
+
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"scalabl"}))  # its A is orthogonal
 def test_a_seed_gives_every_layer_the_a_of_plain_lora(method):
     """A comparison with LoRA at one seed then differs in the method, not in where it starts."""

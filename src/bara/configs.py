@@ -168,9 +168,12 @@ class BaraConfig(BayesianConfig):
         default=False,
         metadata={"help": "Let the input scale its active factors (Weibull posterior)."},
     )
-    global_prior: float = field(
-        default=0.5,
-        metadata={"help": "Prior probability pi, in (0, 1), that the task uses a factor."},
+    global_prior: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prior probability pi, in (0, 1), that the task uses a factor. None stands for "
+            "1 / r, at most 0.5: one factor per layer is expected, however large r is."
+        },
     )
     global_prior_beta: tuple[float, float] | None = field(
         default=None,
@@ -207,7 +210,7 @@ class BaraConfig(BayesianConfig):
         metadata={"help": "Where the logits of the gates start; 3 is open with P = 0.99."},
     )
     logit_scale: float = field(
-        default=20.0,
+        default=100.0,
         metadata={
             "help": "Fixed factor > 0 between parameter and logit (and log alpha): at LoRA's "
             "learning rates gates with factor 1 hardly move."
@@ -225,6 +228,8 @@ class BaraConfig(BayesianConfig):
             beta is None or (len(beta) == 2 and all(value > 0 for value in beta)),
             "None or two positive numbers",
         )
+        if self.global_prior is None:
+            self.global_prior = min(0.5, 1 / self.r)
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)

@@ -117,7 +117,7 @@ def prune(
     model: PeftModel,
     data: Any = None,
     *,
-    threshold: float = 0.05,
+    threshold: float = 0.5,
     tolerance: float | None = None,
     held_out: Any = None,
     num_draws: int = 10,
@@ -138,7 +138,8 @@ def prune(
         model: a PEFT model with one BaRA adapter; it is left as it is.
         data: inputs to fit the gates on, as in `bara.effective_rank`; needed where a layer with
             input-dependent gates loses some of its factors.
-        threshold: in [0, 1].
+        threshold: in [0, 1]; 0.5 keeps the median probability model (Barbieri & Berger 2004,
+            Annals of Statistics 32(3)).
         tolerance: largest mean distance (see `Difference`) on `held_out` between the posterior
             means before and after; None for any.
         held_out: inputs to measure the change on, read several times in the same order; None

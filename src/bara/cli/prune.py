@@ -18,7 +18,7 @@ def prune(
     ] = None,
     threshold: Annotated[
         float, Option(help="Factors whose inclusion is below it go; in [0, 1].")
-    ] = 0.05,
+    ] = 0.5,
     tolerance: Annotated[
         float, Option(help="Largest mean change of the probabilities (or of the prediction).")
     ] = 0.05,

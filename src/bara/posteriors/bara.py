@@ -70,7 +70,7 @@ class BaraPosterior(Posterior):
         if config.global_gate:
             self.global_logit = nn.Parameter(torch.full((rank,), start))
         if config.local_gate:
-            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * 0.01)
+            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * (0.2 / config.logit_scale))
             self.gate_bias = nn.Parameter(torch.full((rank,), start))
         if config.intensity:
             self.intensity_weight = nn.Parameter(torch.zeros(rank, rank))
