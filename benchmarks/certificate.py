@@ -1,4 +1,4 @@
-"""Certificates on real tweets: train in the certified mode, certify, and test on other tweets.
+"""Certificates on real texts: train in the certified mode, certify, and test on other texts.
 
     python benchmarks/certificate.py
 
@@ -12,16 +12,18 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bara.bench.tasks import load_task
 from bara.certificate import certify
 from bara.certified import certification_rows
 from bara.cli.terminal import quieten_libraries
 from bara.data import tokenise
-from bara.examples_data import load_sentiment, minilm_path
+from bara.examples_data import minilm_path
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
@@ -39,14 +41,17 @@ NUM_TEST = 600
 def run_cell(setting: dict[str, Any]) -> dict[str, Any]:
     """Trains, certifies and tests one adapter; computes in bfloat16 where that is faster."""
     seed = setting["seed"]
-    data = load_sentiment(setting["num_train"], NUM_TEST, num_validation=0, seed=seed)
+    train, _, test_texts = load_task(setting["task"]).sample(
+        setting["num_train"], 0, NUM_TEST, seed
+    )
     with tempfile.TemporaryDirectory() as folder:
         recipe = TrainRecipe(
             model=str(minilm_path()),
             output=str(Path(folder) / "adapter"),
             method="certified",
             method_options={
-                name: setting[name] for name in ("prior_fraction", "prior_std", "head_prior_std")
+                name: setting[name]
+                for name in ("prior_fraction", "prior_std", "head_prior_std", "kl_weight")
             },
             training={
                 "num_train_epochs": setting["epochs"],
@@ -59,11 +64,11 @@ def run_cell(setting: dict[str, Any]) -> dict[str, Any]:
             seed=seed,
         )
         start = time.perf_counter()
-        adapter = finetune(recipe, data.train)
+        adapter = finetune(recipe, train)
         seconds = time.perf_counter() - start
         model, tokenizer, task = load_adapter(adapter)
-        rows = certification_rows(data.train, task, adapter)
-        test = tokenise(data.test, tokenizer, task)
+        rows = certification_rows(train, task, adapter)
+        test = tokenise(test_texts, tokenizer, task)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
             certificate = certify(
                 model, tokenise(rows, tokenizer, task), num_draws=setting["num_draws"], seed=seed
@@ -90,13 +95,15 @@ def read_cells() -> list[dict[str, Any]]:
 def write_table(cells: list[dict[str, Any]]) -> None:
     """Puts the certificates between the marks in the docs."""
     lines = [
-        "| texts | for the prior | n | error, n texts | KL | bound | most frequent class | "
-        "error, 600 others |",
-        "|---" * 8 + "|",
+        "| | texts | for the prior | `kl_weight` | n | error, n texts | KL | bound | most frequent "
+        "class | error, others |",
+        "|---" * 10 + "|",
     ]
-    for cell in sorted(cells, key=lambda c: (c["num_train"], c["prior_fraction"])):
+    columns = ("task", "num_train", "prior_fraction", "kl_weight")
+    for cell in sorted(cells, key=lambda c: [c[name] for name in columns]):
         lines.append(
-            f"| {cell['num_train']} | {cell['prior_fraction']:.0%} | {cell['n']} | "
+            f"| {cell['task']} | {cell['num_train']} | {cell['prior_fraction']:.0%} | "
+            f"{cell['kl_weight']:g} | {cell['n']} | "
             f"{cell['gibbs_risk']:.3f} | {cell['kl']:.1f} | **{cell['bound']:.3f}** | "
             f"{cell['majority_error']:.3f} | {cell['test_error_mixture']:.3f} |"
         )
@@ -107,8 +114,10 @@ def write_table(cells: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=["tweet-sentiment", "bbc-news"])
     parser.add_argument("--num-train", type=int, nargs="+", default=[1000])
     parser.add_argument("--prior-fractions", type=float, nargs="+", default=[0.5, 0.0])
+    parser.add_argument("--kl-weights", type=float, nargs="+", default=[1.0, 10.0])
     parser.add_argument("--prior-std", type=float, default=0.1)
     parser.add_argument("--head-prior-std", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -118,16 +127,20 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     quieten_libraries()
     RESULTS.parent.mkdir(exist_ok=True)
-    sizes, fractions = arguments.pop("num_train"), arguments.pop("prior_fractions")
-    for num_train in sizes:
-        for fraction in fractions:
-            setting = {"num_train": num_train, "prior_fraction": fraction, **arguments}
-            if any(setting.items() <= cell.items() for cell in read_cells()):
-                continue
-            cell = run_cell(setting)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
-            print(f"{setting}: bound {cell['bound']:.3f}", flush=True)
+    axes = {
+        "task": arguments.pop("tasks"),
+        "num_train": arguments.pop("num_train"),
+        "prior_fraction": arguments.pop("prior_fractions"),
+        "kl_weight": arguments.pop("kl_weights"),
+    }
+    for values in product(*axes.values()):
+        setting = dict(zip(axes, values, strict=True)) | arguments
+        if any(setting.items() <= cell.items() for cell in read_cells()):
+            continue
+        cell = run_cell(setting)
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(cell) + "\n")
+        print(f"{setting}: bound {cell['bound']:.3f}", flush=True)
     write_table(read_cells())
 
 

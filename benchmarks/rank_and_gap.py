@@ -44,7 +44,7 @@ RANKS = (4, 8, 16, 32, 64)
 SIZES = (100, 300, 1000)
 PRIORS: dict[str, dict[str, float]] = {
     "default": {},
-    "sparse": {"global_prior": 0.1, "local_prior": 0.1},
+    "sparse": {"global_prior": 0.01, "local_prior": 0.1},
     "dense": {"global_prior": 0.9, "local_prior": 0.9},
 }
 NUM_TEST, NUM_SEEN = 600, 300
