@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from bara.cli import main
 
 WORDS = "a the it is was not film plot food good great fine bad awful poor warm cold . , !"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(" ")]
@@ -63,3 +66,34 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must succeed; returns its standard output."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail with one line on standard error; returns that line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert code != 0
+        assert error.startswith("bara: error: ")
+        assert error.count("\n") == 1
+        assert "unexpected" not in error
+        return error
+
+    return run

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from bara import BaraError
-from bara.cli import main
 from bara.data import load_table, tokenise
 from bara.finetune import finetune, newest_checkpoint
 from bara.loading import load_adapter
@@ -46,36 +45,6 @@ def table(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bara(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed; returns its standard output."""
-
-    def run(*arguments: object) -> str:
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return run
-
-
-@pytest.fixture
-def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail with one line on standard error; returns that line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert code != 0
-        assert captured.err.startswith("bara: error: ")
-        assert captured.err.count("\n") == 1
-        assert "unexpected" not in captured.err
-        return captured.err
-
-    return run
-
-
-@pytest.fixture
 def trained(tmp_path: Path, tiny_model_dir: Path, table: Path) -> Path:
     """An adapter that was trained for a moment."""
     recipe = TrainRecipe(
@@ -100,7 +69,7 @@ FIT = ["--epochs", 20, "--batch-size", 8, "--learning-rate", 0.02]
 
 @pytest.mark.parametrize("method", ["lora", "bara", "balora"])
 def test_train_learns_and_evaluate_and_predict_agree(
-    tmp_path: Path, tiny_model_dir: Path, table: Path, bara: Callable[..., str], method: str
+    tmp_path: Path, tiny_model_dir: Path, table: Path, run: Callable[..., str], method: str
 ) -> None:
     output = tmp_path / "out"
     # A random encoder learns late: until then the prior would close every gate.
@@ -113,18 +82,18 @@ def test_train_learns_and_evaluate_and_predict_agree(
         "--validation",
         table,
     ]
-    printed = bara(*train_arguments(tiny_model_dir, table, output, *options))
+    printed = run(*train_arguments(tiny_model_dir, table, output, *options))
     assert f"bara evaluate {output}" in printed
 
     numbers = tmp_path / "numbers.json"
-    shown = bara("evaluate", output, "--data", table, "--ood", table, "--json", numbers)
+    shown = run("evaluate", output, "--data", table, "--ood", table, "--json", numbers)
     metrics = json.loads(numbers.read_text())["metrics"]
     assert metrics["accuracy"] == 1.0
     assert metrics["nll"] < math.log(2) / 2
     assert metrics["ood_auroc"] == pytest.approx(0.5)
     assert f"{metrics['nll']:.4f}" in shown
 
-    lines = bara("predict", output, "--data", table).splitlines()
+    lines = run("predict", output, "--data", table).splitlines()
     records = [json.loads(line) for line in lines]
     rows = sentences()
     assert [record["prediction"] for record in records] == [row["label"] for row in rows]
@@ -134,23 +103,23 @@ def test_train_learns_and_evaluate_and_predict_agree(
 
 
 def test_regression_predicts_in_the_units_of_the_data(
-    tmp_path: Path, tiny_model_dir: Path, table: Path, bara: Callable[..., str]
+    tmp_path: Path, tiny_model_dir: Path, table: Path, run: Callable[..., str]
 ) -> None:
     output = tmp_path / "out"
     options = ["--label-column", "score", "--method", "lora", *FIT]
-    bara(*train_arguments(tiny_model_dir, table, output, *options))
-    bara("evaluate", output, "--data", table, "--json", tmp_path / "numbers.json")
+    run(*train_arguments(tiny_model_dir, table, output, *options))
+    run("evaluate", output, "--data", table, "--json", tmp_path / "numbers.json")
     metrics = json.loads((tmp_path / "numbers.json").read_text())["metrics"]
     scores = torch.tensor([row["score"] for row in sentences()])
     assert metrics["rmse"] < 0.5 * scores.std(correction=0).item()
-    records = map(json.loads, bara("predict", output, "--data", table).splitlines())
+    records = map(json.loads, run("predict", output, "--data", table).splitlines())
     predictions = torch.tensor([record["prediction"] for record in records])
     rmse = (predictions - scores).square().mean().sqrt().item()
     assert rmse == pytest.approx(metrics["rmse"], rel=1e-4)
 
 
 def test_text_pairs(
-    tmp_path: Path, tiny_model_dir: Path, bara: Callable[..., str], failing: Callable[..., str]
+    tmp_path: Path, tiny_model_dir: Path, run: Callable[..., str], failing: Callable[..., str]
 ) -> None:
     rows = [
         {"a": f"the {noun}", "b": f"was {word}", "y": word in GOOD}
@@ -159,25 +128,25 @@ def test_text_pairs(
     ]
     table = write_jsonl(tmp_path / "pairs.jsonl", rows)
     columns = ["--text-column", "a", "--text-pair-column", "b", "--label-column", "y"]
-    bara(*train_arguments(tiny_model_dir, table, tmp_path / "out", *columns))
-    first = json.loads(bara("predict", tmp_path / "out", "--data", table).splitlines()[0])
+    run(*train_arguments(tiny_model_dir, table, tmp_path / "out", *columns))
+    first = json.loads(run("predict", tmp_path / "out", "--data", table).splitlines()[0])
     assert set(first["probabilities"]) == {"true", "false"}
     alone = write_jsonl(tmp_path / "alone.jsonl", [{"a": "the film"}])
     assert "no column 'b'" in failing("predict", tmp_path / "out", "--data", alone)
 
 
 def test_recipe_file_gives_the_same_adapter_and_flags_go_before_it(
-    tmp_path: Path, tiny_model_dir: Path, table: Path, bara: Callable[..., str]
+    tmp_path: Path, tiny_model_dir: Path, table: Path, run: Callable[..., str]
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     first, second = tmp_path / "first", tmp_path / "second"
     options = ["--method", "lora", "-r", 4, "--set", "training.weight_decay=1e-2"]
-    bara(*train_arguments(tiny_model_dir, table, first, *options, "--save-config", recipe))
-    bara("train", "--config", recipe, "--output", second)
+    run(*train_arguments(tiny_model_dir, table, first, *options, "--save-config", recipe))
+    run("train", "--config", recipe, "--output", second)
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (first, second)]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    shown = bara("train", "--config", recipe, "-r", 2, "--dry-run")
+    shown = run("train", "--config", recipe, "-r", 2, "--dry-run")
     assert "r: 2" in shown
     assert "weight_decay: 0.01" in shown
 
@@ -230,7 +199,7 @@ def test_resumed_training_ends_where_uninterrupted_training_does(
     tmp_path: Path,
     tiny_model_dir: Path,
     table: Path,
-    bara: Callable[..., str],
+    run: Callable[..., str],
     failing: Callable[..., str],
 ) -> None:
     class Stop(TrainerCallback):
@@ -256,7 +225,7 @@ def test_resumed_training_ends_where_uninterrupted_training_does(
     shutil.copytree(parts / "checkpoints/checkpoint-6", parts / "checkpoints/checkpoint-9")
     (parts / "checkpoints/checkpoint-9/complete").unlink()
     assert "method_options" in failing("train", "--resume", "--output", parts, "-r", 4)
-    bara("train", "--resume", "--output", parts)
+    run("train", "--resume", "--output", parts)
     expected = load_file(whole / "adapter_model.safetensors")
     resumed = load_file(parts / "adapter_model.safetensors")
     for key, tensor in expected.items():
@@ -283,11 +252,11 @@ def test_predict_streams_in_a_pipe(trained: Path) -> None:
 
 
 def test_predict_writes_a_file_whole_or_not_at_all(
-    tmp_path: Path, trained: Path, bara: Callable[..., str], failing: Callable[..., str]
+    tmp_path: Path, trained: Path, run: Callable[..., str], failing: Callable[..., str]
 ) -> None:
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "good film"}] * 70)
     output = tmp_path / "predictions.jsonl"
-    assert bara("predict", trained, "--data", texts, "--output", output) == ""
+    assert run("predict", trained, "--data", texts, "--output", output) == ""
     before = output.read_text()
     assert before.count("\n") == 70
     texts.write_text(texts.read_text() + '{"text": ""}\n')
@@ -479,7 +448,7 @@ def test_interrupt_is_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bara.prediction.predict", interrupt)
+    monkeypatch.setattr("bara.loading.predict", interrupt)
     assert failing("predict", trained, "--data", table) == "bara: error: interrupted\n"
 
 

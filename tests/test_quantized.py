@@ -3,10 +3,9 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import bara
-from helpers import adapt, stir
+from helpers import adapt, stir, tiny_llama
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -23,17 +22,7 @@ MODES = [(method, bits) for method in ("bara", "balora") for bits in (8, 4)]
 
 def plain():
     """A language model of bitsandbytes' block size, 64."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
 
 
 def quantized(bits):

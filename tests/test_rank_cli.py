@@ -11,7 +11,6 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from bara.cli import main
 from bara.data import TextTask
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
@@ -52,35 +51,6 @@ def make_adapter(tmp_path: Path, model_dir: Path, table: Path, method: str) -> P
             posterior.global_logit.data[:] = torch.tensor([-1.0, 0.2, 0.1])
     save_adapter(tmp_path / method, model, tokenizer, task, recipe)
     return tmp_path / method
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed; returns its standard output."""
-
-    def run(*arguments: object) -> str:
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert code == 0, captured.err
-        return captured.out
-
-    return run
-
-
-@pytest.fixture
-def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must fail with one line on standard error; returns that line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 1
-        error = capsys.readouterr().err
-        assert error.startswith("bara: error: ")
-        assert error.count("\n") == 1
-        assert "unexpected" not in error
-        return error
-
-    return run
 
 
 def test_ranks(tmp_path: Path, adapter: Path, table: Path, run: Callable[..., str]) -> None:

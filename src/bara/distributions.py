@@ -71,7 +71,7 @@ def bernoulli_kl(logit: Tensor, prior: float) -> Tensor:
     p = torch.sigmoid(logit)
     prior_logit = math.log(prior) - math.log1p(-prior)
     # p log(p/pi) + (1-p) log((1-p)/(1-pi)), regrouped so that no log of a rounded 0 occurs
-    return p * (logit - prior_logit) + F.logsigmoid(-logit) - math.log1p(-prior)
+    return p * (logit - prior_logit) - F.softplus(logit) - math.log1p(-prior)
 
 
 def beta_bernoulli_kl(logit: Tensor, a: float, b: float) -> Tensor:

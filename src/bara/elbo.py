@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class ForwardPass:
 
     Attributes:
         batch_size: rows B of the batch.
-        masks: the padding masks given to the model, each (B, T) with True for tokens.
+        weights: for each padding mask given to the model what a position counts in a mean over its
+            row, (B, T): 0 for padding.
         items: loss terms of each row, (B,): its weight in the mean over the batch; None for ones.
         share: part of the whole accumulated batch that this micro-batch is, 1 if unknown.
         draws: the draws in force, or None (fresh noise in training, else the mean).
@@ -70,7 +72,7 @@ class ForwardPass:
     """
 
     batch_size: int
-    masks: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor, ...] = ()
     items: Tensor | None = None
     share: Tensor | float = 1.0
     draws: Draws | None = None
@@ -84,11 +86,11 @@ class ForwardPass:
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
 
-    def mask(self, positions: int, rows: Tensor | None) -> Tensor | None:
-        """The padding mask of a layer with this many positions per row, None if it has none."""
-        for mask in self.masks:
-            if mask.shape[1] == positions:
-                return mask if rows is None else mask[rows]
+    def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
+        """The weights for a layer with this many positions per row, None without a mask for it."""
+        for weights in self.weights:
+            if weights.shape[1] == positions:
+                return weights if rows is None else weights[rows]
         return None
 
     def rows_of(self, adapter: str, device: torch.device) -> Tensor | None:
@@ -112,10 +114,16 @@ class ForwardPass:
         """The mean of per-row values, each row weighted by its loss terms; scalars pass."""
         if values.dim() == 0:
             return values
-        if self.items is None or self.items.shape != values.shape:
+        if self.row_weights is None or self.row_weights.shape != values.shape:
             return values.mean()
-        items = self.items.to(values)
-        return (values * items).sum() / items.sum().clamp_min(1)
+        return values @ self.row_weights.to(values)
+
+    @cached_property
+    def row_weights(self) -> Tensor | None:
+        """What each row counts in a mean over the batch, (B,)."""
+        if self.items is None:
+            return None
+        return self.items / self.items.sum().clamp_min(1)
 
     def add(
         self,
@@ -246,7 +254,7 @@ class Elbo(DrawSource):
         training = model.training and torch.is_grad_enabled()
         forward = ForwardPass(
             batch_size=_batch_size(given),
-            masks=tuple(_masks(given)),
+            weights=tuple(_position_weights(given)),
             draws=self.draws,
             adapter_names=self.adapter_names,
             training=training,
@@ -427,10 +435,13 @@ def _batch_size(given: dict[str, Any]) -> int:
     return next(sizes, 1)
 
 
-def _masks(given: dict[str, Any]) -> list[Tensor]:
+def _position_weights(given: dict[str, Any]) -> Iterator[Tensor]:
     dim = 3 if _is_multiple_choice(given) else 2
-    masks = [given.get(name) for name in MASKS]
-    return [m.flatten(0, -2).bool() for m in masks if isinstance(m, Tensor) and m.dim() == dim]
+    for name in MASKS:
+        mask = given.get(name)
+        if isinstance(mask, Tensor) and mask.dim() == dim:
+            tokens = mask.flatten(0, -2).bool()
+            yield tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:

@@ -246,11 +246,11 @@ class _GateFit:
     def add(self, space: RankSpace) -> None:
         posterior, kept = self.posterior, self.kept.to(space.u.device)
         left = rms_normalised(space.pooled(posterior.granularity)[..., kept])
-        valid = space.mask if left.shape[1] > 1 else None
-        design = nn.functional.pad(_rows(left, valid), (0, 1), value=1.0)
+        weights = space.weights if left.shape[1] > 1 else None
+        design = nn.functional.pad(_rows(left, weights), (0, 1), value=1.0)
         self.gram = self.gram + design.T @ design
         for name, output in posterior.linear_outputs(space).items():
-            target = _rows(output[..., kept], valid)
+            target = _rows(output[..., kept], weights)
             self.cross[name] = self.cross.get(name, 0.0) + design.T @ target
 
     def solution(self) -> dict[str, Tensor]:
@@ -260,9 +260,9 @@ class _GateFit:
         return {name: (inverse @ cross).T for name, cross in self.cross.items()}
 
 
-def _rows(values: Tensor, valid: Tensor | None) -> Tensor:
-    """The valid positions' values, (m, r), float64."""
-    flat = values.flatten(0, 1) if valid is None else values[valid]
+def _rows(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The values of positions that are not padding, (m, r), float64."""
+    flat = values.flatten(0, 1) if weights is None else values[weights > 0]
     return flat.double()
 
 

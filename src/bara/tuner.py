@@ -160,14 +160,14 @@ class RankSpaceVariant(LoraVariant):
 
             return flatten(torch.vmap(one)(x, weight))
 
-        mask = None if convolution else forward.mask(flat.shape[1], rows)
-        if mask is None and not convolution and flat.shape[1] > 1:
+        weights = None if convolution else forward.position_weights(flat.shape[1], rows)
+        if weights is None and not convolution and flat.shape[1] > 1:
             self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
         groups = getattr(lora_b, "groups", 1)
-        return RankSpace(flat, x, lora_a.weight, lora_b.weight, mask, project, groups), restore
+        return RankSpace(flat, x, lora_a.weight, lora_b.weight, weights, project, groups), restore
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
-        if posterior.granularity == "sequence" and any(not mask.all() for mask in forward.masks):
+        if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):
             raise BaraError(
                 f"Layer {self.layer} has {positions} positions per input, which no padding mask "
                 "given to the model matches: a gate pooled over them would read padding. Use "

@@ -24,7 +24,8 @@ class RankSpace:
         x: the layer's input, (B, T, d_in) or (B, channels, ...) for a convolution.
         a: the weight of A, (r, d_in) or (r, channels, kernel...).
         b: the weight of B, (d_out, r) or (d_out, r, 1, ...).
-        mask: True where a position is not padding, (B, T), or None when there is no padding.
+        weights: what each position counts in a mean over its row, (B, T): 0 for padding; None when
+            there is no padding.
         project: applies A's operation with another weight to another input, giving (B, T, r); a
             weight with one more dimension in front has a matrix for every input.
         groups: groups of a grouped convolution, else 1.
@@ -34,7 +35,7 @@ class RankSpace:
     x: Tensor
     a: Tensor
     b: Tensor
-    mask: Tensor | None
+    weights: Tensor | None
     project: Callable[[Tensor, Tensor], Tensor]
     groups: int = 1
 
@@ -75,10 +76,9 @@ class RankSpace:
         """Averages values (B, 1 or T, ...) over the positions that are not padding: (B, ...)."""
         if values.shape[1] == 1:
             return values[:, 0]
-        if self.mask is None:
+        if self.weights is None:
             return values.mean(dim=1)
-        weight = self.mask.to(values.dtype).reshape(*self.mask.shape, *[1] * (values.dim() - 2))
-        return (values * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+        return (values * trailing(self.weights.to(values), values.dim())).sum(dim=1)
 
 
 class PosteriorOutput(NamedTuple):
