@@ -21,6 +21,7 @@ from bara.bench.results import append_row, read_rows, write_csv
 from bara.bench.spec import Benchmark
 from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
 from bara.bench.tasks import Splits, load_task, task_version
+from bara.language.multiple_choice import Question
 from conftest import write_jsonl
 
 TEXTS = [" ".join(f"word{i}x{j}" for j in range(40)) for i in range(50)]
@@ -319,11 +320,14 @@ def test_hub_tasks_have_the_papers_prompts_and_splits(monkeypatch: pytest.Monkey
             1,
         ),
     }
-    for name, (question, choices, answer) in expected.items():
+    for name, (prompt, choices, answer) in expected.items():
         splits = load_task(f"hub:{name}")
         assert splits.kind == "multiple-choice"
         for table in (splits.train, splits.test):
-            assert table[0] == {"question": question, "choices": choices, "answer": answer}
+            assert table[0] == {"prompt": prompt, "choices": choices, "answer": answer}
+            question = Question.from_record(table[0])
+            assert question.prompt("text") == prompt
+            assert question.completions("text") == [f" {choice}" for choice in choices]
     with pytest.raises(BaraError, match="cannot load allenai/winogrande:winogrande_m"):
         load_task("hub:winogrande_m")
 

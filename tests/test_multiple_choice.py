@@ -113,6 +113,14 @@ def test_answers_as_index_letter_or_text():
     assert len(LETTERS) == 26
 
 
+def test_a_prompt_is_read_word_for_word():
+    record = {"prompt": "w5  w6\n", "choices": ["a", "b"], "answer": "B"}
+    question = Question.from_record(record)
+    assert question.prompt("text") == question.prompt("letter") == "w5  w6\n"
+    assert question.completions("text") == [" a", " b"]
+    assert question.answer == 1
+
+
 def test_bad_input_is_one_clear_line(tokenizer, tiny_bert):
     model = fit(adapted_lm(), tokenizer)
 

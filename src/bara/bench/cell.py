@@ -145,12 +145,13 @@ def _test_of(name: str, cell: Cell, count: int) -> Dataset:
 
 
 def corrupted(table: Dataset, kind: str, severity: int, seed: int) -> Dataset:
-    """The table with its texts or questions corrupted.
+    """The table with its texts, questions or prompts corrupted.
 
     Raises:
-        BaraError: it has neither.
+        BaraError: it has none.
     """
-    column = next((name for name in ("text", "question") if name in table.column_names), None)
+    columns = ("text", "question", "prompt")
+    column = next((name for name in columns if name in table.column_names), None)
     if column is None:
         raise BaraError("only texts and questions can be corrupted: leave `corruptions` empty")
     texts = corrupt(table[column], kind, severity, seed=seed)

@@ -31,8 +31,8 @@ class HubTask:
 
     Attributes:
         source: repository, and configuration after a colon.
-        convert: from a row to `question` (the prompt), `choices` (the answers to score) and
-            `answer` (the position of the right one).
+        convert: from a row to `prompt`, `choices` (the answers to score) and `answer` (the position
+            of the right one).
     """
 
     source: str
@@ -40,7 +40,7 @@ class HubTask:
 
 
 def load_hub_task(name: str) -> tuple[Dataset, Dataset]:
-    """Training and test tables with the columns `question`, `choices` and `answer`.
+    """Training and test tables with the columns `prompt`, `choices` and `answer`.
 
     Raises:
         BaraError: the data set cannot be loaded.
@@ -58,7 +58,10 @@ def load_hub_task(name: str) -> tuple[Dataset, Dataset]:
 
 
 def _converted(table: Dataset, task: HubTask) -> Dataset:
-    return table.map(task.convert, remove_columns=table.column_names)
+    from datasets import Dataset
+
+    # a new table: `map` would keep BoolQ's `answer` a truth value
+    return Dataset.from_list([task.convert(row) for row in table])
 
 
 def select_prompt(question: str, choices: Sequence[str]) -> tuple[str, list[str]]:
@@ -73,7 +76,7 @@ def select_prompt(question: str, choices: Sequence[str]) -> tuple[str, list[str]
 
 def _winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, letters = select_prompt(row["sentence"], [row["option1"], row["option2"]])
-    return {"question": prompt, "choices": letters, "answer": int(row["answer"]) - 1}
+    return {"prompt": prompt, "choices": letters, "answer": int(row["answer"]) - 1}
 
 
 def _science(question: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
@@ -83,7 +86,7 @@ def _science(question: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
         choices = row["choices"]
         prompt, letters = select_prompt(row[question], choices["text"])
         return {
-            "question": prompt,
+            "prompt": prompt,
             "choices": letters,
             "answer": list(choices["label"]).index(row["answerKey"]),
         }
@@ -94,7 +97,7 @@ def _science(question: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 def _boolq(row: Mapping[str, Any]) -> dict[str, Any]:
     passage = row["passage"].strip().removesuffix(".")
     prompt = TRUE_OR_FALSE.format(question=row["question"].strip(), passage=passage)
-    return {"question": prompt, "choices": ["False", "True"], "answer": int(row["answer"])}
+    return {"prompt": prompt, "choices": ["False", "True"], "answer": int(row["answer"])}
 
 
 HUB_TASKS = {

@@ -26,9 +26,9 @@ SPLIT_SEED = 0
 class Splits:
     """The tables of a task.
 
-    Texts have the columns `text` and `label` (or a numeric `target`), multiple choice `question`,
-    `choices` and `answer` (a position), images `pixel_values` (3, H, W) and `label`. A task without
-    a validation table takes held-out examples from its training table.
+    Texts have the columns `text` and `label` (or a numeric `target`), multiple choice `question` or
+    `prompt`, `choices` and `answer` (a position), images `pixel_values` (3, H, W) and `label`. A
+    task without a validation table takes held-out examples from its training table.
     """
 
     train: Dataset

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from bara.cli.options import BaseModel, BatchSize, Seed, Split
+
 ROWS = {
     "bound": "bound on the error rate",
     "gibbs_risk": "error rate on these texts",
@@ -35,12 +37,12 @@ ASSUMPTIONS = (
 def certify(
     adapter: Annotated[Path, Argument(help="Folder that `bara train --method certified` wrote.")],
     data: Annotated[str, Option(help="The table that it was trained on.")],
-    split: Annotated[str | None, Option(help="Split of a hub data set.")] = None,
+    split: Split = None,
     delta: Annotated[float, Option(help="Probability that the bound fails.")] = 0.05,
     num_draws: Annotated[int, Option(min=1, help="Posterior draws for each text.")] = 50,
-    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    base_model: BaseModel = None,
     output: Annotated[Path | None, Option(help="Write the certificate here too (JSON).")] = None,
     force: Annotated[bool, Option("--force", help="Replace the output file.")] = False,
 ) -> None:

@@ -7,18 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
+
+from bara.cli.options import Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
 
 
 def evaluate(
-    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    adapter: Adapter,
     data: Annotated[str, Option(help="Labelled table: a file or a hub data set.")],
     ood: Annotated[str | None, Option(help="Table of texts out of distribution.")] = None,
-    split: Annotated[str | None, Option(help="Split of a hub data set.")] = None,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws.")] = 10,
-    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    split: Split = None,
+    num_draws: NumDraws = 10,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    base_model: BaseModel = None,
     calibrate_risk: Annotated[
         float | None,
         Option(help="Also find the uncertainty above which to abstain, for this risk."),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
+
+from bara.cli.options import Adapter, BaseModel, BatchSize, Force, HeldOut, Seed
 
 
 def export(
-    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    adapter: Adapter,
     output: Annotated[Path, Option(help="Folder for the export.")],
     mode: Annotated[
         str, Option(help="mean: one LoRA adapter; draws: an ensemble; merged: a whole model.")
@@ -17,15 +19,12 @@ def export(
     data: Annotated[
         str | None, Option(help="Table of texts to average what depends on the input over.")
     ] = None,
-    held_out: Annotated[
-        str | None,
-        Option(help="Table to measure the change on; without it, every second text of --data."),
-    ] = None,
+    held_out: HeldOut = None,
     num_draws: Annotated[int, Option("--num-draws", "-n", min=1, help="Adapters of draws.")] = 10,
-    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 64,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
-    force: Annotated[bool, Option("--force", help="Replace files in the output folder.")] = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    base_model: BaseModel = None,
+    force: Force = False,
 ) -> None:
     """Write plain LoRA adapters, or a merged model, that load without `bara`."""
     import shutil

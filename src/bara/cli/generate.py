@@ -6,17 +6,18 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
+
+from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, NumDraws
 
 CHUNK = 8
 """Prompts that are read, answered and written at a time."""
 
 
 def generate(
-    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    adapter: Adapter,
     prompt: Annotated[str | None, Argument(help="What to go on from; none starts a chat.")] = None,
     data: Annotated[
         str | None,
@@ -26,7 +27,7 @@ def generate(
     chat: Annotated[
         bool, Option("--chat", help="Put the prompt into the chat template, as a user's message.")
     ] = False,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws.")] = 8,
+    num_draws: NumDraws = 8,
     seed: Annotated[int, Option(help="Seed of the draws and of sampling.")] = 0,
     batch_size: Annotated[int, Option(min=1, help="Prompts times draws decoded at a time.")] = 64,
     max_new_tokens: Annotated[
@@ -43,11 +44,8 @@ def generate(
     agreement: Annotated[
         bool, Option(help="Also let every draw answer on its own, in JSON output.")
     ] = True,
-    abstain_at_risk: Annotated[
-        float | None,
-        Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
-    ] = None,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    abstain_at_risk: AbstainAtRisk = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
     from bara.abstention import load_threshold

@@ -10,25 +10,24 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
+
+from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
 
 CHUNK = 64
 """Texts that are read, predicted and written at a time."""
 
 
 def predict(
-    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    adapter: Adapter,
     data: Annotated[str, Option(help="Table of texts; - reads JSONL from standard input.")] = "-",
     output: Annotated[str, Option(help="JSONL file; - is standard output.")] = "-",
-    split: Annotated[str | None, Option(help="Split of a hub data set.")] = None,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws.")] = 10,
-    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
-    abstain_at_risk: Annotated[
-        float | None,
-        Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
-    ] = None,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    split: Split = None,
+    num_draws: NumDraws = 10,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    abstain_at_risk: AbstainAtRisk = None,
+    base_model: BaseModel = None,
 ) -> None:
     """Write one JSON object per text or question: the prediction and how uncertain it is."""
     from tqdm.auto import tqdm

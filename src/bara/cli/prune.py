@@ -7,15 +7,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from bara.cli.options import BaseModel, BatchSize, Force, HeldOut, Seed
+
 
 def prune(
     adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote, of method bara.")],
     data: Annotated[str, Option(help="Table of texts to fit the gates on; labels are not used.")],
     output: Annotated[Path, Option(help="Folder for the smaller adapter.")],
-    held_out: Annotated[
-        str | None,
-        Option(help="Table to measure the change on; without it, every second text of --data."),
-    ] = None,
+    held_out: HeldOut = None,
     threshold: Annotated[
         float, Option(help="Factors whose inclusion is below it go; in [0, 1].")
     ] = 0.5,
@@ -23,10 +22,10 @@ def prune(
         float, Option(help="Largest mean change of the probabilities (or of the prediction).")
     ] = 0.05,
     num_draws: Annotated[int, Option(min=1, help="Posterior draws to compare.")] = 10,
-    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 64,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
-    force: Annotated[bool, Option("--force", help="Replace files in the output folder.")] = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    base_model: BaseModel = None,
+    force: Force = False,
 ) -> None:
     """Remove factors whose posterior inclusion is below a threshold."""
     import json

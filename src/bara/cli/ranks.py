@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
+
+from bara.cli.options import Adapter, BaseModel, BatchSize, Seed, Split
 
 
 def ranks(
-    adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote.")],
+    adapter: Adapter,
     data: Annotated[str, Option(help="Table of texts; with labels, errors are shown too.")],
     against: Annotated[str | None, Option(help="A second table, to compare with.")] = None,
     output: Annotated[Path, Option(help="Folder for the report.")] = Path("bara-ranks"),
-    split: Annotated[str | None, Option(help="Split of a hub data set.")] = None,
+    split: Split = None,
     num_draws: Annotated[int, Option(min=0, help="Posterior draws; 0 for none.")] = 10,
-    seed: Annotated[int, Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
-    base_model: Annotated[str | None, Option(help="Where the base model is now.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 256,
+    base_model: BaseModel = None,
     force: Annotated[bool, Option("--force", help="Replace an earlier report.")] = False,
 ) -> None:
     """Report the effective rank per layer, type of module and text."""

@@ -34,24 +34,27 @@ class Question(NamedTuple):
         question: the text.
         choices: two or more different texts.
         answer: index of the right choice, or None.
+        verbatim: whether the text is the whole prompt, word for word.
     """
 
     question: str
     choices: tuple[str, ...]
     answer: int | None = None
+    verbatim: bool = False
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], where: str = "A question") -> Question:
-        """Reads `question`, `choices` and, if it is there, `answer`: an index, a letter or a
-        choice's text.
+        """Reads `question`, or a whole `prompt` in its place, `choices` and, if it is there,
+        `answer`: an index, a letter or a choice's text.
 
         Raises:
             BaraError: one of them is missing or makes no sense; `where` begins the message.
         """
-        question, answer = record.get("question"), record.get("answer")
+        prompt, answer = record.get("prompt"), record.get("answer")
+        question = record.get("question") if prompt is None else prompt
         choices: Any = record.get("choices")
         if not isinstance(question, str) or not question.strip():
-            raise BaraError(f"{where} needs a text under 'question'.")
+            raise BaraError(f"{where} needs a text under 'question', or under 'prompt'.")
         texts = isinstance(choices, Sequence) and not isinstance(choices, str)
         if not texts or not all(isinstance(choice, str) and choice.strip() for choice in choices):
             raise BaraError(f"{where} needs a list of texts under 'choices'.")
@@ -65,10 +68,14 @@ class Question(NamedTuple):
                     f"{len(choices) - 1}, letter or text of its {len(choices)} choices."
                 )
             answer = index
-        return cls(question.strip(), tuple(choice.strip() for choice in choices), answer)
+        verbatim = prompt is not None
+        text = question if verbatim else question.strip()
+        return cls(text, tuple(choice.strip() for choice in choices), answer, verbatim)
 
     def prompt(self, scoring: Scoring) -> str:
         """What the model reads before a choice; with letters, the choices are part of it."""
+        if self.verbatim:
+            return self.question
         if scoring == "text":
             return f"Question: {self.question}\nAnswer:"
         listed = "".join(f"\n{LETTERS[i]}. {choice}" for i, choice in enumerate(self.choices))
@@ -116,8 +123,9 @@ def multiple_choice(
         model: a causal language model of transformers, with an adapter of PEFT or without (then it
             is one draw).
         tokenizer: the model's tokeniser.
-        questions: `Question`s, or mappings with `question`, `choices` and, for reference,
-            `answer` (an index, a letter, or the choice's text).
+        questions: `Question`s, or mappings with `question` (or `prompt`, which is read word for
+            word), `choices` and, for reference, `answer` (an index, a letter, or the choice's
+            text).
         scoring: `text` or `letter`.
         num_draws, seed, deterministic: as in `bara.predict`.
         batch_size: most rows (questions times draws) of prompts in one forward pass. Their

@@ -25,7 +25,7 @@ class LanguageTask:
 
     Attributes:
         task: `causal-lm` (columns `prompt` and `completion`, or `messages`, or `text`) or
-            `multiple-choice` (`question`, `choices`, `answer`).
+            `multiple-choice` (`question` or `prompt`, `choices`, `answer`).
         max_length: most tokens of a row.
         scoring: for multiple choice, whether the model says the choice's text or its letter.
     """

@@ -1,0 +1,24 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Adapter = Annotated[Path, Argument(help="Folder that `bara train` wrote.")]
+BaseModel = Annotated[str | None, Option(help="Where the base model is now.")]
+Split = Annotated[str | None, Option(help="Split of a hub data set.")]
+NumDraws = Annotated[int, Option(min=1, help="Posterior draws.")]
+Seed = Annotated[int, Option(help="Seed of the draws.")]
+BatchSize = Annotated[int, Option(min=1, help="Texts times draws in one pass.")]
+HeldOut = Annotated[
+    str | None,
+    Option(help="Table to measure the change on; without it, every second text of --data."),
+]
+AbstainAtRisk = Annotated[
+    float | None,
+    Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
+]
+Force = Annotated[bool, Option("--force", help="Replace files in the output folder.")]
