@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     MistralConfig,
@@ -17,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from bara.draws import attach_draws
+from bara.posthoc.ensemble import EnsembleDraws, member_name
 from helpers import adapt, stir, tiny_gpt2, tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -73,3 +76,16 @@ def word_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
 def words(*numbers: int) -> str:
     """A text whose token ids are these."""
     return " ".join(f"w{number}" for number in numbers)
+
+
+def lora_ensemble(num_members: int) -> Any:
+    """Plain LoRA members on one tiny model, each moved away from B = 0 in its own way."""
+    model = get_peft_model(tiny_lm("llama"), LoraConfig(r=2, target_modules="all-linear"))
+    for index in range(1, num_members):
+        model.add_adapter(member_name(index), model.peft_config["default"])
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    attach_draws(model, EnsembleDraws(model, num_members))
+    return model.eval()

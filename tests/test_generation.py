@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 
 import bara
 from bara import BaraError
 from bara.elbo import Elbo
+from bara.language.evaluation import token_metrics
+from bara.posthoc.ensemble import member_name
 from helpers import adapt, stir
-from language_models import adapted_lm, tiny_lm, word_tokenizer, words
+from language_models import adapted_lm, lora_ensemble, tiny_lm, word_tokenizer, words
 
 PROMPTS = [words(4, 5, 6, 7, 8), words(9), words(11, 3, 12)]
 IDS = [[4, 5, 6, 7, 8], [9], [11, 3, 12]]
@@ -313,3 +316,27 @@ def test_an_error_leaves_no_hook_behind(model, tokenizer):
     assert len(model.get_base_model()._forward_hooks) == before
     assert not hasattr(model.get_base_model(), "_reorder_cache")
     assert Elbo.of(model).draws is None
+
+
+def test_draws_of_whole_weights_are_not_decoded_as_one_batch(tokenizer):
+    ensemble = lora_ensemble(2)
+    with pytest.raises(BaraError, match="one draw at a time"):
+        bara.generate(ensemble, tokenizer, PROMPTS)
+    (answer, *_) = bara.generate(
+        ensemble, tokenizer, PROMPTS, deterministic=True, max_new_tokens=3, agreement=False
+    )
+    assert answer.text
+
+
+def test_token_metrics_average_over_an_ensemble_s_members():
+    ensemble = lora_ensemble(2)
+    ids = torch.tensor([[4, 5, 6, 7, 8]])
+    table = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    probabilities = []
+    for member in range(2):
+        ensemble.set_adapter(member_name(member))
+        with torch.no_grad():
+            probabilities.append(ensemble(input_ids=ids).logits[0, :-1].softmax(-1))
+    of_labels = torch.stack(probabilities).mean(0).gather(1, ids[:, 1:].T)
+    nll = token_metrics(ensemble, table, progress=False)["nll"]
+    assert nll == pytest.approx(-of_labels.log().mean().item(), rel=1e-5)

@@ -8,7 +8,7 @@ from bara import BaraError
 from bara.language.multiple_choice import LETTERS, Question
 from bara.metrics import classification_metrics
 from helpers import adapt, stir
-from language_models import adapted_lm, word_tokenizer, words
+from language_models import adapted_lm, lora_ensemble, word_tokenizer, words
 
 QUESTIONS = [
     {"question": words(4, 5, 6, 7, 8), "choices": [words(9), words(10, 11, 12)], "answer": 1},
@@ -146,3 +146,12 @@ def test_bad_input_is_one_clear_line(tokenizer, tiny_bert):
     broken = fit(adapted_lm(), tokenizer)
     broken.get_base_model().lm_head.weight.data[5] = float("nan")
     refused("not finite", model=broken)
+
+
+def test_the_members_of_an_ensemble_answer_as_its_draws(tokenizer):
+    model = fit(lora_ensemble(3), tokenizer)
+    predictive = bara.multiple_choice(model, tokenizer, QUESTIONS, num_draws=2)
+    assert predictive.num_draws == 3  # as many as there are
+    expected = by_hand(model, tokenizer, "text", 3)
+    torch.testing.assert_close(predictive.log_probs_draws.exp(), expected, atol=1e-5, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.01

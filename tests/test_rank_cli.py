@@ -40,7 +40,8 @@ def adapter(tmp_path: Path, tiny_model_dir: Path, table: Path) -> Path:
 
 
 def make_adapter(tmp_path: Path, model_dir: Path, table: Path, method: str) -> Path:
-    recipe = TrainRecipe(model=str(model_dir), method=method, method_options={"r": 3})
+    options = {"r": 3} | ({"logit_scale": 20.0} if method == "bara" else {})  # as helpers.adapt
+    recipe = TrainRecipe(model=str(model_dir), method=method, method_options=options)
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     task = TextTask.infer(Dataset.from_list(rows))
     torch.manual_seed(0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bara.batches import batches, repeat_rows, to_device
-from bara.draws import Draws
-from bara.elbo import Elbo
+from bara.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.generation import generate
 from bara.language.tasks import reference, row_prompt
@@ -34,7 +34,7 @@ def token_metrics(
     Args:
         inputs: what `bara.language.tasks.tokenise_language` made.
         num_draws, seed, batch_size, progress: as in `bara.predict`; all draws of an input are in
-            one pass.
+            one pass where the method can do that.
 
     Returns:
         `nll` in nats per label token, `perplexity`, its exponential, and `accuracy`, the share of
@@ -43,30 +43,30 @@ def token_metrics(
     Raises:
         BaraError: empty data, or logits that are not finite.
     """
-    elbo = Elbo.of(model)
-    draws = Draws(num_draws if elbo else 1, seed)
-    count = draws.num_draws
+    source = draw_source(model)
+    count = source.num_draws(num_draws) if source else 1
+    at_once = count if source is None or source.batched else 1
+    portions = [Draws(at_once, seed, first) for first in range(0, count, at_once)]
     device = next(model.parameters()).device
     nll, right, tokens = 0.0, 0, 0
     was_training = model.training
     model.eval()
     try:
-        for batch, _ in batches(inputs, model, max(1, batch_size // count), None, progress):
+        for batch, _ in batches(inputs, model, max(1, batch_size // at_once), None, progress):
             labels = batch.pop("labels")[:, 1:].to(device)
             known = labels.ne(-100)
-            with torch.no_grad():
-                moved = to_device(repeat_rows(batch, count), device)
-                if elbo:
-                    with elbo.drawing(draws):
-                        logits = model(**moved).logits
-                else:
-                    logits = model(**moved).logits
+            moved = to_device(repeat_rows(batch, at_once), device)
+            parts = []
+            for draws in portions:
+                with torch.no_grad(), source.drawing(draws) if source else nullcontext():
+                    parts.append(model(**moved).logits.unflatten(0, (at_once, -1)))
+            logits = torch.cat(parts)
             if not torch.isfinite(logits).all():
                 raise BaraError(
                     "The model's logits are not finite: the adapter was damaged or training "
                     "diverged."
                 )
-            logits = logits[:, :-1].unflatten(0, (count, -1))[:, known]  # (S, labels, V)
+            logits = logits[:, :, :-1][:, known]  # (S, labels, V)
             log_probs = logits.float().log_softmax(-1).logsumexp(0) - math.log(count)
             target = labels[known]
             nll -= float(log_probs.gather(1, target.unsqueeze(1)).sum())

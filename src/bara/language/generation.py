@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from bara.batches import to_device
 from bara.data import first_line
-from bara.draws import Draws
-from bara.elbo import Elbo
+from bara.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import (
     Prompt,
@@ -205,11 +204,18 @@ class DrawSampler:
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.elbo = Elbo.of(model)
+        self.source = draw_source(model)
+        if self.source and not (self.source.batched or deterministic):
+            raise BaraError(
+                "This model's method draws whole weights, one draw at a time, and generation "
+                "decodes all draws in one batch: pass deterministic=True (--set "
+                "deterministic=true) for its mean, or train a method that draws in rank space, "
+                "such as bara."
+            )
         for name in ASSISTED:
             if options.get(name) is not None:
                 raise BaraError(f"Assisted decoding ({name}) with a mixture is not supported.")
-        single = deterministic or self.elbo is None
+        single = deterministic or self.source is None
         self.draws = Draws(1 if single else num_draws, seed)
         self.mean = deterministic
         self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
@@ -290,7 +296,7 @@ class DrawSampler:
         """`transformers.generate` under the draws, in evaluation mode."""
         was_training = self.model.training
         self.model.eval()
-        drawing = self.elbo.drawing(None if self.mean else self.draws) if self.elbo else None
+        drawing = self.source.drawing(None if self.mean else self.draws) if self.source else None
         try:
             with drawing or nullcontext():
                 return self.model.generate(

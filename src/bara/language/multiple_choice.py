@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bara.batches import repeat_rows, to_device
-from bara.draws import Draws
-from bara.elbo import Elbo
+from bara.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
 from bara.prediction import TEMPERATURE
@@ -154,8 +153,9 @@ def multiple_choice(
         raise BaraError("There is no question: give at least one.")
     encoded = [_encode(tokenizer, question, scoring) for question in asked]
     require_room(model, max(len(prompt) + max(map(len, ends)) for prompt, ends in encoded))
-    elbo = Elbo.of(model)
-    count = 1 if deterministic or elbo is None else num_draws
+    source = draw_source(model)
+    count = 1 if deterministic or source is None else source.num_draws(num_draws)
+    most = batch_size if source is None or source.batched else 1
     config: Any = model.config
     temperature = getattr(config, TEMPERATURE, 1.0)
     log_probs = torch.full((count, len(asked), max(len(q.choices) for q in asked)), -torch.inf)
@@ -165,9 +165,9 @@ def multiple_choice(
         for index in _batches([len(prompt) for prompt, _ in encoded], count, batch_size, progress):
             draw = 0
             while draw < count:
-                at_once = min(count - draw, max(1, batch_size // len(index)))
+                at_once = min(count - draw, most, max(1, batch_size // len(index)))
                 draws = None if deterministic else Draws(at_once, seed, draw)
-                with elbo.drawing(draws) if elbo else nullcontext():
+                with source.drawing(draws) if source else nullcontext():
                     part = [encoded[i] for i in index]
                     scores = _scores(model, tokenizer, part, at_once)
                 for row, (i, score) in enumerate(zip(index, scores, strict=True)):
