@@ -198,6 +198,7 @@ class BaraPosterior(Posterior):
             opened = open_logit(z)
             active = torch.sigmoid(opened)
             if config.global_prior_beta is None:
+                assert config.global_prior is not None  # the config replaced its None
                 kl_global.append(bernoulli_kl(opened, config.global_prior).sum())
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
