@@ -1,7 +1,7 @@
 """The README's pictures: those of one `bara quickstart`.
 
-    bara quickstart
-    python benchmarks/readme_pictures.py bara-quickstart
+bara quickstart
+python benchmarks/readme_pictures.py bara-quickstart
 """
 
 from __future__ import annotations
