@@ -51,6 +51,9 @@ def test_many_draws_average_to_the_soft_rank(net):
     counts = rank.draws.mean(dim=(1, 2))
     assert rank.s_bar_std == pytest.approx(counts.std().item())
     assert rank.per_layer_std.shape == (1,)
+    by_input = [rank.draws[:, :, i].mean(dim=1).std().item() for i in range(3)]
+    assert rank.per_input_std.tolist() == pytest.approx(by_input)
+    assert max(by_input) > counts.std().item()  # an average varies no more than its parts
 
 
 def test_draws_do_not_depend_on_the_batches(net):

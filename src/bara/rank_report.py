@@ -72,6 +72,20 @@ class RankReport:
             rows.append(dict(zip(HEADINGS, map(_plain, values), strict=True)))
         return rows
 
+    def layers(self) -> list[dict[str, Any]]:
+        """A row for each layer: its name, its maximum rank, and means over inputs."""
+        rank, spread = self.rank, self.rank.per_layer_std
+        return [
+            {
+                "name": name,
+                "maximum": largest,
+                "soft": float(rank.soft[i].mean()),
+                "hard": float(rank.hard[i].mean()),
+                "std": None if spread is None else float(spread[i]),
+            }
+            for i, (name, largest) in enumerate(zip(rank.layers, rank.max_rank, strict=True))
+        ]
+
     def shift_sentence(self) -> str | None:
         """The shift in words."""
         if self.against is None or self.shift is None:
@@ -94,11 +108,14 @@ class RankReport:
         order = self.rank.per_input.argsort(descending=True).tolist()
 
         def items(index: list[int]) -> list[dict[str, Any]]:
-            ranks = self.rank.per_input
-            texts = (" ".join(self.texts[i].split()) for i in index)
+            ranks, spread = self.rank.per_input, self.rank.per_input_std
             return [
-                {"text": text, "rank": float(ranks[i])}
-                for i, text in zip(index, texts, strict=True)
+                {
+                    "text": " ".join(self.texts[i].split()),
+                    "rank": float(ranks[i]),
+                    "std": None if spread is None else float(spread[i]),
+                }
+                for i in index
             ]
 
         return {
@@ -109,25 +126,17 @@ class RankReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         rank, shift = self.rank, self.shift
-        spread = rank.per_layer_std
+        spread = rank.per_input_std
         return {
             "data": self.name,
             "s_bar": rank.s_bar,
             "s_bar_std": rank.s_bar_std,
-            "layers": [
-                {
-                    "name": name,
-                    "maximum": largest,
-                    "soft": float(rank.soft[i].mean()),
-                    "hard": float(rank.hard[i].mean()),
-                    "std": None if spread is None else float(spread[i]),
-                }
-                for i, (name, largest) in enumerate(zip(rank.layers, rank.max_rank, strict=True))
-            ],
+            "layers": self.layers(),
             "modules": self.modules(),
             "per_input": {
                 "soft": rank.per_input.tolist(),
                 "hard": rank.hard.mean(dim=0).tolist(),
+                "std": None if spread is None else spread.tolist(),
             },
             "shift": None
             if shift is None or self.against is None
@@ -172,6 +181,7 @@ def write_rank_report(folder: str | Path, report: RankReport, notes: Sequence[st
         rank=rank_numbers(rank),
         headings=HEADINGS,
         modules=[[cell(value) for value in row.values()] for row in report.modules()],
+        layers=[[cell(value) for value in row.values()] for row in report.layers()],
         pictures={
             name: picture(*drawings[name]) if name in drawings else None
             for name in ("layers", "inputs", "shift", "error")

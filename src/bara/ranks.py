@@ -57,17 +57,23 @@ class EffectiveRank:
     @property
     def s_bar_std(self) -> float | None:
         """Standard deviation over draws of the mean count; None without two draws."""
-        return None if self._spread is None else float(self._spread.mean(dim=1).std())
+        spread = self._spread((1, 2))
+        return None if spread is None else float(spread)
 
     @property
     def per_layer_std(self) -> Tensor | None:
         """Standard deviation over draws of each layer's mean count, (L,)."""
-        return None if self._spread is None else self._spread.std(dim=0)
+        return self._spread((2,))
 
     @property
-    def _spread(self) -> Tensor | None:
-        """Mean counts by draw and layer, (S, L)."""
-        return None if self.draws is None or len(self.draws) < 2 else self.draws.mean(dim=2)
+    def per_input_std(self) -> Tensor | None:
+        """Standard deviation over draws of each input's mean count, (n,)."""
+        return self._spread((1,))
+
+    def _spread(self, over: tuple[int, ...]) -> Tensor | None:
+        if self.draws is None or len(self.draws) < 2:
+            return None
+        return self.draws.mean(dim=over).std(dim=0)
 
     def __str__(self) -> str:
         rows = [
