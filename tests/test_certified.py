@@ -425,7 +425,7 @@ def test_a_resumed_run_keeps_its_prior(tmp_path, tiny_model_dir, table):
             data=str(table),
             output=str(tmp_path / name),
             method="certified",
-            method_options={"r": 2, "prior_fraction": 0.5},
+            method_options={"r": 2, "prior_fraction": 0.5, "kl_weight": 10.0},
             training={"num_train_epochs": 2, "learning_rate": 0.01, "save_total_limit": None},
         )
 
@@ -439,6 +439,12 @@ def test_a_resumed_run_keeps_its_prior(tmp_path, tiny_model_dir, table):
     )
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, msg=lambda text, n=name: f"{n}: {text}")
+    # a heavier KL to the prior is no reason to learn a worse prior
+    weights = [
+        json.loads((tmp_path / "whole" / part / "adapter_config.json").read_text())["kl_weight"]
+        for part in ("", "prior")
+    ]
+    assert weights == [10.0, 1.0]
     prior = load_file(tmp_path / "whole/prior/adapter_model.safetensors")
     b = next(name for name in prior if name.endswith("lora_B.weight"))
     mean = b.replace("lora_B.weight", "lora_posterior.prior_mean")
