@@ -1,13 +1,22 @@
 """The model card that comes with an adapter."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from transformers import BertModel
 
 import bara
 from bara import BaraError
-from helpers import adapt, stir
+from bara.loading_code import SavedAdapter, loading_code
+from bara.sentence import SentenceClassifier
+from conftest import tiny_bert_config
+from helpers import adapt, stir, tiny_llama
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def test_saving_writes_method_and_loading(model, tmp_path):
         "# BaRA adapter",
         "| r | 4 |",
         "import bara",
-        'AutoModelForSequenceClassification.from_pretrained("tiny/bert")',
+        '"tiny/bert", num_labels=3, ignore_mismatched_sizes=True',
         "bara export FOLDER --mode mean",
     ):
         assert line in card.text
@@ -100,3 +109,128 @@ def test_exports_say_what_they_are(model, data, tmp_path):
     assert "import bara" not in card.text
     bara.export_lora(model, tmp_path / "draws", mode="draws", num_draws=2)
     assert "2 plain LoRA adapters" in (tmp_path / "draws" / "README.md").read_text()
+
+
+RUN_CARD = """
+import sys
+if "--no-bara" in sys.argv:
+    sys.modules["bara"] = None
+import torch
+inputs = torch.load(sys.argv[2])
+data = inputs
+exec(open(sys.argv[1]).read())
+with torch.no_grad():
+    torch.save(model(**inputs).logits, sys.argv[3])
+assert ("bara" in sys.modules and sys.modules["bara"] is not None) != ("--no-bara" in sys.argv)
+"""
+
+
+def blocks(card: Path) -> list[str]:
+    """The Python of a card, its folder's place filled in."""
+    found = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    return [block.replace("path/to/this/folder", str(card.parent)) for block in found]
+
+
+def run_block(block: str, inputs: dict, folder: Path, *options: str) -> torch.Tensor:
+    (folder / "block.py").write_text(block)
+    torch.save(inputs, folder / "inputs.pt")
+    files = [str(folder / name) for name in ("block.py", "inputs.pt", "logits.pt")]
+    command = [sys.executable, "-c", RUN_CARD, *files, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.fixture
+def bases(tmp_path, tiny_bert):
+    """Models on disk whose adapters the card has to load, each by its kind."""
+    torch.manual_seed(0)
+    BertModel(tiny_bert_config()).save_pretrained(tmp_path / "sentence")  # 2 labels, as is usual
+    tiny_bert.save_pretrained(tmp_path / "sequence")
+    tiny_llama().save_pretrained(tmp_path / "language")
+    other = tiny_bert_config(num_labels=5)  # a checkpoint with another task's head
+    type(tiny_bert)(other).save_pretrained(tmp_path / "other-head")
+
+    def make(kind: str) -> PeftModel:
+        folder = tmp_path / kind
+        if kind == "sentence":
+            base = SentenceClassifier.from_encoder(str(folder), num_labels=3)
+        elif kind == "language":
+            base = tiny_llama().from_pretrained(folder)
+        else:
+            options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+            base = type(tiny_bert).from_pretrained(folder, **options)
+        task = "CAUSAL_LM" if kind == "language" else "SEQ_CLS"
+        return stir(adapt(base, local_gate=False, task_type=task), 0.3).eval()
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["sentence", "sequence", "other-head", "language"])
+def test_the_code_of_a_card_loads_what_was_saved(kind, bases, data, tmp_path):
+    model = bases(kind)
+    inputs = {name: data[name] for name in ("input_ids", "attention_mask")}
+    if kind != "language":
+        inputs["attention_mask"][0, 2:] = 0
+        inputs["token_type_ids"] = torch.arange(4).expand(6, 4) // 2
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with model.disable_adapter():
+            assert (model(**inputs).logits - expected).abs().max() > 1e-2
+    bara.export_lora(model, tmp_path / "mean")
+    (block,) = blocks(tmp_path / "mean" / "README.md")
+    plain = run_block(block, inputs, tmp_path, "--no-bara")
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-4)
+
+    model.save_pretrained(tmp_path / "trained")
+    with_bara, without = blocks(tmp_path / "trained" / "README.md")
+    loaded = run_block(with_bara, inputs, tmp_path)
+    torch.testing.assert_close(loaded, expected, atol=1e-5, rtol=1e-4)
+    assert without == block.replace(str(tmp_path / "mean"), "plain-lora")
+
+
+def test_the_code_of_a_card_refuses_another_base(bases, data, tmp_path):
+    bara.export_lora(bases("sentence"), tmp_path / "mean")
+    (block,) = blocks(tmp_path / "mean" / "README.md")
+    config = LoraConfig(task_type="SEQ_CLS", base_model_name_or_path=str(tmp_path / "sentence"))
+    saved = SavedAdapter(num_labels=3)
+    wrong = loading_code(config, saved, str(tmp_path / "mean"), library="peft")
+    assert "AutoModelForSequenceClassification" in wrong
+    with pytest.raises(AssertionError, match="trained on another base model"):
+        exec(wrong.removeprefix("```python\n").removesuffix("```\n"), {})
+
+
+def test_draws_and_unknown_things_in_the_code(bases, data, tmp_path):
+    bara.export_lora(bases("sentence"), tmp_path / "draws", mode="draws", num_draws=1)
+    (block,) = blocks(tmp_path / "draws" / "README.md")
+    run_block(block, {name: data[name] for name in ("input_ids", "attention_mask")}, tmp_path)
+    bara.BaraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path / "no-weights")
+    card = (tmp_path / "no-weights" / "README.md").read_text()
+    assert "NUM_LABELS = ...  # as in training" in card
+    bara.BaraConfig().save_pretrained(tmp_path / "no-task")
+    assert "The adapter names no task" in (tmp_path / "no-task" / "README.md").read_text()
+
+
+def test_the_documentation_has_the_lines_of_the_cards():
+    docs = (Path(__file__).parent.parent / "docs" / "ranks-and-export.md").read_text()
+    for task, saved in (
+        ("SEQ_CLS", SavedAdapter(num_labels=3)),
+        ("SEQ_CLS", SavedAdapter(sentence=True, num_labels=3)),
+        ("CAUSAL_LM", SavedAdapter()),
+    ):
+        config = LoraConfig(task_type=task, base_model_name_or_path="BASE")
+        assert loading_code(config, saved, "plain", library="peft") in docs
+
+
+def test_ranks_and_modules_of_a_pruned_adapter_are_short(data, tmp_path):
+    torch.manual_seed(0)
+    base = type(tiny_llama())(tiny_llama(num_hidden_layers=5).config)
+    model = adapt(base, local_gate=False, task_type="CAUSAL_LM")
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_posterior")]
+    for layer in layers:
+        layer.lora_posterior["default"].global_logit.data.fill_(0.2)
+    layers[0].lora_posterior["default"].global_logit.data[1:] = -1.0
+    bara.prune(model).model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| r | 1-4, 37 factors in 10 layers |" in card
+    assert "| target modules | 10: q_proj (5), v_proj (5) |" in card
