@@ -189,7 +189,7 @@ def test_the_code_of_a_card_loads_what_was_saved(kind, bases, data, tmp_path):
     assert without == block.replace(str(tmp_path / "mean"), "plain-lora")
 
 
-def test_the_code_of_a_card_refuses_another_base(bases, data, tmp_path):
+def test_the_code_of_a_card_refuses_another_base(bases, tmp_path):
     bara.export_lora(bases("sentence"), tmp_path / "mean")
     (block,) = blocks(tmp_path / "mean" / "README.md")
     config = LoraConfig(task_type="SEQ_CLS", base_model_name_or_path=str(tmp_path / "sentence"))
@@ -203,7 +203,8 @@ def test_the_code_of_a_card_refuses_another_base(bases, data, tmp_path):
 def test_draws_and_unknown_things_in_the_code(bases, data, tmp_path):
     bara.export_lora(bases("sentence"), tmp_path / "draws", mode="draws", num_draws=1)
     (block,) = blocks(tmp_path / "draws" / "README.md")
-    run_block(block, {name: data[name] for name in ("input_ids", "attention_mask")}, tmp_path)
+    inputs = {name: data[name] for name in ("input_ids", "attention_mask")}
+    run_block(block, inputs, tmp_path, "--no-bara")
     bara.BaraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path / "no-weights")
     card = (tmp_path / "no-weights" / "README.md").read_text()
     assert "NUM_LABELS = ...  # as in training" in card
@@ -211,7 +212,7 @@ def test_draws_and_unknown_things_in_the_code(bases, data, tmp_path):
     assert "The adapter names no task" in (tmp_path / "no-task" / "README.md").read_text()
 
 
-def test_the_documentation_has_the_lines_of_the_cards():
+def test_the_documentation_has_the_lines_of_the_cards(model, data, tmp_path, monkeypatch):
     docs = (Path(__file__).parent.parent / "docs" / "ranks-and-export.md").read_text()
     for task, saved in (
         ("SEQ_CLS", SavedAdapter(num_labels=3)),
@@ -220,17 +221,21 @@ def test_the_documentation_has_the_lines_of_the_cards():
     ):
         config = LoraConfig(task_type=task, base_model_name_or_path="BASE")
         assert loading_code(config, saved, "plain", library="peft") in docs
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("my-adapter")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "model_card" in b)
+    exec(block, {"bara": bara, "model": model, "data": data})
+    assert "On `test.csv`, 10 posterior draws." in Path("my-adapter/README.md").read_text()
 
 
-def test_ranks_and_modules_of_a_pruned_adapter_are_short(data, tmp_path):
-    torch.manual_seed(0)
-    base = type(tiny_llama())(tiny_llama(num_hidden_layers=5).config)
-    model = adapt(base, local_gate=False, task_type="CAUSAL_LM")
+def test_ranks_and_modules_of_a_pruned_adapter_are_short(tmp_path):
+    model = adapt(tiny_llama(num_hidden_layers=5), local_gate=False, task_type="CAUSAL_LM")
     layers = [layer for layer in model.modules() if hasattr(layer, "lora_posterior")]
     for layer in layers:
         layer.lora_posterior["default"].global_logit.data.fill_(0.2)
     layers[0].lora_posterior["default"].global_logit.data[1:] = -1.0
+    layers[1].lora_posterior["default"].global_logit.data[:] = -1.0
     bara.prune(model).model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "| r | 1-4, 37 factors in 10 layers |" in card
-    assert "| target modules | 10: q_proj (5), v_proj (5) |" in card
+    assert "| r | 1-4, 33 factors in 9 layers |" in card
+    assert "| target modules | 9: q_proj (5), v_proj (4) |" in card

@@ -137,10 +137,14 @@ def loading_code(
         if task in WITH_LABELS:
             options += f", {labels}, ignore_mismatched_sizes=True"
             if saved.num_labels is None:
-                before = "NUM_LABELS = ...  # as in training: the tensors in this folder do not tell\n"
+                before = (
+                    "NUM_LABELS = ...  # as in training: the tensors in this folder do not tell\n"
+                )
         elif task not in AUTO_CLASSES:
             before = "# The adapter names no task: put the class it was trained on for AutoModel.\n"
-        base = f"{auto_class}.from_pretrained(\n    {options}\n)"
+        if "," in options:  # too long for one line
+            options = f"\n    {options}\n"
+        base = f"{auto_class}.from_pretrained({options})"
     if saved.head == "score":
         after = "# for batches: base.config.pad_token_id = tokenizer.pad_token_id\n"
     if library == "bara":
