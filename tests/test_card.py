@@ -1,13 +1,23 @@
 """The model card that comes with an adapter."""
 
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from transformers import BertModel
 
 import bara
 from bara import BaraError
-from helpers import adapt, stir
+from bara.loading_code import SavedAdapter, loading_code
+from bara.sentence import SentenceClassifier
+from conftest import tiny_bert_config
+from helpers import adapt, stir, tiny_llama
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def test_saving_writes_method_and_loading(model, tmp_path):
         "# BaRA adapter",
         "| r | 4 |",
         "import bara",
-        'AutoModelForSequenceClassification.from_pretrained("tiny/bert")',
+        '"tiny/bert", num_labels=3, ignore_mismatched_sizes=True',
         "bara export FOLDER --mode mean",
     ):
         assert line in card.text
@@ -100,3 +110,132 @@ def test_exports_say_what_they_are(model, data, tmp_path):
     assert "import bara" not in card.text
     bara.export_lora(model, tmp_path / "draws", mode="draws", num_draws=2)
     assert "2 plain LoRA adapters" in (tmp_path / "draws" / "README.md").read_text()
+
+
+RUN_CARDS = """
+import json, sys
+sys.modules["bara"] = None
+import torch
+for block, inputs, output in json.loads(sys.argv[1]):
+    names = {}
+    exec(block, names)
+    with torch.no_grad():
+        torch.save(names["model"](**torch.load(inputs)).logits, output)
+assert sys.modules["bara"] is None
+"""
+KINDS = ("sentence", "sequence", "other-head", "language")
+
+
+def blocks(card: Path) -> list[str]:
+    """The Python of a card, its folder's place filled in."""
+    found = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    return [block.replace("path/to/this/folder", str(card.parent)) for block in found]
+
+
+@pytest.fixture
+def bases(tmp_path, tiny_bert):
+    """Models on disk whose adapters the card has to load, each by its kind."""
+    torch.manual_seed(0)
+    BertModel(tiny_bert_config()).save_pretrained(tmp_path / "sentence")  # 2 labels, as is usual
+    tiny_bert.save_pretrained(tmp_path / "sequence")
+    tiny_llama().save_pretrained(tmp_path / "language")
+    other = tiny_bert_config(num_labels=5)  # a checkpoint with another task's head
+    type(tiny_bert)(other).save_pretrained(tmp_path / "other-head")
+
+    def make(kind: str) -> PeftModel:
+        folder = tmp_path / kind
+        if kind == "sentence":
+            base = SentenceClassifier.from_encoder(str(folder), num_labels=3)
+        elif kind == "language":
+            base = tiny_llama().from_pretrained(folder)
+        else:
+            options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+            base = type(tiny_bert).from_pretrained(folder, **options)
+        task = "CAUSAL_LM" if kind == "language" else "SEQ_CLS"
+        return stir(adapt(base, local_gate=False, task_type=task), 0.3).eval()
+
+    return make
+
+
+def test_the_code_of_a_card_loads_what_was_saved(bases, data, tmp_path):
+    expected, jobs = {}, []
+    for kind in KINDS:
+        model = bases(kind)
+        inputs = {name: data[name] for name in ("input_ids", "attention_mask")}
+        if kind != "language":
+            inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).repeat(3, 1)
+            inputs["token_type_ids"] = torch.tensor([0, 0, 1, 1]).expand(6, 4)
+        torch.save(inputs, tmp_path / f"{kind}-inputs.pt")
+        with torch.no_grad():
+            expected[kind] = model(**inputs).logits
+            with model.disable_adapter():
+                assert (model(**inputs).logits - expected[kind]).abs().max() > 1e-2
+        model.save_pretrained(tmp_path / f"{kind}-trained")
+        bara.export_lora(model, tmp_path / f"{kind}-mean")
+        (block,) = blocks(tmp_path / f"{kind}-mean" / "README.md")
+        jobs.append([block, *(str(tmp_path / f"{kind}-{x}.pt") for x in ("inputs", "logits"))])
+
+        with_bara, without = blocks(tmp_path / f"{kind}-trained" / "README.md")
+        assert without == block.replace(str(tmp_path / f"{kind}-mean"), "plain-lora")
+        names = {"data": inputs, "inputs": inputs}
+        exec(with_bara, names)
+        with torch.no_grad():
+            torch.testing.assert_close(names["model"](**inputs).logits, expected[kind])
+    bara.export_lora(bases("sentence"), tmp_path / "draws", mode="draws", num_draws=1)
+    (block,) = blocks(tmp_path / "draws" / "README.md")
+    jobs.append([block, str(tmp_path / "sentence-inputs.pt"), str(tmp_path / "draw.pt")])
+
+    command = [sys.executable, "-c", RUN_CARDS, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind in KINDS:
+        logits = torch.load(tmp_path / f"{kind}-logits.pt")
+        torch.testing.assert_close(logits, expected[kind], atol=1e-5, rtol=1e-4)
+    assert torch.load(tmp_path / "draw.pt").shape == (6, 3)
+
+
+def test_the_code_of_a_card_refuses_another_base(bases, tmp_path):
+    bara.export_lora(bases("sentence"), tmp_path / "mean")
+    config = LoraConfig(task_type="SEQ_CLS", base_model_name_or_path=str(tmp_path / "sentence"))
+    saved = SavedAdapter(num_labels=3)
+    wrong = loading_code(config, saved, str(tmp_path / "mean"), library="peft")
+    assert "AutoModelForSequenceClassification" in wrong
+    with pytest.raises(AssertionError, match="trained on another base model"):
+        exec(wrong.removeprefix("```python\n").removesuffix("```\n"), {})
+
+
+def test_a_card_says_what_it_cannot_know(tmp_path):
+    bara.BaraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path / "no-weights")
+    card = (tmp_path / "no-weights" / "README.md").read_text()
+    assert "NUM_LABELS = ...  # as in training" in card
+    bara.BaraConfig().save_pretrained(tmp_path / "no-task")
+    assert "The adapter names no task" in (tmp_path / "no-task" / "README.md").read_text()
+
+
+def test_the_documentation_has_the_lines_of_the_cards(model, data, tmp_path, monkeypatch):
+    docs = (Path(__file__).parent.parent / "docs" / "ranks-and-export.md").read_text()
+    for task, saved in (
+        ("SEQ_CLS", SavedAdapter(num_labels=3)),
+        ("SEQ_CLS", SavedAdapter(sentence=True, num_labels=3)),
+        ("CAUSAL_LM", SavedAdapter()),
+    ):
+        config = LoraConfig(task_type=task, base_model_name_or_path="BASE")
+        assert loading_code(config, saved, "plain", library="peft") in docs
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("my-adapter")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "model_card" in b)
+    exec(block, {"bara": bara, "model": model, "data": data})
+    assert "On `test.csv`, 10 posterior draws." in Path("my-adapter/README.md").read_text()
+
+
+def test_ranks_and_modules_of_a_pruned_adapter_are_short(tmp_path):
+    model = adapt(tiny_llama(num_hidden_layers=5), local_gate=False, task_type="CAUSAL_LM")
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_posterior")]
+    for layer in layers:
+        layer.lora_posterior["default"].global_logit.data.fill_(0.2)
+    layers[0].lora_posterior["default"].global_logit.data[1:] = -1.0
+    layers[1].lora_posterior["default"].global_logit.data[:] = -1.0
+    bara.prune(model).model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| r | 1-4, 33 factors in 9 layers |" in card
+    assert "| target modules | 9: q_proj (5), v_proj (4) |" in card

@@ -76,7 +76,19 @@ def test_evaluate_writes_the_card(
 ) -> None:
     run("evaluate", adapter, "--data", table, "--num-draws", 2, "--json", tmp_path / "n.json")
     metrics = json.loads((tmp_path / "n.json").read_text())["metrics"]
-    assert f"| ece | {metrics['ece']:.4f} |" in (adapter / "README.md").read_text()
+    card = (adapter / "README.md").read_text()
+    assert f"| ece | {metrics['ece']:.4f} |" in card
+    assert "2 posterior draws" in card
+
+
+def test_a_method_without_draws_has_none_in_its_card(
+    tmp_path: Path, tiny_model_dir: Path, table: Path, run: Callable[..., str]
+) -> None:
+    lora = make_adapter(tmp_path, tiny_model_dir, table, "lora")
+    assert "no draws" in run("evaluate", lora, "--data", table)
+    card = (lora / "README.md").read_text()
+    assert "## Calibration metrics" in card
+    assert "posterior draws" not in card
 
 
 def test_prune_then_export(

@@ -7,7 +7,8 @@ each section, so that a section can be written again and what others wrote stays
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from yaml import YAMLError
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text
+from bara.loading_code import SavedAdapter, loading_code, task_type
 
 if TYPE_CHECKING:
     from bara.configs import BayesianConfig
@@ -26,23 +28,9 @@ CARD_FILE = "README.md"
 EMPTY_CARD = "---\nlibrary_name: peft\n---\n"
 SECTIONS = ("method", "rank", "metrics")
 """In this order at the top of the card."""
-
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-
-LOADING = """```python
-from peft import PeftModel
-from transformers import {auto_class}
-{imports}
-base = {auto_class}.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{folder}").eval()
-{use}```
-"""
+HERE = "path/to/this/folder"
+MOST_NAMES = 8
+"""More target modules than this are counted, not listed."""
 
 METHOD = """# {name} adapter
 
@@ -58,8 +46,9 @@ A Bayesian low-rank adapter, trained with [bara](https://pypi.org/project/bara-p
 With `bara`, which gives the posterior and so the uncertainty:
 
 {with_bara}
-If `bara train` made it, `bara predict FOLDER --data TABLE` and `bara.loading.load_adapter(FOLDER)`
-also build the base model, its head and the tokeniser.
+If `bara train` made it, `bara predict FOLDER --data TABLE` does all this, and
+`model, tokenizer, task = bara.loading.load_adapter(FOLDER)` also builds the base model and the
+tokeniser.
 
 Without `bara`: `bara export FOLDER --mode mean --data TABLE --output plain-lora` writes the
 posterior mean as a plain LoRA adapter, once, and from then on PEFT alone loads it:
@@ -111,18 +100,22 @@ def write_method_card(folder: str | Path, config: BayesianConfig) -> None:
     """Writes what the configuration tells; earlier measurements are removed."""
     method = config.METHOD
     name = NAMES.get(method, method)
-    names = ("r", "lora_alpha", "target_modules", "task_type", "num_observations")
-    facts = {"base model": config.base_model_name_or_path, "method": name}
-    facts |= {option: getattr(config, option) for option in names}
-    if isinstance(facts["target_modules"], (set, list)):
-        facts["target_modules"] = ", ".join(sorted(facts["target_modules"]))
-    predict = "predictive = bara.predict(model, data, num_draws=10, seed=0)\n"
+    saved = SavedAdapter.read(Path(folder))
+    facts = {
+        "base model": config.base_model_name_or_path,
+        "method": name,
+        "r": _factors(config.r, saved.ranks),
+        "lora alpha": config.lora_alpha,
+        "target modules": _modules(config.target_modules),
+        "task type": task_type(config),
+        "num observations": config.num_observations,
+    }
     section = METHOD.format(
         name=name,
         what=WHAT.get(method, f"the method {method}."),
-        facts=_rows({key.replace("_", " "): value for key, value in facts.items()}),
-        with_bara=_loading(config, "path/to/this/folder", "\nimport bara\n", predict),
-        without_bara=_loading(config, "plain-lora", "", ""),
+        facts=_rows(facts),
+        with_bara=loading_code(config, saved, HERE, library="bara"),
+        without_bara=loading_code(config, saved, "plain-lora", library="peft"),
     )
     sections = {"method": section, "rank": "", "metrics": ""}
     _write(Path(folder), sections, tags=("bara", method.lower()))
@@ -139,10 +132,10 @@ def write_export_card(
             f"{name} adapter. Average the probabilities they give. `client.py` does so with a "
             "server that has loaded them all under the names in `manifest.json`."
         )
-        target = "draw-0"
+        first = "draw-0"
     else:
         what = f"A plain LoRA adapter: the posterior mean of a {name} adapter."
-        target = "path/to/this/folder"
+        first = ""
     measured = ""
     if difference is not None:
         measured = (
@@ -150,18 +143,28 @@ def write_export_card(
             f"{difference}.\n\n"
         )
     section = f"# LoRA from {name}\n\n{what} Made by `bara export`; loading needs `peft` alone:\n\n"
-    section += f"{_loading(config, target, '', '')}\n{measured}"
+    saved = SavedAdapter.read(folder / first)
+    section += loading_code(config, saved, str(Path(HERE) / first), library="peft")
+    section += f"\n{measured}"
     _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
 
 
-def _loading(config: BayesianConfig, folder: str, imports: str, use: str) -> str:
-    return LOADING.format(
-        auto_class=AUTO_CLASSES.get(str(config.task_type), "AutoModel"),
-        base=config.base_model_name_or_path or "BASE MODEL",
-        folder=folder,
-        imports=imports,
-        use=use,
-    )
+def _factors(r: int, ranks: tuple[int, ...]) -> str:
+    """`r`, or what the layers have where pruning or a pattern made them differ."""
+    if len(set(ranks)) < 2:
+        return str(ranks[0] if ranks else r)
+    return f"{min(ranks)}-{max(ranks)}, {sum(ranks)} factors in {len(ranks)} layers"
+
+
+def _modules(targets: Iterable[str] | str | None) -> str:
+    """The names, or where there are many how often each last part occurs."""
+    if targets is None or isinstance(targets, str):
+        return str(targets)
+    names = sorted(targets)
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    parts = Counter(name.rpartition(".")[2] for name in names)
+    return f"{len(names)}: " + ", ".join(f"{part} ({n})" for part, n in parts.most_common())
 
 
 def _metrics_section(metrics: Mapping[str, float], num_draws: int | None, data: str | None) -> str:

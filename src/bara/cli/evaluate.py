@@ -42,6 +42,7 @@ def evaluate(
     from bara.abstention import calibrate_threshold, save_threshold
     from bara.cli.terminal import quieten_libraries, update_card
     from bara.data import load_table
+    from bara.draws import draw_source
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
 
@@ -51,13 +52,16 @@ def evaluate(
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
     metrics, selective = _evaluate(model, tokenizer, task, table, ood_table, options)
-    view = Table(title=f"{adapter} on {data}", caption=f"{len(table)} texts, {num_draws} draws")
+    source = draw_source(model)
+    drawn = None if source is None else source.num_draws(num_draws)
+    caption = f"{len(table)} texts, " + ("no draws" if drawn is None else f"{drawn} draws")
+    view = Table(title=f"{adapter} on {data}", caption=caption)
     view.add_column("metric")
     view.add_column("value", justify="right")
     for name, value in metrics.items():
         view.add_row(name, f"{value:.4f}")
     Console().print(view)
-    update_card(adapter, metrics=metrics, num_draws=num_draws, data=data)
+    update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
     if calibrate_risk is not None:
         threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)
         measure = "answers" if task.task == "causal-lm" else "predictions"
