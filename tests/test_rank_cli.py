@@ -2,23 +2,33 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from bara.cli import main
 from bara.data import TextTask
+from bara.errors import BaraError
+from bara.export import export_lora
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
 from bara.methods import METHODS
+from bara.posthoc import set_temperature
+from bara.prediction import predict
+from bara.predictive import ClassificationPredictive, RegressionPredictive
 from bara.recipe import TrainRecipe
 from bara.tuner import adapted_layers
 from conftest import write_jsonl
-from helpers import stir
+from helpers import adapt, stir, tiny_llama
 
 WORDS = ("good", "great", "fine", "bad", "awful", "poor")
 
@@ -39,9 +49,12 @@ def adapter(tmp_path: Path, tiny_model_dir: Path, table: Path) -> Path:
     return make_adapter(tmp_path, tiny_model_dir, table, "bara")
 
 
-def make_adapter(tmp_path: Path, model_dir: Path, table: Path, method: str) -> Path:
+def make_adapter(
+    tmp_path: Path, model_dir: Path, table: Path, method: str, temperature: float | None = None
+) -> Path:
     options = {"r": 3} | ({"logit_scale": 20.0} if method == "bara" else {})  # as helpers.adapt
-    recipe = TrainRecipe(model=str(model_dir), method=method, method_options=options)
+    name = f"{method}+temperature" if temperature else method
+    recipe = TrainRecipe(model=str(model_dir), method=name, method_options=options)
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     task = TextTask.infer(Dataset.from_list(rows))
     torch.manual_seed(0)
@@ -50,8 +63,10 @@ def make_adapter(tmp_path: Path, model_dir: Path, table: Path, method: str) -> P
     if method == "bara":
         for _, _, posterior in adapted_layers(model, "default"):
             posterior.global_logit.data[:] = torch.tensor([-1.0, 0.2, 0.1])
-    save_adapter(tmp_path / method, model, tokenizer, task, recipe)
-    return tmp_path / method
+    if temperature:
+        set_temperature(model, temperature)
+    save_adapter(tmp_path / name, model, tokenizer, task, recipe)
+    return tmp_path / name
 
 
 def test_ranks(tmp_path: Path, adapter: Path, table: Path, run: Callable[..., str]) -> None:
@@ -129,6 +144,161 @@ def test_export_draws_and_merged(
     run("export", adapter, "--mode", "merged", *options, "--output", merged)
     assert AutoModelForSequenceClassification.from_pretrained(merged).config.num_labels == 2
     assert (merged / "tokenizer.json").exists()
+    assert not (draws / "client.py").exists()  # which could ask language models only
+    manifest = json.loads((draws / "manifest.json").read_text())
+    base = tmp_path / "tiny-bert"
+    assert (manifest["base_model"], manifest["task"]) == (str(base), "classification")
+    assert manifest["label_names"] == ["neg", "pos"]
+    assert (manifest["num_draws"], manifest["seed"], manifest["rank"]) == (2, 0, 3)
+    assert manifest["difference"]["num_inputs"] == 12
+
+
+def test_the_documented_mixed_batch_is_the_mean_of_the_draws(
+    tmp_path: Path, adapter: Path, table: Path, run: Callable[..., str]
+) -> None:
+    """The code of docs/ranks-and-export.md, without `bara`, against the draws one at a time."""
+    ensemble = tmp_path / "ensemble"
+    run("export", adapter, "--mode", "draws", "-n", 3, "--data", table, "--output", ensemble)
+    page = (Path(__file__).parent.parent / "docs/ranks-and-export.md").read_text("utf-8")
+    code = page.partition("PEFT's mixed batches")[2].partition("```python")[2].partition("```")[0]
+    code = f"import sys\nsys.modules['bara'] = None\n{code}"
+    code += "torch.save((texts, probs, epistemic), 'found.pt')"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    texts, probs, epistemic = torch.load(tmp_path / "found.pt")
+    draws = []
+    for number in range(3):
+        model, tokenizer, _ = load_adapter(ensemble / f"draw-{number}")
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        draws.append(logits(model, batch).softmax(-1))
+    torch.testing.assert_close(probs, sum(draws) / 3, atol=1e-6, rtol=1e-5)
+    assert (epistemic > 0).all()
+    assert not torch.allclose(draws[0], draws[1])
+
+
+def logits(model: Any, batch: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("mode", ["mean", "draws", "merged"])
+def test_a_temperature_is_folded_into_the_exported_head(
+    tmp_path: Path, tiny_model_dir: Path, table: Path, run: Callable[..., str], mode: str
+) -> None:
+    """Against the export of the same weights without a temperature, both read by PEFT alone."""
+    temperature = 2.5
+    plain = make_adapter(tmp_path, tiny_model_dir, table, "bara")
+    tempered = make_adapter(tmp_path, tiny_model_dir, table, "bara", temperature)
+    options = ["--data", table, "--mode", mode, "-n", 2]
+    found = []
+    shown = []
+    for adapter, out in ((plain, tmp_path / "p"), (tempered, tmp_path / "t")):
+        shown.append(run("export", adapter, *options, "--output", out))
+        folder = out / "draw-1" if mode == "draws" else out
+        if mode == "merged":
+            model = AutoModelForSequenceClassification.from_pretrained(folder)
+            assert "temperature" not in (folder / "config.json").read_text()
+        else:
+            base = AutoModelForSequenceClassification.from_pretrained(
+                tiny_model_dir, num_labels=2, ignore_mismatched_sizes=True
+            )
+            model = PeftModel.from_pretrained(base, folder)
+            assert "+temperature" not in (folder / "recipe.yaml").read_text()
+            run("evaluate", folder, "--data", table)
+        ids = torch.tensor([[2, 9, 12, 3], [2, 15, 20, 3]])
+        found.append(logits(model.eval(), {"input_ids": ids}))
+    torch.testing.assert_close(found[1], found[0] / temperature, atol=1e-6, rtol=1e-5)
+    assert found[0].abs().max() > 0.1
+    # the distance is that of two tempered predictions: had one kept its logits, it would be larger
+    distances = [float(text.split("mean ")[-1].split(",")[0]) for text in shown]
+    assert distances[1] < distances[0]
+
+
+def test_a_regression_s_temperature_is_folded_into_its_variance(
+    tmp_path: Path, tiny_model_dir: Path, run: Callable[..., str]
+) -> None:
+    rows = [{"text": f"the film is {word}", "label": i / 2} for i, word in enumerate(WORDS)]
+    table = write_jsonl(tmp_path / "regression.jsonl", rows)
+    adapter = make_adapter(tmp_path, tiny_model_dir, table, "balora", 3.0)
+    run("export", adapter, "--output", tmp_path / "out")
+    batch = {"input_ids": torch.tensor([[2, 9, 12, 3], [2, 15, 20, 3]])}
+    before, after = (
+        predict(load_adapter(folder)[0], batch, deterministic=True)
+        for folder in (adapter, tmp_path / "out")
+    )
+    assert isinstance(before, RegressionPredictive)
+    assert isinstance(after, RegressionPredictive)
+    torch.testing.assert_close(after.mean, before.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after.variance_draws, before.variance_draws, atol=0, rtol=1e-4)
+
+
+def test_pruning_keeps_the_temperature(
+    tmp_path: Path, tiny_model_dir: Path, table: Path, run: Callable[..., str]
+) -> None:
+    adapters = [make_adapter(tmp_path, tiny_model_dir, table, "bara", t) for t in (None, 2.5)]
+    batch = {"input_ids": torch.tensor([[2, 9, 12, 3], [2, 15, 20, 3]])}
+    found = []
+    for adapter in adapters:
+        out = adapter.with_name(f"{adapter.name}-pruned")
+        run("prune", adapter, "--data", table, "--output", out, "--num-draws", 2)
+        run("evaluate", out, "--data", table)
+        found.append(predict(load_adapter(out)[0], batch, deterministic=True))
+    assert isinstance(found[0], ClassificationPredictive)
+    plain, tempered = (part.log_probs_draws for part in found)
+    torch.testing.assert_close(tempered, (plain / 2.5).log_softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def test_a_temperature_without_a_trained_head_is_refused(tmp_path: Path) -> None:
+    model = adapt(tiny_llama(), "balora", task_type="CAUSAL_LM")
+    set_temperature(model, 2.0)
+    with pytest.raises(BaraError, match=r"temperature 2 .* cannot be folded"):
+        export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    set_temperature(model, 1.0)
+    export_lora(model, tmp_path / "out")
+
+
+def test_force_replaces_the_draws_of_an_earlier_export(
+    tmp_path: Path, adapter: Path, table: Path, run: Callable[..., str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--data", table, "--output", out, "--force"]
+    run("export", adapter, "--mode", "draws", "-n", 3, *options)
+    (out / "draw-mine").mkdir()
+    (out / "draw-2" / "old").touch()
+    run("export", adapter, "--mode", "draws", "-n", 2, *options)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"README.md", "draw-0", "draw-1", "draw-mine", "manifest.json"}
+    run("export", adapter, *options)
+    assert not {"draw-0", "draw-1", "manifest.json"} & {path.name for path in out.iterdir()}
+    assert (out / "draw-mine").is_dir()
+
+
+@pytest.mark.parametrize("command", ["export", "prune"])
+def test_an_interruption_leaves_nothing(
+    tmp_path: Path,
+    adapter: Path,
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    before = set(tmp_path.iterdir())
+    options = ["--data", str(table), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(TextTask, "save", interrupted)
+    assert main([command, str(adapter), *options]) != 0
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_names_are_once_in_an_exported_config(
+    tmp_path: Path, adapter: Path, table: Path, run: Callable[..., str]
+) -> None:
+    for command in ("export", "prune"):
+        run(command, adapter, "--data", table, "--output", tmp_path / command)
+        config = json.loads((tmp_path / command / "adapter_config.json").read_text())
+        assert sorted(config["modules_to_save"]) == ["classifier", "score"]
 
 
 def test_one_line_for_what_goes_wrong(
@@ -146,12 +316,18 @@ def test_one_line_for_what_goes_wrong(
     empty.write_text("")
     one = write_jsonl(tmp_path / "one.jsonl", [{"text": "the film"}])
 
-    assert "no Bayesian adapter" in failing("ranks", lora, *data, *out)
+    assert "method is LORA" in failing("ranks", lora, *data, *out)
     assert "method is LORA" in failing("prune", lora, *data, *out)
     assert "method is LORA" in failing("export", lora, *out)
     balora = make_adapter(tmp_path, tiny_model_dir, table, "balora")
     assert "method is BALORA" in failing("prune", balora, *data, *out)
 
+    for folder, hint in (("draw-0", "give one of its draws"), (".", "it holds a whole model")):
+        (tmp_path / "other" / folder).mkdir(parents=True, exist_ok=True)
+        name = "config.json" if folder == "." else "adapter_config.json"
+        (tmp_path / "other" / folder / name).write_text("{}")
+        assert hint in failing("evaluate", tmp_path / "other", *data)
+        shutil.rmtree(tmp_path / "other")
     for command in ("ranks", "prune", "export"):
         assert "is empty" in failing(command, adapter, "--data", empty, *out)
     assert "give two at least" in failing("export", adapter, "--data", one, *out)
@@ -162,6 +338,9 @@ def test_one_line_for_what_goes_wrong(
     for threshold in ("1.5", "-0.1", "nan"):
         line = failing("prune", adapter, *data, *out, "--threshold", threshold)
         assert "threshold must be in [0, 1]" in line
+    line = failing("prune", adapter, *data, *out, "--threshold", 0)
+    assert "nothing to prune: the lowest inclusion is 0.000, the threshold 0 (--threshold)" in line
+    assert "--tolerance" in failing("prune", adapter, *data, *out, "--tolerance", -1)
     assert "would remove every factor" in failing("prune", adapter, *data, *out, "--threshold", 1)
     strict = ["--threshold", 0.99, "--tolerance", 0]
     assert "more than the tolerance" in failing("prune", adapter, *data, *out, *strict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +32,7 @@ from bara.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.files import atomic_directory
 from bara.posteriors.base import Posterior
+from bara.posthoc.temperature import fold_temperature, get_temperature, output_layer
 from bara.prediction import predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import calibrate_gates
@@ -40,6 +42,7 @@ from bara.tuner import CONTAINER, adapted_layers, scaled_columns
 Mode = Literal["mean", "draws", "merged"]
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
+CLIENT_FILE = "client.py"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def export_lora(
     num_draws: int = 10,
     seed: int = 0,
     overwrite: bool = False,
+    beside: Callable[[Path], object] | None = None,
     batch_size: int = 64,
     collate_fn: Collate | None = None,
     progress: bool | None = None,
@@ -80,7 +84,8 @@ def export_lora(
     - `mean`: a plain LoRA adapter for `peft`, the posterior mean. Exact for BaLoRA and for BaRA
       without input-dependent gates; otherwise the gates are at their average over `data`.
     - `draws`: `num_draws` plain LoRA adapters `draw-0`, `draw-1`, ..., draws of the global
-      posterior, with a manifest and `client.py`, which averages a server's answers. What depends
+      posterior, with a manifest; for causal language models also `client.py`, which averages a
+      server's answers. What depends
       on the input (BaRA's local gates and intensities, BaLoRA's noise level) is at its average
       over `data`. Draw d has the numbers of draw d of `bara.sampling(model, seed=seed)`, but for
       BaLoRA, whose A is sampled whole.
@@ -88,7 +93,7 @@ def export_lora(
       `SentenceClassifier` becomes a sentence-transformers folder whose embedding is the logits.
       Takes the memory of a second copy of the model.
 
-    Trained heads (`modules_to_save`) are part of every export.
+    Trained heads (`modules_to_save`) are part of every export. A temperature is folded into them.
 
     Args:
         model: a PEFT model with one active Bayesian adapter. With `data` its calibration is
@@ -99,18 +104,24 @@ def export_lora(
         held_out: inputs on which to measure the difference to the original, read several times
             in the same order.
         num_draws, seed: of `draws`.
-        overwrite: replace files in a folder that is not empty.
+        overwrite: replace files in a folder that is not empty, and the draws of an earlier export.
+        beside: writes further files, such as `tokenizer.save_pretrained`, into a folder; called
+            with that of each adapter, or of the merged model, before all take their place at once.
         batch_size, collate_fn, progress: as in `bara.predict`.
 
     Raises:
         BaraError: an unknown mode, another method's adapter, missing or empty calibration data, a
-            folder that is not empty, too little disk space, or a model that cannot be merged.
+            folder that is not empty, too little disk space, a model that cannot be merged, or a
+            temperature that cannot be folded into the head.
     """
     check_mode(mode)
     if num_draws < 1:
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     adapter = bayesian_adapter(model, "export")
     require_new(folder, overwrite)
+    tempered = get_temperature(model) != 1
+    if tempered:
+        output_layer(model)  # refuses before anything slow
     options: dict[str, Any] = {
         "batch_size": batch_size,
         "collate_fn": collate_fn,
@@ -118,6 +129,10 @@ def export_lora(
     }
     if data is not None:
         calibrate_gates(model, data, **options)
+    shipped = model
+    if tempered:
+        shipped = copy_sharing_base(model)
+        fold_temperature(shipped)
 
     def measured(models: Iterator[PeftModel], **expected: Any) -> Difference | None:
         if held_out is None:
@@ -126,34 +141,42 @@ def export_lora(
         return difference(predict(model, held_out, **expected, **options), _mixture(parts))
 
     if mode == "merged":
-        merged, size = _merged(model, folder)
+        merged, size = _merged(shipped, folder)
         distance = measured(iter([merged]), deterministic=True)
-        with atomic_directory(folder) as temporary:
+        with atomic_directory(folder, drop=_earlier_draws(folder)) as temporary:
             _save_merged(merged, temporary)
+            if beside is not None:
+                beside(temporary)
         return Export(Path(folder), mode, size, distance)
 
     drawn = mode == "draws"
     count = num_draws if drawn else 1
-    size = count * num_bytes(_tensors(model, adapter, _mean_weights))
+    size = count * num_bytes(_tensors(shipped, adapter, _mean_weights))
     require_space(folder, size, f"{count} adapters" if drawn else "The adapter")
     weights: list[Weights] = [_mean_weights]
     if drawn:
         weights = [_drawn_weights(seed, draw) for draw in range(count)]
     distance = measured(
-        _plain_models(model, adapter, weights),
+        _plain_models(shipped, adapter, weights),
         **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),
     )
     original: Any = model.peft_config[adapter]
     config = plain_config(original)
-    with atomic_directory(folder) as temporary:
+    with atomic_directory(folder, drop=_earlier_draws(folder)) as temporary:
         for number, weight in enumerate(weights):
             target = temporary / f"draw-{number}" if drawn else temporary
             target.mkdir(exist_ok=True)
-            tensors = _tensors(model, adapter, weight)
+            tensors = _tensors(shipped, adapter, weight)
             save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
             config.save_pretrained(str(target))
+            if beside is not None:
+                beside(target)
         if drawn:
-            _write_ensemble(temporary, config, num_draws, seed)
+            manifest = _manifest(shipped, config, num_draws, seed, distance)
+            (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+            if manifest["task"] == "causal-lm":
+                source = Path(client.__file__).read_text("utf-8")
+                (temporary / CLIENT_FILE).write_text(source, "utf-8")
         write_export_card(temporary, original, mode, num_draws, distance)
     return Export(Path(folder), mode, size, distance)
 
@@ -165,7 +188,7 @@ def check_mode(mode: str) -> Mode:
         BaraError: it is not.
     """
     if mode not in get_args(Mode):
-        raise BaraError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+        raise BaraError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r} (--mode)")
     return cast(Mode, mode)
 
 
@@ -173,6 +196,8 @@ def plain_config(config: Any) -> LoraConfig:
     """The `LoraConfig` with the same layers, ranks and scaling."""
     values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
     values |= {"peft_type": None, "init_lora_weights": True, "inference_mode": True}
+    if config.modules_to_save:  # PEFT appends the names of the heads each time it makes a model
+        values["modules_to_save"] = list(dict.fromkeys(config.modules_to_save))
     return LoraConfig(**values)
 
 
@@ -236,14 +261,38 @@ def _mixture(parts: list[Predictive]) -> Predictive:
     return RegressionPredictive(means, variances)
 
 
-def _write_ensemble(folder: Path, config: LoraConfig, num_draws: int, seed: int) -> None:
-    manifest = {
+def _manifest(
+    model: PeftModel, config: LoraConfig, num_draws: int, seed: int, distance: Difference | None
+) -> dict[str, Any]:
+    """What loading the draws takes, and how far their mixture is from the original's."""
+    task, names = _task(model)
+    return {
         "base_model": config.base_model_name_or_path,
+        "task": task,
+        "label_names": names,
+        "num_draws": num_draws,
         "seed": seed,
+        "rank": max([config.r, *config.rank_pattern.values()]),
+        "difference": None if distance is None else distance.to_dict(),
         "adapters": [f"draw-{number}" for number in range(num_draws)],
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    (folder / "client.py").write_text(Path(client.__file__).read_text("utf-8"), "utf-8")
+
+
+def _task(model: PeftModel) -> tuple[str, list[str] | None]:
+    """The task, and for a classification the names of its classes."""
+    base: Any = model.get_base_model()
+    if isinstance(base, PreTrainedModel) and base.can_generate():
+        return "causal-lm", None
+    if getattr(model.config, "problem_type", None) == "regression":
+        return "regression", None
+    names = getattr(model.config, "id2label", None)
+    return "classification", names and [names[number] for number in sorted(names)]
+
+
+def _earlier_draws(folder: str | Path) -> list[str]:
+    """Names of what an earlier export of draws left: it would mix with the new files."""
+    draws = [p.name for p in Path(folder).glob("draw-*") if re.fullmatch(r"draw-\d+", p.name)]
+    return [*draws, MANIFEST_FILE, CLIENT_FILE] if draws else []
 
 
 def _merged(model: PeftModel, folder: str | Path) -> tuple[Any, int]:

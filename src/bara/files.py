@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -50,11 +50,11 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], *, drop: Collection[str] = ()) -> Iterator[Path]:
     """Fill a temporary folder in the body; it becomes the folder ``path`` when the body succeeds.
 
     Files and folders of the same name in an earlier ``path`` are replaced, others stay, so that
-    no choice of ``path`` deletes anything it does not write.
+    no choice of ``path`` deletes anything it does not write. Names in ``drop`` go too.
 
     Yields:
         The temporary folder, beside ``path``.
@@ -76,7 +76,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         _flush(temporary)
-        _exchange(temporary, target)
+        _exchange(temporary, target, drop)
     except (OSError, SafetensorError) as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -100,14 +100,14 @@ def _flush(folder: Path) -> None:
                 os.fsync(opened.fileno())
 
 
-def _exchange(new: Path, target: Path) -> None:
+def _exchange(new: Path, target: Path, drop: Collection[str]) -> None:
     if not target.exists():
         os.rename(new, target)
         return
     old = _sibling(target)
     with ExitStack() as undo:
         for entry in list(target.iterdir()):
-            if not os.path.lexists(new / entry.name):
+            if entry.name not in drop and not os.path.lexists(new / entry.name):
                 os.rename(entry, new / entry.name)
                 undo.callback(os.rename, new / entry.name, entry)
         os.rename(target, old)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -250,8 +250,14 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     recipe: TrainRecipe,
+    beside: Callable[[Path], object] | None = None,
 ) -> None:
     """Write everything that `bara.loading.load_adapter` reads, all of it or nothing.
+
+    Args:
+        folder: where.
+        model, tokenizer, task, recipe: what it reads.
+        beside: writes further files into the folder before it takes its place.
 
     Raises:
         BaraError: a weight is not finite, or the folder cannot be written.
@@ -274,6 +280,8 @@ def save_adapter(
         tokenizer.save_pretrained(str(temporary))
         task.save(temporary / TASK_FILE)
         (temporary / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
+        if beside is not None:
+            beside(temporary)
 
 
 def _trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

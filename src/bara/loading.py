@@ -247,7 +247,13 @@ def read_config(folder: Path) -> PeftConfig:
         raise BaraError(f"there is no adapter folder {folder}; `bara train` makes one")
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise BaraError(f"{folder} is not an adapter: it has no {CONFIG_FILE}")
+        hint = ""
+        if (folder / "draw-0" / CONFIG_FILE).is_file():
+            hint = f"; it holds an ensemble: give one of its draws, {folder / 'draw-0'}, or the "
+            hint += "adapter it was exported from"
+        elif (folder / "config.json").is_file():
+            hint = "; it holds a whole model: give the adapter that it was exported from"
+        raise BaraError(f"{folder} is not an adapter: it has no {CONFIG_FILE}{hint}")
     try:
         json.loads(path.read_text("utf-8"))
         return PeftConfig.from_pretrained(str(folder))

@@ -154,17 +154,19 @@ def prune(
     """
     check_threshold(threshold)
     if tolerance is not None and (held_out is None or not tolerance >= 0):
-        raise BaraError("a tolerance must be at least 0, and needs held-out inputs to check it on")
-    adapter = bayesian_adapter(model, "prune")
-    _require_prunable(model, adapter)
+        raise BaraError(
+            "a tolerance (--tolerance) must be at least 0, and needs held-out inputs (--held-out) "
+            "to check it on"
+        )
+    inclusion = _inclusion(model)
+    adapter = model.active_adapter
     posteriors: dict[str, Any] = {name: p for name, _, p in adapted_layers(model, adapter)}
-    inclusion = {name: p.inclusion().detach().cpu() for name, p in posteriors.items()}
     kept = {name: (p >= threshold).nonzero().flatten() for name, p in inclusion.items()}
     if not any(len(factors) for factors in kept.values()):
         highest = max(float(p.max()) for p in inclusion.values())
         raise BaraError(
             f"a threshold of {threshold:g} would remove every factor (the largest inclusion is "
-            f"{highest:.3f}): give a lower one"
+            f"{highest:.3f}): give a lower one (--threshold)"
         )
     fits = {
         posteriors[name]: _GateFit(posteriors[name], factors)
@@ -195,8 +197,8 @@ def prune(
         if tolerance is not None and change.mean.mean > tolerance:
             raise BaraError(
                 f"pruning at {threshold:g} changes the held-out outputs by {change.mean.mean:.3g} "
-                f"on average, more than the tolerance of {tolerance:g}: lower the threshold, give "
-                "more data, or allow it"
+                f"on average, more than the tolerance of {tolerance:g}: lower the threshold "
+                "(--threshold), give more data (--data), or allow it (--tolerance)"
             )
     tensors = [adapter_tensors(m, adapter) for m in (model, pruned)]
     before, after = (sum(t.numel() for t in part.values()) for part in tensors)
@@ -213,7 +215,25 @@ def prune(
 def check_threshold(threshold: float) -> None:
     """Raises BaraError for a threshold outside [0, 1]."""
     if not 0 <= threshold <= 1:
-        raise BaraError(f"the threshold must be in [0, 1], got {threshold:g}")
+        raise BaraError(f"the threshold must be in [0, 1], got {threshold:g} (--threshold)")
+
+
+def require_removal(model: PeftModel, threshold: float) -> None:
+    """Raises BaraError where pruning would remove nothing, or as `prune` for another adapter."""
+    lowest = min(float(p.min()) for p in _inclusion(model).values())
+    if lowest >= threshold:
+        raise BaraError(
+            f"nothing to prune: the lowest inclusion is {lowest:.3f}, the threshold {threshold:g} "
+            "(--threshold)"
+        )
+
+
+def _inclusion(model: PeftModel) -> dict[str, Tensor]:
+    """P(z_k > 0) of the factors of each layer, of an adapter that can be pruned."""
+    adapter = bayesian_adapter(model, "prune")
+    _require_prunable(model, adapter)
+    layers: Any = adapted_layers(model, adapter)
+    return {name: p.inclusion().detach().cpu() for name, _, p in layers}
 
 
 def _require_prunable(model: PeftModel, adapter: str) -> None:
@@ -314,6 +334,8 @@ def _update_config(model: PeftModel, adapter: str, removed_layers: bool) -> None
     }
     for name, value in rank_fields(layers, config.use_rslora).items():
         setattr(config, name, value)
+    if config.modules_to_save:  # PEFT appends the names of the heads each time it makes a model
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     if removed_layers:
         config.target_modules = set(layers)
 

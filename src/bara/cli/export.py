@@ -27,12 +27,14 @@ def export(
     force: Force = False,
 ) -> None:
     """Write plain LoRA adapters, or a merged model, that load without `bara`."""
-    import shutil
+    from dataclasses import replace
 
     from bara.cli.terminal import calibration_inputs, quieten_libraries, require_output
     from bara.errors import BaraError
     from bara.export import check_mode, export_lora
     from bara.loading import RECIPE_FILE, TASK_FILE, load_adapter
+    from bara.methods import TEMPERED
+    from bara.recipe import TrainRecipe
 
     quieten_libraries()
     chosen = check_mode(mode)
@@ -43,6 +45,15 @@ def export(
     fit, measure = (None, None)
     if data is not None:
         fit, measure = calibration_inputs(data, held_out, tokenizer, task)
+    recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    recipe = replace(recipe, method=recipe.method.lower().removesuffix(TEMPERED))
+
+    def beside(folder: Path) -> None:
+        tokenizer.save_pretrained(str(folder))
+        task.save(folder / TASK_FILE)
+        if chosen != "merged":  # whose temperature, if it had one, is in the head now
+            (folder / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
+
     exported = export_lora(
         model,
         output,
@@ -52,14 +63,9 @@ def export(
         num_draws=num_draws,
         seed=seed,
         overwrite=force,
+        beside=beside,
         batch_size=batch_size,
     )
-    folders = [output] if chosen != "draws" else sorted(output.glob("draw-*"))
-    for folder in folders:
-        tokenizer.save_pretrained(str(folder))
-        shutil.copyfile(adapter / TASK_FILE, folder / TASK_FILE)
-        if chosen != "merged":
-            shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
     print(f"{output}: {exported.bytes:,} bytes of tensors, mode {chosen}.")
     if exported.difference is not None:
         inputs = exported.difference.num_inputs

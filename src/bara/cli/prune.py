@@ -31,10 +31,9 @@ def prune(
     import json
 
     from bara.cli.terminal import calibration_inputs, quieten_libraries, require_output
-    from bara.files import atomic_write_text
     from bara.finetune import save_adapter
     from bara.loading import RECIPE_FILE, load_adapter
-    from bara.pruning import check_threshold
+    from bara.pruning import check_threshold, require_removal
     from bara.pruning import prune as prune_model
     from bara.recipe import TrainRecipe
 
@@ -42,6 +41,7 @@ def prune(
     check_threshold(threshold)
     require_output(output, adapter, force)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    require_removal(model, threshold)
     fit, measure = calibration_inputs(data, held_out, tokenizer, task)
     pruning = prune_model(
         model,
@@ -54,7 +54,11 @@ def prune(
         batch_size=batch_size,
     )
     recipe = TrainRecipe.load(adapter / RECIPE_FILE)
-    save_adapter(output, pruning.model, tokenizer, task, recipe)
-    atomic_write_text(output / "pruning.json", json.dumps(pruning.to_dict(), indent=2) + "\n")
+    numbers = json.dumps(pruning.to_dict(), indent=2) + "\n"
+
+    def beside(folder: Path) -> None:
+        (folder / "pruning.json").write_text(numbers, "utf-8")
+
+    save_adapter(output, pruning.model, tokenizer, task, recipe, beside)
     print(pruning)
     print(f"The pruned adapter is in {output}.")

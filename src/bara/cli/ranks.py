@@ -26,7 +26,7 @@ def ranks(
     from rich.console import Console
     from rich.table import Table
 
-    from bara.adapters import require_new
+    from bara.adapters import bayesian_adapter, require_new
     from bara.cli.terminal import quieten_libraries, update_card
     from bara.data import load_table
     from bara.language.tasks import LanguageTask
@@ -39,6 +39,7 @@ def ranks(
     require_new(output, force)
     tables = [load_table(name, split=split) for name in (data, against) if name is not None]
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    bayesian_adapter(model, "ranks")
     inputs = [model_inputs(table, tokenizer, task, labels=False) for table in tables]
     measured = [
         effective_rank(model, part, num_draws=num_draws, seed=seed, batch_size=batch_size)

@@ -178,7 +178,7 @@ class Posterior(nn.Module):
             raise BaraError(
                 "An adapter that depends on the input has no exact plain or merged form: keep it "
                 "as it is, or give calibration inputs (bara.calibrate_gates(model, data); in an "
-                "export, data), over which what depends on the input is averaged."
+                "export, data or --data), over which what depends on the input is averaged."
             )
         return self.calibrated
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bara.errors import BaraError
@@ -55,6 +57,58 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
     """
     config: Any = model.config
     setattr(config, TEMPERATURE, float(temperature))
+
+
+def get_temperature(model: nn.Module) -> float:
+    """The temperature that `bara.predict` tempers every draw of this model with; 1 by default."""
+    return float(getattr(getattr(model, "config", None), TEMPERATURE, 1.0))
+
+
+@torch.no_grad()
+def fold_temperature(model: PeftModel) -> None:
+    """Moves the temperature from the model's configuration into its head, in place.
+
+    The head's last layer gives logits / T instead of logits; for a regression with mean and
+    log-variance, log T is added to the log-variance. Both are exact, but for regression where the
+    least variance of `bara.predict` applies.
+
+    Raises:
+        BaraError: see `output_layer`.
+    """
+    config: Any = model.config
+    temperature = get_temperature(model)
+    layer = output_layer(model)
+    if config.problem_type == "regression":
+        layer.bias[1] += math.log(temperature)
+    else:
+        for parameter in layer.parameters():
+            parameter /= temperature
+    delattr(config, TEMPERATURE)
+
+
+def output_layer(model: PeftModel) -> nn.Linear:
+    """The last layer of the head that was trained with the adapter (`modules_to_save`).
+
+    Raises:
+        BaraError: the model's temperature cannot be folded into it: it is no linear layer with one
+            output for each class, or for the mean and the log-variance of a regression.
+    """
+    config: Any = model.config
+    layers = [
+        layer
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for layer in module.modules_to_save[model.active_adapter].modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == config.num_labels
+    ]
+    regression = config.problem_type == "regression"
+    if not layers or (regression and (config.num_labels != 2 or layers[-1].bias is None)):
+        raise BaraError(
+            f"the temperature {get_temperature(model):.3g} that was fitted to this model cannot be "
+            "folded into its last layer, which was not trained with the adapter: train without "
+            "+temperature, or give it up with bara.posthoc.set_temperature(model, 1)"
+        )
+    return layers[-1]
 
 
 def save_temperature(model: nn.Module, folder: Path) -> None:
