@@ -129,8 +129,8 @@ def write_export_card(
     if mode == "draws":
         what = (
             f"{num_draws} plain LoRA adapters, `draw-0` and so on: draws of the posterior of a "
-            f"{name} adapter. Average the probabilities they give. `client.py` does so with a "
-            "server that has loaded them all under the names in `manifest.json`."
+            f"{name} adapter. Average the probabilities they give; `manifest.json` has "
+            "their names. `client.py`, if it is here, averages those of a server."
         )
         first = "draw-0"
     else:

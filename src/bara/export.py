@@ -272,7 +272,7 @@ def _manifest(
         "label_names": names,
         "num_draws": num_draws,
         "seed": seed,
-        "rank": max([config.r, *config.rank_pattern.values()]),
+        "rank": max([config.r, *(config.rank_pattern or {}).values()]),
         "difference": None if distance is None else distance.to_dict(),
         "adapters": [f"draw-{number}" for number in range(num_draws)],
     }

@@ -82,7 +82,7 @@ def fold_temperature(model: PeftModel) -> None:
         layer.bias[1] += math.log(temperature)
     else:
         for parameter in layer.parameters():
-            parameter /= temperature
+            parameter.div_(temperature)
     delattr(config, TEMPERATURE)
 
 
