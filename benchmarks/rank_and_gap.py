@@ -232,7 +232,9 @@ def picture(by: dict[str, list[dict[str, Any]]]) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_axisbelow(True)
     axes[0].set_ylabel("test NLL − training NLL (mean)")
-    axes[1].legend(fontsize=7.5, frameon=False)
+    figure.legend(
+        *axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=7.5, frameon=False
+    )
     return figure
 
 
