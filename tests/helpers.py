@@ -59,19 +59,22 @@ class TinyConv(nn.Module):
         return {"logits": logits, "loss": nn.functional.cross_entropy(logits, labels)}
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+"""Of a tiny decoder."""
+
+
 def tiny_llama(**options: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | options)))
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | options)))
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

@@ -20,20 +20,9 @@ from transformers import (
 
 from bara.draws import attach_draws
 from bara.posthoc.ensemble import EnsembleDraws, member_name
-from helpers import adapt, stir, tiny_gpt2, tiny_llama
+from helpers import SIZES, adapt, stir, tiny_gpt2, tiny_llama
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+DECODER = SIZES | {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def tiny_lm(architecture: str) -> PreTrainedModel:
@@ -48,11 +37,11 @@ def tiny_lm(architecture: str) -> PreTrainedModel:
         case "gpt2":
             return tiny_gpt2()
         case "qwen2":
-            return Qwen2ForCausalLM(Qwen2Config(**SIZES, **wide))
+            return Qwen2ForCausalLM(Qwen2Config(**DECODER, **wide))
         case "mistral":  # a window shorter than the prompts of the tests
-            return MistralForCausalLM(MistralConfig(**SIZES, **wide, sliding_window=4))
+            return MistralForCausalLM(MistralConfig(**DECODER, **wide, sliding_window=4))
         case "mixtral":
-            config = MixtralConfig(**SIZES, **wide, num_local_experts=4, num_experts_per_tok=2)
+            config = MixtralConfig(**DECODER, **wide, num_local_experts=4, num_experts_per_tok=2)
             return MixtralForCausalLM(config)
     raise ValueError(architecture)
 

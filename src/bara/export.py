@@ -31,16 +31,16 @@ from bara.difference import Difference, difference
 from bara.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.files import atomic_directory
+from bara.loading import WEIGHTS_FILE
 from bara.posteriors.base import Posterior
-from bara.posthoc.temperature import fold_temperature, get_temperature, output_layer
-from bara.prediction import predict
+from bara.posthoc.temperature import fold_temperature, output_layer
+from bara.prediction import get_temperature, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import calibrate_gates
 from bara.sentence import SentenceClassifier, save_sentence_transformer
 from bara.tuner import CONTAINER, adapted_layers, scaled_columns
 
 Mode = Literal["mean", "draws", "merged"]
-WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
 CLIENT_FILE = "client.py"
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
-WEIGHTS_FILE = "adapter_model.safetensors"
+from bara.errors import BaraError
+from bara.loading import read_shapes
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -89,10 +88,8 @@ class SavedAdapter:
     def read(cls, folder: Path) -> SavedAdapter:
         """Reads names and shapes; a folder without readable weights tells nothing."""
         try:
-            with safe_open(folder / WEIGHTS_FILE, framework="pt") as tensors:
-                names = tensors.keys()
-                shapes = {name: tensors.get_slice(name).get_shape() for name in names}
-        except (SafetensorError, OSError):
+            shapes = read_shapes(folder)
+        except BaraError:
             return cls()
         heads = [name for name in shapes if HEAD.fullmatch(name)]
         found = HEAD.fullmatch(heads[0]) if heads else None

@@ -21,6 +21,11 @@ TEMPERATURE = "predictive_temperature"
 """Name of the fitted temperature in the model's configuration."""
 
 
+def get_temperature(model: nn.Module) -> float:
+    """The temperature that `bara.predict` tempers every draw of this model with; 1 by default."""
+    return float(getattr(getattr(model, "config", None), TEMPERATURE, 1.0))
+
+
 def predict(
     model: nn.Module,
     data: Any,
@@ -85,7 +90,7 @@ def predict(
     position = torch.tensor(order).argsort()
     stacked = torch.cat(logits, dim=1)[:, position]
     target = torch.cat(labels)[position] if labels else None
-    return _predictive(stacked, target, getattr(model, "config", None), noise_variance)
+    return _predictive(stacked, target, model, noise_variance)
 
 
 def evaluate(
@@ -165,10 +170,11 @@ def _accepted(model: nn.Module) -> set[str] | None:
 
 
 def _predictive(
-    logits: Tensor, labels: Tensor | None, config: Any, noise_variance: float
+    logits: Tensor, labels: Tensor | None, model: nn.Module, noise_variance: float
 ) -> Predictive:
     outputs = logits.shape[-1]
-    temperature = getattr(config, TEMPERATURE, 1.0)
+    config: Any = getattr(model, "config", None)
+    temperature = get_temperature(model)
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         raise BaraError("Multi-label classification is not supported by predict.")

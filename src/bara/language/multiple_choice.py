@@ -16,7 +16,7 @@ from bara.batches import repeat_rows, to_device
 from bara.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
-from bara.prediction import TEMPERATURE
+from bara.prediction import get_temperature
 from bara.predictive import ClassificationPredictive
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ def multiple_choice(
     source = draw_source(model)
     count = 1 if deterministic or source is None else source.num_draws(num_draws)
     most = batch_size if source is None or source.batched else 1
-    config: Any = model.config
-    temperature = getattr(config, TEMPERATURE, 1.0)
+    temperature = get_temperature(model)
     log_probs = torch.full((count, len(asked), max(len(q.choices) for q in asked)), -torch.inf)
     was_training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bara.errors import BaraError
-from bara.prediction import TEMPERATURE
+from bara.prediction import TEMPERATURE, get_temperature
 from bara.predictive import ClassificationPredictive, Predictive
 
 TEMPERATURE_FILE = "temperature.json"
@@ -57,11 +57,6 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
     """
     config: Any = model.config
     setattr(config, TEMPERATURE, float(temperature))
-
-
-def get_temperature(model: nn.Module) -> float:
-    """The temperature that `bara.predict` tempers every draw of this model with; 1 by default."""
-    return float(getattr(getattr(model, "config", None), TEMPERATURE, 1.0))
 
 
 @torch.no_grad()
