@@ -69,27 +69,36 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed; returns its standard output."""
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command; returns its exit status and what it wrote to standard output and error."""
 
-    def run(*arguments: object) -> str:
+    def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        assert code == 0, captured.err
-        return captured.out
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def run(call: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that must succeed; returns its standard output."""
+
+    def run(*arguments: object) -> str:
+        code, output, error = call(*arguments)
+        assert code == 0, error
+        return output
 
     return run
 
 
 @pytest.fixture
-def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def failing(call: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """Run a command that must fail with one line on standard error; returns that line."""
 
     def run(*arguments: object) -> str:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        error = capsys.readouterr().err
+        code, _, error = call(*arguments)
         assert code != 0
         assert error.startswith("bara: error: ")
         assert error.count("\n") == 1

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,16 @@ def test_merged_is_the_mean(exported):
     torch.testing.assert_close(merged, mean, atol=2e-6, rtol=1e-5)
 
 
+def test_the_card_of_a_merged_model_loads_it(exported):
+    folder = exported.folder / "cls-bara-merged"
+    _, code, _ = (folder / "README.md").read_text("utf-8").split("```", 2)
+    names: dict[str, Any] = {}
+    exec(code.removeprefix("python").replace("path/to/this/folder", str(folder)), names)
+    expected = exported.logits("cls", "bara", "merged")
+    torch.testing.assert_close(outputs(names["model"], exported.inputs), expected)
+    assert "library_name: transformers" in (folder / "README.md").read_text("utf-8")
+
+
 @pytest.mark.parametrize("kind", ["cls", "lm"])
 def test_draws_in_a_mixed_batch_are_those_of_sampling(exported, kind):
     model = exported.models[f"{kind}-global"]
@@ -331,6 +342,7 @@ def test_a_sentence_classifier_becomes_a_sentence_transformer(tmp_path, tiny_tok
     texts = ["the film was great", "a bad plot , and cold food !"]
     loaded = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     embedding = torch.tensor(loaded.encode(texts, show_progress_bar=False))
+    assert "SentenceTransformer(" in (tmp_path / "README.md").read_text("utf-8")
     batch = tiny_tokenizer(texts, padding=True, return_tensors="pt")
     batch.pop("token_type_ids", None)
     torch.testing.assert_close(embedding, outputs(model, batch), atol=1e-5, rtol=1e-4)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
@@ -54,6 +54,11 @@ def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
         model, adapter_name=adapter, save_embedding_layers=False
     )
     return tensors
+
+
+def trained_heads(config: LoraConfig) -> list[str] | None:
+    """`modules_to_save`, each once: PEFT appends the heads' names whenever it makes a model."""
+    return list(dict.fromkeys(config.modules_to_save)) if config.modules_to_save else None
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CARD_FILE = "README.md"
 EMPTY_CARD = "---\nlibrary_name: peft\n---\n"
+PLAIN_CARD = "---\nlibrary_name: transformers\n---\n"
 SECTIONS = ("method", "rank", "metrics")
 """In this order at the top of the card."""
 HERE = "path/to/this/folder"
@@ -60,6 +61,15 @@ WHAT = {
     "task and each input use.",
     "BALORA": "BaLoRA (arXiv 2605.08110), LoRA with input-adaptive Gaussian noise on A.",
 }
+MERGED = """from transformers import {class_name}
+
+model = {class_name}.from_pretrained("{folder}").eval()
+"""
+MERGED_SENTENCE = """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{folder}")
+logits = model.encode(["a text"], convert_to_tensor=True)  # the embedding is the logits
+"""
 NAMES = {"BARA": "BaRA", "BALORA": "BaLoRA"}
 
 
@@ -121,6 +131,29 @@ def write_method_card(folder: str | Path, config: BayesianConfig) -> None:
     _write(Path(folder), sections, tags=("bara", method.lower()))
 
 
+def write_merged_card(
+    folder: Path, config: BayesianConfig, class_name: str, difference: Difference | None
+) -> None:
+    """The card of a model into which the posterior mean of an adapter was merged.
+
+    Args:
+        folder: of the model.
+        config: the adapter's.
+        class_name: the class of transformers that loads it, or `SentenceTransformer`.
+        difference: to the adapter's own predictions.
+    """
+    name = NAMES.get(config.METHOD, config.METHOD)
+    code = MERGED_SENTENCE if class_name == "SentenceTransformer" else MERGED
+    section = (
+        f"# {config.base_model_name_or_path} with {name} merged\n\nThe base model with the "
+        f"posterior mean of a {name} adapter merged into its weights. Made by `bara export`; its "
+        "uncertainty is not part of it. To load it:\n\n"
+        f"```python\n{code.format(class_name=class_name, folder=HERE)}```\n\n"
+        f"{_measured(difference)}"
+    )
+    _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("bara",), empty=PLAIN_CARD)
+
+
 def write_export_card(
     folder: Path, config: BayesianConfig, mode: str, num_draws: int, difference: Difference | None
 ) -> None:
@@ -136,17 +169,18 @@ def write_export_card(
     else:
         what = f"A plain LoRA adapter: the posterior mean of a {name} adapter."
         first = ""
-    measured = ""
-    if difference is not None:
-        measured = (
-            f"Distance to the original's predictions on {difference.num_inputs} held-out inputs: "
-            f"{difference}.\n\n"
-        )
     section = f"# LoRA from {name}\n\n{what} Made by `bara export`; loading needs `peft` alone:\n\n"
     saved = SavedAdapter.read(folder / first)
     section += loading_code(config, saved, str(Path(HERE) / first), library="peft")
-    section += f"\n{measured}"
+    section += f"\n{_measured(difference)}"
     _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
+
+
+def _measured(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    inputs = f"{difference.num_inputs} held-out inputs"
+    return f"Distance to the original's predictions on {inputs}: {difference}.\n\n"
 
 
 def _factors(r: int, ranks: tuple[int, ...]) -> str:
@@ -196,11 +230,13 @@ def _rows(values: Mapping[str, Any]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in values.items())
 
 
-def _write(folder: Path, sections: Mapping[str, str], tags: tuple[str, ...]) -> None:
+def _write(
+    folder: Path, sections: Mapping[str, str], tags: tuple[str, ...], empty: str = EMPTY_CARD
+) -> None:
     """Replaces sections of the card, at its top in the order of `SECTIONS`."""
     path = folder / CARD_FILE
     try:
-        card = ModelCard(path.read_text("utf-8") if path.is_file() else EMPTY_CARD)
+        card = ModelCard(path.read_text("utf-8") if path.is_file() else empty)
     except (OSError, ValueError, TypeError, YAMLError) as error:
         raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
     if tags:

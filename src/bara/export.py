@@ -24,9 +24,10 @@ from bara.adapters import (
     num_bytes,
     require_new,
     require_space,
+    trained_heads,
 )
 from bara.batches import Collate
-from bara.card import write_export_card
+from bara.card import write_export_card, write_merged_card
 from bara.difference import Difference, difference
 from bara.draws import Draws, FixedNoise
 from bara.errors import BaraError
@@ -129,6 +130,7 @@ def export_lora(
     }
     if data is not None:
         calibrate_gates(model, data, **options)
+    original: Any = model.peft_config[adapter]
     shipped = model
     if tempered:
         shipped = copy_sharing_base(model)
@@ -144,7 +146,8 @@ def export_lora(
         merged, size = _merged(shipped, folder)
         distance = measured(iter([merged]), deterministic=True)
         with atomic_directory(folder, drop=_earlier_draws(folder)) as temporary:
-            _save_merged(merged, temporary)
+            class_name = _save_merged(merged, temporary)
+            write_merged_card(temporary, original, class_name, distance)
             if beside is not None:
                 beside(temporary)
         return Export(Path(folder), mode, size, distance)
@@ -160,7 +163,6 @@ def export_lora(
         _plain_models(shipped, adapter, weights),
         **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),
     )
-    original: Any = model.peft_config[adapter]
     config = plain_config(original)
     with atomic_directory(folder, drop=_earlier_draws(folder)) as temporary:
         for number, weight in enumerate(weights):
@@ -196,8 +198,7 @@ def plain_config(config: Any) -> LoraConfig:
     """The `LoraConfig` with the same layers, ranks and scaling."""
     values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
     values |= {"peft_type": None, "init_lora_weights": True, "inference_mode": True}
-    if config.modules_to_save:  # PEFT appends the names of the heads each time it makes a model
-        values["modules_to_save"] = list(dict.fromkeys(config.modules_to_save))
+    values["modules_to_save"] = trained_heads(config)
     return LoraConfig(**values)
 
 
@@ -308,8 +309,10 @@ def _merged(model: PeftModel, folder: str | Path) -> tuple[Any, int]:
     return copy.deepcopy(model).merge_and_unload(safe_merge=True), size
 
 
-def _save_merged(merged: Any, folder: Path) -> None:
+def _save_merged(merged: Any, folder: Path) -> str:
+    """Saves the model; returns the name of the class that loads it."""
     if isinstance(merged, SentenceClassifier):
         save_sentence_transformer(merged, folder)
-    else:
-        merged.save_pretrained(str(folder))
+        return "SentenceTransformer"
+    merged.save_pretrained(str(folder))
+    return type(merged).__name__

@@ -20,6 +20,7 @@ from bara.adapters import (
     copy_sharing_base,
     num_bytes,
     rank_fields,
+    trained_heads,
 )
 from bara.batches import Batch, Collate
 from bara.configs import BaraConfig
@@ -334,8 +335,7 @@ def _update_config(model: PeftModel, adapter: str, removed_layers: bool) -> None
     }
     for name, value in rank_fields(layers, config.use_rslora).items():
         setattr(config, name, value)
-    if config.modules_to_save:  # PEFT appends the names of the heads each time it makes a model
-        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    config.modules_to_save = trained_heads(config)
     if removed_layers:
         config.target_modules = set(layers)
 
