@@ -93,8 +93,12 @@ def test_prompts_are_encoded_once_per_draw(tokenizer):
     )
     record = {"question": words(*range(4, 24)), "choices": [words(5, 6), words(7, 8), words(9)]}
     bara.multiple_choice(model, tokenizer, [record], num_draws=2)
-    handle.remove()
     assert seen == [(2, 23), (6, 1)]  # the tokeniser makes two of "Answer:"
+    seen.clear()
+    record["choices"].append(words(*range(10, 16)))
+    bara.multiple_choice(model, tokenizer, [record], num_draws=2, batch_size=4)
+    handle.remove()
+    assert seen == [(2, 23), (4, 1), (4, 5)]  # the long choice makes one other longer, not all
 
 
 def test_mean_mode(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,8 +128,7 @@ def multiple_choice(
             text).
         scoring: `text` or `letter`.
         num_draws, seed, deterministic: as in `bara.predict`.
-        batch_size: most rows (questions times draws) of prompts in one forward pass. Their
-            choices go through the model together.
+        batch_size: most rows, questions or choices times draws, in one forward pass.
         progress: show a progress bar on standard error; None does so on a terminal.
 
     Returns:
@@ -168,7 +168,7 @@ def multiple_choice(
                 draws = None if deterministic else Draws(at_once, seed, draw)
                 with source.drawing(draws) if source else nullcontext():
                     part = [encoded[i] for i in index]
-                    scores = _scores(model, tokenizer, part, at_once)
+                    scores = _scores(model, tokenizer, part, at_once, batch_size)
                 for row, (i, score) in enumerate(zip(index, scores, strict=True)):
                     assert score.shape == (at_once, len(asked[i].choices)), row
                     tempered = (score / temperature).log_softmax(-1)
@@ -213,6 +213,7 @@ def _scores(
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[tuple[list[int], list[list[int]]]],
     num_draws: int,
+    batch_size: int,
 ) -> list[Tensor]:
     """Mean log-probability of every choice's tokens, (S, choices) for each question."""
     device = next(model.parameters()).device
@@ -225,37 +226,40 @@ def _scores(
         logits_to_keep=1,
     )
     sizes = [len(ends) for _, ends in encoded]
-    # one row for every choice of every question, draw by draw
     owner = torch.arange(len(encoded)).repeat_interleave(torch.tensor(sizes))
     choices = [torch.tensor(end) for _, ends in encoded for end in ends]
     lengths = torch.tensor([len(choice) for choice in choices])
-    tokens = pad_sequence(choices, batch_first=True, padding_value=0)
-    rows = (owner + len(encoded) * torch.arange(num_draws).unsqueeze(1)).flatten().to(device)
-    inside = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
-    chosen = tokens.repeat(num_draws, 1).to(device)
-    first = _log_prob(output.logits[:, -1], rows, chosen[:, 0])
-    log_probs = first.unsqueeze(1)
-    if tokens.shape[1] > 1:
-        output.past_key_values.batch_select_indices(rows)
-        following = {
-            "input_ids": tokens[:, :-1],
-            "attention_mask": torch.cat([mask[owner], inside[:, :-1].long()], dim=1),
-            "position_ids": mask.sum(1)[owner].unsqueeze(1) + torch.arange(tokens.shape[1] - 1),
-        }
-        later = model(
-            **to_device(repeat_rows(following, num_draws), device),
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-        steps = torch.arange(len(rows), device=device)
-        others = [
-            _log_prob(later.logits[:, t - 1], steps, chosen[:, t])
-            for t in range(1, chosen.shape[1])
-        ]
-        log_probs = torch.cat([log_probs, torch.stack(others, dim=1)], dim=1)
-    log_probs = log_probs.view(num_draws, *tokens.shape).cpu()
-    means = torch.where(inside, log_probs, 0).sum(-1) / lengths
-    return list(means.split(sizes, dim=1))
+    scores = torch.empty(num_draws, len(choices))
+    # those of similar length together, to pad little
+    for group in lengths.argsort(stable=True).split(max(1, batch_size // num_draws)):
+        tokens = pad_sequence([choices[i] for i in group], batch_first=True)
+        inside = torch.arange(tokens.shape[1]) < lengths[group].unsqueeze(1)
+        asked = owner[group]
+        # a row for every choice, draw by draw
+        rows = (asked + len(encoded) * torch.arange(num_draws).unsqueeze(1)).flatten().to(device)
+        chosen = tokens.repeat(num_draws, 1).to(device)
+        log_probs = [_log_prob(output.logits[:, -1], rows, chosen[:, 0])]
+        if tokens.shape[1] > 1:
+            cache = copy.deepcopy(output.past_key_values)
+            cache.batch_select_indices(rows)
+            following = {
+                "input_ids": tokens[:, :-1],
+                "attention_mask": torch.cat([mask[asked], inside[:, :-1].long()], dim=1),
+                "position_ids": mask.sum(1)[asked].unsqueeze(1) + torch.arange(tokens.shape[1] - 1),
+            }
+            later = model(
+                **to_device(repeat_rows(following, num_draws), device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            every = torch.arange(len(rows), device=device)
+            log_probs += [
+                _log_prob(later.logits[:, t - 1], every, chosen[:, t])
+                for t in range(1, chosen.shape[1])
+            ]
+        found = torch.stack(log_probs, dim=1).view(num_draws, *tokens.shape).cpu()
+        scores[:, group] = torch.where(inside, found, 0).sum(-1) / lengths[group]
+    return list(scores.split(sizes, dim=1))
 
 
 def _log_prob(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
