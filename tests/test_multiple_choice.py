@@ -114,6 +114,9 @@ def test_mean_mode(tokenizer):
 def test_answers_as_index_letter_or_text():
     assert [Question.from_record(record).answer for record in QUESTIONS] == [1, 2, 1]
     assert Question.from_record({"question": "x", "choices": ["a", "b"]}).answer is None
+    twice = {"question": "x", "choices": ["a", "b", "b"], "answer": "a"}  # OpenBookQA has such
+    assert Question.from_record(twice).answer == 0
+    assert Question.from_record(twice | {"answer": 2}).answer == 2
     assert len(LETTERS) == 26
 
 
@@ -135,7 +138,8 @@ def test_bad_input_is_one_clear_line(tokenizer, tiny_bert):
     refused("no question", [])
     refused("Question number 0 needs a text under 'question'", [{"choices": ["a", "b"]}])
     refused("list of texts under 'choices'", [{"question": "a", "choices": "ab"}])
-    refused("2 to 26 different choices", [{"question": "a", "choices": ["b", "b"]}])
+    refused("2 to 26 choices", [{"question": "a", "choices": ["b"]}])
+    refused("text of one of", [{"question": "a", "choices": ["b", "b", "c"], "answer": "b"}])
     refused(
         "answer 4, which is no index from 0 to 1",
         [{"question": "a", "choices": ["b", "c"], "answer": 4}],

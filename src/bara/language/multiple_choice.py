@@ -32,7 +32,7 @@ class Question(NamedTuple):
 
     Attributes:
         question: the text.
-        choices: two or more different texts.
+        choices: two or more texts.
         answer: index of the right choice, or None.
         verbatim: whether the text is the whole prompt, word for word.
     """
@@ -58,14 +58,14 @@ class Question(NamedTuple):
         texts = isinstance(choices, Sequence) and not isinstance(choices, str)
         if not texts or not all(isinstance(choice, str) and choice.strip() for choice in choices):
             raise BaraError(f"{where} needs a list of texts under 'choices'.")
-        if not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices):
-            raise BaraError(f"{where} needs 2 to {len(LETTERS)} different choices.")
+        if not 2 <= len(choices) <= len(LETTERS):
+            raise BaraError(f"{where} needs 2 to {len(LETTERS)} choices.")
         if answer is not None:
             index = _answer_index(answer, list(choices))
             if index is None:
                 raise BaraError(
                     f"{where} has the answer {answer!r}, which is no index from 0 to "
-                    f"{len(choices) - 1}, letter or text of its {len(choices)} choices."
+                    f"{len(choices) - 1}, letter or text of one of its {len(choices)} choices."
                 )
             answer = index
         verbatim = prompt is not None
@@ -90,8 +90,8 @@ class Question(NamedTuple):
 
 def _answer_index(answer: Any, choices: list[str]) -> int | None:
     if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
+        if answer in choices:  # data sets have a few questions with a choice twice
+            return choices.index(answer) if choices.count(answer) == 1 else None
         letter = LETTERS.find(answer.strip().upper()) if len(answer.strip()) == 1 else -1
         return letter if 0 <= letter < len(choices) else None
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and answer == int(answer):
