@@ -2,10 +2,11 @@
 
     python benchmarks/speed.py
 
-In one run, interleaved: a round trains every method for some steps on the same batches and predicts
-with it, then comes the next round. A ratio is the median over rounds and steps of a step's time
-over that of LoRA on the same batch in the same round. Each method's peak memory is measured in a
-process of its own. Writes benchmarks/results/speed.json and docs/speed.md.
+Interleaved: a round trains every method for some steps on the same batches and predicts with it,
+then comes the next round. A ratio is the median over rounds and steps of a step's time over that of
+LoRA on the same batch in the same round. Each method's peak memory is measured in a process of its
+own. Every finished round and memory is written to benchmarks/results/speed.jsonl at once; a second
+run goes on where the first stopped. The tables go to docs/speed.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,10 +35,13 @@ from bara.methods import METHODS
 from bara.quickstart import versions
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/speed.json"
+RESULTS = ROOT / "benchmarks/results/speed.jsonl"
 PAGE = ROOT / "docs/speed.md"
 TASK = "tweet-sentiment"
-LANGUAGE_MODELS = ("smollm2",)
+NUM_PREDICT = {"minilm": 64, "smollm2": 8}
+"""Texts to predict; a language model reads each as a question with three choices."""
+BATCH = {"minilm": 32, "smollm2": 8}
+"""Texts in a batch of training: the defaults."""
 BASELINE = "lora"
 NUM_DRAWS = 10
 WARM_UP = 2
@@ -58,15 +61,6 @@ class StepTimer(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-@dataclass
-class Times:
-    """One method's seconds, a list for each round."""
-
-    steps: list[list[float]] = field(default_factory=list)
-    draws: list[float] = field(default_factory=list)
-    forwards: list[float] = field(default_factory=list)
-
-
 def train(
     model: str, method: str, splits: Splits, steps: int, callback: TrainerCallback, folder: str
 ) -> Fitted:
@@ -76,19 +70,33 @@ def train(
     return fit(next(benchmark.cells()), splits, Path(folder), [callback])
 
 
-def run_round(model: str, method: str, splits: Splits, steps: int, times: Times) -> None:
-    """Trains and predicts once."""
+def run_method(model: str, method: str, splits: Splits, steps: int) -> dict[str, Any]:
+    """Seconds of every step, of the draws, and of as many passes of the mean."""
     timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         fitted = train(model, method, splits, steps, timer, folder)
-        times.steps.append(timer.seconds[WARM_UP : WARM_UP + steps])
 
         def means() -> None:
             for _ in range(NUM_DRAWS):
                 fitted.predict(splits.test, deterministic=True)
 
-        times.draws.append(timed(lambda: fitted.predict(splits.test, num_draws=NUM_DRAWS)))
-        times.forwards.append(timed(means))
+        return {
+            "steps": timer.seconds[WARM_UP : WARM_UP + steps],
+            "draws": timed(lambda: fitted.predict(splits.test, num_draws=NUM_DRAWS)),
+            "forwards": timed(means),
+        }
+
+
+def run_round(model: str, methods: list[str], steps: int) -> dict[str, dict[str, Any]]:
+    """Every method once; one that this model cannot have is left out."""
+    splits, times = load_data(model), {}
+    for method in methods:
+        try:
+            times[method] = run_method(model, method, splits, steps)
+            print(f"{model}: {method}", flush=True)
+        except BaraError as error:
+            print(f"{model}: {method} is left out: {error}", flush=True)
+    return times
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -122,11 +130,12 @@ def status(name: str) -> int:
 
 
 def load_data(model: str) -> Splits:
-    """Tweets: 320 to train on, 64 held out and 64 to predict; for a language model as questions,
+    """Tweets to train on, as many held out and some to predict; for a language model as questions,
     with the sentiments as choices."""
-    train, validation, test = load_task(TASK).sample(320, 64, 64, seed=0)
+    count = NUM_PREDICT[model]
+    train, validation, test = load_task(TASK).sample(320, count, count, seed=0)
     assert validation is not None
-    if model in LANGUAGE_MODELS:
+    if model == "smollm2":
         train, validation, test = map(as_questions, (train, validation, test))
     return Splits(train, test, validation)
 
@@ -143,36 +152,28 @@ def as_questions(table: Dataset) -> Dataset:
     )
 
 
-def measure(model: str, methods: list[str], rounds: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Every method's row, by its name; a method that this model cannot have is left out."""
-    splits = load_data(model)
-    times = {method: Times() for method in methods}
-    for number in range(rounds):
-        for method in list(times):
-            try:
-                run_round(model, method, splits, steps, times[method])
-                print(f"{model} round {number}: {method}", flush=True)
-            except BaraError as error:
-                del times[method]
-                print(f"{model}: {method} is left out: {error}", flush=True)
-    memory = {method: memory_in_child(model, method, steps) for method in times}
-    plain = times[BASELINE]
-    return {
-        method: {
-            "step_ms": 1e3 * median(s for steps_ in own.steps for s in steps_),
-            "step_ratio": ratio(own.steps, plain.steps),
+def summary(
+    rounds: list[dict[str, dict[str, Any]]], memory: dict[str, float]
+) -> dict[str, dict[str, float]]:
+    """Every method's row, by its name."""
+    rows = {}
+    for method in sorted(
+        set.intersection(*(set(times) for times in rounds)), key=list(METHODS).index
+    ):
+        own, plain = ([times[m] for times in rounds] for m in (method, BASELINE))
+        steps = [s for times in own for s in times["steps"]]
+        rows[method] = {
+            "step_ms": 1e3 * median(steps),
+            "step_ratio": ratio([t["steps"] for t in own], [t["steps"] for t in plain]),
             "memory_mib": memory[method],
             "memory_ratio": memory[method] / memory[BASELINE],
-            "draws_s": median(own.draws),
+            "draws_s": median(t["draws"] for t in own),
             "draws_ratio_lora_forwards": median(
-                map(lambda ours, theirs: ours / theirs, own.draws, plain.forwards)
+                ours["draws"] / theirs["forwards"] for ours, theirs in zip(own, plain, strict=True)
             ),
-            "draws_ratio_own_forwards": median(
-                map(lambda ours, theirs: ours / theirs, own.draws, own.forwards)
-            ),
+            "draws_ratio_own_forwards": median(t["draws"] / t["forwards"] for t in own),
         }
-        for method, own in times.items()
-    }
+    return rows
 
 
 def ratio(ours: list[list[float]], theirs: list[list[float]]) -> float:
@@ -193,26 +194,37 @@ def memory_in_child(model: str, method: str, steps: int) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def write_page(results: dict[str, Any]) -> None:
+def write_page(records: list[dict[str, Any]], page: Path) -> None:
     """The tables of docs/speed.md."""
+    first = records[0]
     lines = [
         "# Speed and memory",
         "",
-        f"Made by `{results['command']}` from `benchmarks/results/speed.json`; do not edit.",
+        "Made by `python benchmarks/speed.py` from `benchmarks/results/speed.jsonl`; do not edit.",
         "",
-        f"Medians over {results['rounds']} rounds of {results['steps']} training steps (batches of "
-        "32 tweets, r = 8), all methods interleaved, every step against LoRA's on the same batch "
-        "of the same round. Memory is what training takes above the loaded model. Prediction is "
-        f"{NUM_DRAWS} draws for 64 tweets, against {NUM_DRAWS} passes of LoRA and "
-        f"against {NUM_DRAWS} passes of the method's own mean mode.",
+        "All methods interleaved in every round, r = 8; a ratio is the median over rounds and "
+        "steps, every step against LoRA's on the same batch of the same round. Memory is what "
+        "training takes above the loaded model. Prediction is "
+        f"{NUM_DRAWS} draws, against {NUM_DRAWS} passes of LoRA and against {NUM_DRAWS} passes of "
+        "the method's own mean mode.",
         "",
-        f"{results['versions']['machine']}, {results['versions']['precision']}, torch "
-        f"{results['versions']['torch']}.",
+        f"{first['versions']['machine']}, {first['versions']['precision']}, torch "
+        f"{first['versions']['torch']}.",
     ]
-    for model, rows in results["models"].items():
+    for model in MODELS:
+        mine = [r for r in records if r["model"] == model]
+        rounds = [r["times"] for r in mine if "times" in r]
+        memory = {r["method"]: r["memory_mib"] for r in mine if "memory_mib" in r}
+        rounds = [{m: t for m, t in times.items() if m in memory} for times in rounds]
+        if not rounds or BASELINE not in memory:
+            continue
+        steps = len(rounds[0][BASELINE]["steps"])
         lines += [
             "",
             f"## {model}",
+            "",
+            f"{len(rounds)} rounds of {steps} steps of {BATCH[model]} tweets; {NUM_PREDICT[model]} "
+            "tweets are predicted.",
             "",
             "| | step, ms | step / LoRA | memory, MiB | memory / LoRA | prediction, s | "
             "/ LoRA's passes | / own passes |",
@@ -222,18 +234,26 @@ def write_page(results: dict[str, Any]) -> None:
             f"| {method} | {row['step_ms']:.0f} | {row['step_ratio']:.2f} | "
             f"{row['memory_mib']:.0f} | {row['memory_ratio']:.2f} | {row['draws_s']:.2f} | "
             f"{row['draws_ratio_lora_forwards']:.2f} | {row['draws_ratio_own_forwards']:.2f} |"
-            for method, row in rows.items()
+            for method, row in summary(rounds, memory).items()
         ]
-    atomic_write_text(PAGE, "\n".join(lines) + "\n")
+    atomic_write_text(page, "\n".join(lines) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """What is done."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--memory", nargs=2, metavar=("MODEL", "METHOD"), help="for its own use")
     arguments = parser.parse_args()
     quieten_libraries()
@@ -242,19 +262,23 @@ def main() -> None:
         print(training_memory(model, method, load_data(model), arguments.steps))
         return
     methods = [BASELINE, *(m for m in arguments.methods if m != BASELINE)]
-    results = {
-        "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        "rounds": arguments.rounds,
-        "steps": arguments.steps,
-        "versions": versions(),
-        "models": {
-            model: measure(model, methods, arguments.rounds, arguments.steps)
-            for model in arguments.models
-        },
-    }
-    atomic_write_text(arguments.output, json.dumps(results, indent=2) + "\n")
-    if arguments.output == RESULTS:
-        write_page(results)
+
+    def keep(record: dict[str, Any]) -> None:
+        with arguments.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record | {"versions": versions()}) + "\n")
+        write_page(read_records(arguments.output), arguments.page)
+
+    for model in arguments.models:
+        mine = [r for r in read_records(arguments.output) if r["model"] == model]
+        rounds = [r["times"] for r in mine if "times" in r]
+        while len(rounds) < arguments.rounds:
+            rounds.append(run_round(model, methods, arguments.steps))
+            keep({"model": model, "times": rounds[-1]})
+        known = {r["method"] for r in mine if "memory_mib" in r}
+        for method in rounds[0]:
+            if method not in known:
+                mib = memory_in_child(model, method, arguments.steps)
+                keep({"model": model, "method": method, "memory_mib": mib})
 
 
 if __name__ == "__main__":
