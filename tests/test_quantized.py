@@ -1,11 +1,18 @@
 """BaRA and BaLoRA on bitsandbytes' 8-bit and 4-bit layers, as far as a CPU runs them."""
 
+import json
+
 import pytest
 import torch
-from peft import PeftModel
+import transformers
+from datasets import Dataset
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 import bara
+from bara.loading import load_adapter
+from conftest import write_jsonl
 from helpers import adapt, stir, tiny_llama
+from language_models import word_tokenizer, words
 
 bnb = pytest.importorskip("bitsandbytes")
 functional = pytest.importorskip("bitsandbytes.functional")
@@ -60,9 +67,14 @@ def dequantized(layer):
 
 def adapted(method, bits, **options):
     model = adapt(quantized(bits), method, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
-    names = [n for n, m in model.named_modules() if hasattr(m, "lora_posterior")]
+    names = names_of(model)
     assert len(names) == 4
     return model, names
+
+
+def names_of(model):
+    """The adapted layers."""
+    return [n for n, m in model.named_modules() if hasattr(m, "lora_posterior")]
 
 
 def gradients(model):
@@ -146,3 +158,76 @@ def test_merging_an_input_dependent_gate_is_refused():
     stir(model, 0.1)
     with pytest.raises(bara.BaraError, match="calibrate_gates"):
         model.merge_adapter()
+
+
+def test_qlora_from_a_checkpoint_to_a_checkpoint(tmp_path):
+    """transformers quantises, Trainer trains with checkpointing, PEFT loads the adapter again."""
+    base = tmp_path / "base"
+    plain().save_pretrained(base)
+
+    def load():
+        options = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, quantization_config=options, device_map="cpu"
+        )
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        return model
+
+    config = bara.BaraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(prepare_model_for_kbit_training(load()), config)
+    assert isinstance(model.get_submodule(names_of(model)[0]).base_layer, bnb.nn.Linear4bit)
+    rows = {"input_ids": IDS.tolist(), "labels": IDS.tolist()}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=4,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict(rows),
+        callbacks=[bara.BayesianCallback()],
+    ).train()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        with bara.sampling(model, seed=3), bara.sampling(loaded, seed=3):
+            ours = model(input_ids=IDS).logits
+            torch.testing.assert_close(loaded(input_ids=IDS).logits, ours)
+        with model.disable_adapter():
+            assert (model(input_ids=IDS).logits - ours).abs().max() > 1e-3
+
+
+def test_qlora_from_the_command_line(tmp_path, run):
+    """The base is loaded in 4 bits for training and again for generation."""
+    plain().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{"prompt": words(i, i + 1), "completion": words(i + 2)} for i in range(4, 30)]
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    recipe = {
+        "model": str(tmp_path / "base"),
+        "data": str(write_jsonl(tmp_path / "table.jsonl", rows)),
+        "output": str(tmp_path / "adapter"),
+        "task": "causal-lm",
+        "model_options": {"quantization_config": quantization},
+        "training": {"num_train_epochs": 1, "use_cpu": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    run("train", "--config", tmp_path / "recipe.yaml")
+    model, _, _ = load_adapter(tmp_path / "adapter")
+    names = names_of(model)
+    assert names
+    assert all(
+        isinstance(model.get_submodule(name).base_layer, bnb.nn.Linear4bit) for name in names
+    )
+    assert run("generate", tmp_path / "adapter", words(4, 5), "--max-new-tokens", 2)
