@@ -439,9 +439,23 @@ def _position_weights(given: dict[str, Any]) -> Iterator[Tensor]:
     dim = 3 if _is_multiple_choice(given) else 2
     for name in MASKS:
         mask = given.get(name)
-        if isinstance(mask, Tensor) and mask.dim() == dim:
+        if not isinstance(mask, Tensor):
+            continue
+        if mask.dim() == dim:
             tokens = mask.flatten(0, -2).bool()
-            yield tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
+        elif mask.dim() == 4:
+            tokens = _tokens(mask)
+        else:
+            continue
+        yield tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def _tokens(mask: Tensor) -> Tensor:
+    """Which positions are tokens, (B, T), by a mask (B, heads, T, T) that is boolean or added to
+    the attention's scores: those that see another position or are seen by one."""
+    seen = (mask if mask.dtype == torch.bool else mask == 0).any(dim=1)
+    seen = seen & ~torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    return seen.any(dim=1) | seen.any(dim=2)
 
 
 def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:

@@ -26,6 +26,7 @@ from bara.data import TextTask, first_line, load_table
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
+from bara.language.choice_loss import ChoiceCollator, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask
 from bara.loading import (
     CONFIG_FILE,
@@ -113,13 +114,11 @@ def finetune(
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
         prepare(model, recipe, train, text_task(task, "certify"), learn)
-    language = isinstance(task, LanguageTask)
+    inputs, collator = _training_inputs(model, tokenizer, task)
     data = {
-        "train_dataset": model_inputs(train, tokenizer, task),
-        "eval_dataset": None if validation is None else model_inputs(validation, tokenizer, task),
-        "data_collator": (DataCollatorForSeq2Seq if language else DataCollatorWithPadding)(
-            tokenizer
-        ),
+        "train_dataset": inputs(train),
+        "eval_dataset": None if validation is None else inputs(validation),
+        "data_collator": collator,
         "processing_class": tokenizer,
         "callbacks": list(callbacks),
     }
@@ -134,6 +133,24 @@ def finetune(
         set_temperature(model, fit_temperature(held_out))
     save_adapter(output, model, tokenizer, task, recipe)
     return output
+
+
+def _training_inputs(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> tuple[Callable[[Dataset], Dataset], Any]:
+    """What makes the training's rows of a table, and its batches of the rows."""
+    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+        attention = getattr(model.config, "_attn_implementation", None)
+        if attention not in ("sdpa", "eager"):
+            raise BaraError(
+                f"multiple choice needs attention that takes a mask for every position: set "
+                f"model_options.attn_implementation to sdpa, not {attention}"
+            )
+        window = getattr(model.config, "sliding_window", None)
+        rows = partial(tokenise_choices, tokenizer=tokenizer, task=task, window=window)
+        return rows, ChoiceCollator(tokenizer)
+    collator = DataCollatorForSeq2Seq if isinstance(task, LanguageTask) else DataCollatorWithPadding
+    return partial(model_inputs, tokenizer=tokenizer, task=task), collator(tokenizer)
 
 
 def train_model(
@@ -337,6 +354,8 @@ def _prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> 
 def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArguments:
     checkpoints = Path(recipe.output) / CHECKPOINTS
     options = {"eval_strategy": "epoch", **recipe.training}
+    if recipe.task == "multiple-choice":
+        options["remove_unused_columns"] = False  # the loss needs one that the model does not
     if not evaluate:
         options["eval_strategy"] = "no"
     try:

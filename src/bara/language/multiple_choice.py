@@ -151,7 +151,7 @@ def multiple_choice(
     ]
     if not asked:
         raise BaraError("There is no question: give at least one.")
-    encoded = [_encode(tokenizer, question, scoring) for question in asked]
+    encoded = [encode_choices(tokenizer, question, scoring) for question in asked]
     require_room(model, max(len(prompt) + max(map(len, ends)) for prompt, ends in encoded))
     source = draw_source(model)
     count = 1 if deterministic or source is None else source.num_draws(num_draws)
@@ -181,7 +181,7 @@ def multiple_choice(
     return ClassificationPredictive(log_probs, labels, tuple(LETTERS[: log_probs.shape[2]]))
 
 
-def _encode(
+def encode_choices(
     tokenizer: PreTrainedTokenizerBase, question: Question, scoring: Scoring
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the prompt and of each choice."""

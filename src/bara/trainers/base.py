@@ -20,6 +20,8 @@ from transformers import (
 
 from bara.data import first_line
 from bara.errors import BaraError
+from bara.language.choice_loss import choice_nll
+from bara.training import elbo_loss
 
 COMPLETE = "complete"
 """File that marks a checkpoint as whole: a process that is killed while saving leaves none."""
@@ -54,6 +56,27 @@ class AdapterTrainer(Trainer):
 
     def finish(self) -> None:
         """What a method does after training: it attaches its draws to the model."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss, or for batches of `ChoiceCollator` that of the choices."""
+        if "segments" not in inputs:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        read = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask")}
+        outputs = model(**read)
+
+        def nll(outputs: Any, answers: Tensor) -> Tensor:
+            return choice_nll(outputs.logits, inputs["input_ids"], inputs["segments"], answers)
+
+        loss = elbo_loss(model, nll)(outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One step; see `Trainer.training_step`."""
