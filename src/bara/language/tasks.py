@@ -64,8 +64,9 @@ def tokenise_language(
     """`input_ids`, `attention_mask` and `labels`, which are -100 where there is no loss.
 
     The loss is on the completion and the end-of-text token: of a prompt's completion, of the last
-    message of a conversation (which has to be the assistant's), of a whole `text`, or of the right
-    choice of a question.
+    message of a conversation (which has to be the assistant's), or of a whole `text`. A question
+    becomes its prompt and the right choice, as an input to measure on; what trains on questions is
+    `bara.language.choice_loss`.
 
     Raises:
         BaraError: a row fits none of these or is longer than `task.max_length`; the message has
@@ -156,8 +157,7 @@ def _encode(
         if question.answer is None:
             raise BaraError("the question has no 'answer'")
         end = question.completions(task.scoring)[question.answer]
-        stop = (tokenizer.eos_token or "") if task.scoring == "text" else ""
-        return encode_completion(tokenizer, question.prompt(task.scoring), end + stop)
+        return encode_completion(tokenizer, question.prompt(task.scoring), end)
     prompt, completion = prompt_and_completion(row, tokenizer)
     if prompt:
         special = not row.get("messages")  # a chat template writes its own
