@@ -130,6 +130,22 @@ def test_multiple_choice_trains_predicts_and_abstains(capsys, base, tmp_path):
         assert (record["prediction"] is None) == record["abstained"]
 
 
+def test_choices_are_scored_at_the_temperature_of_the_untrained_model(capsys, base, tmp_path):
+    _, out, _ = trained(capsys, base, tmp_path, "multiple-choice", QUESTIONS)
+    fitted = json.loads((out / "temperature.json").read_text())["temperature"]
+    model, tokenizer, _ = load_adapter(out)
+    assert model.config.predictive_temperature == fitted
+    model.config.predictive_temperature = 1.0
+    with model.disable_adapter():
+        plain = bara.multiple_choice(model, tokenizer, QUESTIONS, deterministic=True)
+
+    def nll(temperature):
+        scores = plain.log_probs_draws[0] / temperature
+        return torch.nn.functional.cross_entropy(scores, plain.labels).item()
+
+    assert nll(fitted) <= min(nll(0.05 * 1.1**i) for i in range(63)) + 1e-6
+
+
 def test_a_temperature_is_fitted_to_held_out_questions(capsys, base, tmp_path):
     table = write_jsonl(tmp_path / "validation.jsonl", QUESTIONS[::2])
     more = ["--method", "bara+temperature", "--validation", table]

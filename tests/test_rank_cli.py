@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
@@ -248,14 +249,29 @@ def test_pruning_keeps_the_temperature(
     torch.testing.assert_close(tempered, (plain / 2.5).log_softmax(-1), atol=1e-6, rtol=1e-5)
 
 
-def test_a_temperature_without_a_trained_head_is_refused(tmp_path: Path) -> None:
-    model = adapt(tiny_llama(), "balora", task_type="CAUSAL_LM")
+def test_a_temperature_without_a_trained_head_is_refused(
+    tmp_path: Path, tiny_bert: torch.nn.Module
+) -> None:
+    model = adapt(tiny_bert, "balora")
     set_temperature(model, 2.0)
     with pytest.raises(BaraError, match=r"temperature 2 .* cannot be folded"):
         export_lora(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     set_temperature(model, 1.0)
     export_lora(model, tmp_path / "out")
+
+
+def test_a_language_models_temperature_is_not_in_its_weights(tmp_path: Path) -> None:
+    """It divides the scores of choices."""
+    model = adapt(tiny_llama(), "balora", task_type="CAUSAL_LM")
+    export_lora(model, tmp_path / "plain")
+    set_temperature(model, 2.0)
+    export_lora(model, tmp_path / "tempered")
+    plain, tempered = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "tempered")
+    )
+    assert plain.keys() == tempered.keys()
+    assert all(torch.equal(plain[name], tempered[name]) for name in plain)
 
 
 def test_force_replaces_the_draws_of_an_earlier_export(

@@ -94,7 +94,8 @@ def export_lora(
       `SentenceClassifier` becomes a sentence-transformers folder whose embedding is the logits.
       Takes the memory of a second copy of the model.
 
-    Trained heads (`modules_to_save`) are part of every export. A temperature is folded into them.
+    Trained heads (`modules_to_save`) are part of every export. A temperature is folded into them;
+    that of a language model, which divides the scores of choices, is not part of an export.
 
     Args:
         model: a PEFT model with one active Bayesian adapter. With `data` its calibration is
@@ -120,7 +121,7 @@ def export_lora(
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     adapter = bayesian_adapter(model, "export")
     require_new(folder, overwrite)
-    tempered = get_temperature(model) != 1
+    tempered = get_temperature(model) != 1 and _task(model)[0] != "causal-lm"
     if tempered:
         output_layer(model)  # refuses before anything slow
     options: dict[str, Any] = {

@@ -26,7 +26,7 @@ from bara.data import TextTask, first_line, load_table
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
-from bara.language.choice_loss import ChoiceCollator, tokenise_choices
+from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask
 from bara.loading import (
     CONFIG_FILE,
@@ -122,6 +122,13 @@ def finetune(
         "processing_class": tokenizer,
         "callbacks": list(callbacks),
     }
+    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+        arguments = _training_arguments(recipe, evaluate=False)
+        if next(model.parameters()).device.type == "cpu":
+            model.to(arguments.device)  # where the Trainer will move it
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
+            temperature = base_temperature(model, tokenizer, train, task, recipe.seed)
+        set_temperature(model, temperature)
     checkpoint = _prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
@@ -129,6 +136,7 @@ def finetune(
         train_model(model, method, recipe, data, task.task, checkpoint)
     if tempered:
         assert validation is not None
+        set_temperature(model, 1.0)
         held_out = predict_table(model, tokenizer, task, validation, progress=False)
         set_temperature(model, fit_temperature(held_out))
     save_adapter(output, model, tokenizer, task, recipe)

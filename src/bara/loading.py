@@ -88,7 +88,7 @@ def load_adapter(
         attach_draws(model, PveraDraws(model))
     if method.trainer.weight_noise:
         attach_draws(model, WeightDraws.load(model, folder))
-    if tempered:
+    if tempered or (isinstance(task, LanguageTask) and task.task == "multiple-choice"):
         load_temperature(model, folder)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

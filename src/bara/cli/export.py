@@ -32,8 +32,10 @@ def export(
     from bara.cli.terminal import calibration_inputs, quieten_libraries, require_output
     from bara.errors import BaraError
     from bara.export import check_mode, export_lora
+    from bara.language.tasks import LanguageTask
     from bara.loading import RECIPE_FILE, TASK_FILE, load_adapter
     from bara.methods import TEMPERED
+    from bara.posthoc.temperature import save_temperature
     from bara.recipe import TrainRecipe
 
     quieten_libraries()
@@ -51,7 +53,9 @@ def export(
     def beside(folder: Path) -> None:
         tokenizer.save_pretrained(str(folder))
         task.save(folder / TASK_FILE)
-        if chosen != "merged":  # whose temperature, if it had one, is in the head now
+        if isinstance(task, LanguageTask):
+            save_temperature(model, folder)
+        if chosen != "merged":  # a classifier's temperature, if it had one, is in the head now
             (folder / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
 
     exported = export_lora(

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bara.errors import BaraError
-from bara.language.multiple_choice import Question, encode_choices
+from bara.language.multiple_choice import Question, encode_choices, multiple_choice
+from bara.posthoc.temperature import fit_temperature
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from bara.language.tasks import LanguageTask
 
+MOST_QUESTIONS = 200
+"""As many as `base_temperature` is fitted to."""
 PADDING = -1
 """Segment of a position that is no token; 0 is the prompt, then come the choices."""
 
@@ -146,6 +149,41 @@ def choice_scores(logits: Tensor, input_ids: Tensor, segments: Tensor) -> Tensor
     return means.masked_fill(counts == 0, -torch.inf).view(shape)
 
 
-def choice_nll(logits: Tensor, input_ids: Tensor, segments: Tensor, answers: Tensor) -> Tensor:
-    """Negative log-likelihood of the answers (B,), in nats, a mean over the questions."""
-    return cross_entropy(choice_scores(logits, input_ids, segments), answers)
+def choice_nll(
+    logits: Tensor,
+    input_ids: Tensor,
+    segments: Tensor,
+    answers: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Negative log-likelihood of the answers (B,), in nats, a mean over the questions.
+
+    The probabilities are the softmax of `choice_scores` over the temperature.
+    """
+    return cross_entropy(choice_scores(logits, input_ids, segments) / temperature, answers)
+
+
+def base_temperature(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    task: LanguageTask,
+    seed: int,
+) -> float:
+    """The temperature that suits the model before it is trained, fitted to training questions.
+
+    Likelihoods of whole texts are far too sure as scores of choices (Guo et al.'s T of
+    SmolLM2-135M is near 9 on OpenBookQA). The prior of an adapter holds it near the base model,
+    which has to be calibrated for that to help. The untrained model has not seen the answers, so
+    the training questions, at most `MOST_QUESTIONS` of them, serve as held-out ones.
+    """
+    some = dataset.shuffle(seed=seed).select(range(min(MOST_QUESTIONS, len(dataset))))
+    predictive = multiple_choice(
+        model,
+        tokenizer,
+        [Question.from_record(row, "the question") for row in some],
+        scoring=task.scoring,
+        deterministic=True,
+        progress=False,
+    )
+    return fit_temperature(predictive)

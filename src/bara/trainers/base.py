@@ -21,6 +21,7 @@ from transformers import (
 from bara.data import first_line
 from bara.errors import BaraError
 from bara.language.choice_loss import choice_nll
+from bara.prediction import get_temperature
 from bara.training import elbo_loss
 
 COMPLETE = "complete"
@@ -73,7 +74,13 @@ class AdapterTrainer(Trainer):
         outputs = model(**read)
 
         def nll(outputs: Any, answers: Tensor) -> Tensor:
-            return choice_nll(outputs.logits, inputs["input_ids"], inputs["segments"], answers)
+            return choice_nll(
+                outputs.logits,
+                inputs["input_ids"],
+                inputs["segments"],
+                answers,
+                get_temperature(self.trained),
+            )
 
         loss = elbo_loss(model, nll)(outputs, inputs["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
