@@ -443,7 +443,7 @@ def _position_weights(given: dict[str, Any]) -> Iterator[Tensor]:
             continue
         if mask.dim() == dim:
             tokens = mask.flatten(0, -2).bool()
-        elif mask.dim() == 4:
+        elif mask.dim() == 4 and mask.shape[-2] == mask.shape[-1]:  # no cache is part of it
             tokens = _tokens(mask)
         else:
             continue
