@@ -27,7 +27,7 @@ from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
-from bara.language.tasks import LANGUAGE_TASKS, LanguageTask
+from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, is_multiple_choice
 from bara.loading import (
     CONFIG_FILE,
     RECIPE_FILE,
@@ -122,7 +122,7 @@ def finetune(
         "processing_class": tokenizer,
         "callbacks": list(callbacks),
     }
-    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+    if is_multiple_choice(task):
         arguments = _training_arguments(recipe, evaluate=False)
         if next(model.parameters()).device.type == "cpu":
             model.to(arguments.device)  # where the Trainer will move it
@@ -147,7 +147,7 @@ def _training_inputs(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> tuple[Callable[[Dataset], Dataset], Any]:
     """What makes the training's rows of a table, and its batches of the rows."""
-    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+    if is_multiple_choice(task):
         attention = getattr(model.config, "_attn_implementation", None)
         if attention not in ("sdpa", "eager"):
             raise BaraError(

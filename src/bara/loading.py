@@ -27,7 +27,13 @@ from bara.draws import attach_draws
 from bara.errors import BaraError
 from bara.language.gguf import load_gguf, source
 from bara.language.multiple_choice import multiple_choice
-from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, questions, tokenise_language
+from bara.language.tasks import (
+    LANGUAGE_TASKS,
+    LanguageTask,
+    is_multiple_choice,
+    questions,
+    tokenise_language,
+)
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.temperature import load_temperature
@@ -88,7 +94,7 @@ def load_adapter(
         attach_draws(model, PveraDraws(model))
     if method.trainer.weight_noise:
         attach_draws(model, WeightDraws.load(model, folder))
-    if tempered or (isinstance(task, LanguageTask) and task.task == "multiple-choice"):
+    if tempered or is_multiple_choice(task):
         load_temperature(model, folder)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,7 +234,7 @@ def predict_table(
     Raises:
         BaraError: the task is causal-lm, or any error of `bara.predict` or `bara.multiple_choice`.
     """
-    if isinstance(task, LanguageTask) and task.task == "multiple-choice":
+    if is_multiple_choice(task):
         asked = questions(table, first_row=first_row)
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
     task = text_task(task, "predict")

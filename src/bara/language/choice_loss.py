@@ -60,11 +60,7 @@ def tokenise_choices(
             raise BaraError(f"{where} has no 'answer'")
         prompt, choices = encode_choices(tokenizer, question, task.scoring)
         longest = len(prompt) + max(map(len, choices))
-        if longest > task.max_length:
-            raise BaraError(
-                f"row {number} has {longest} tokens, more than max_length, {task.max_length}; "
-                "raise it (as far as the model's context goes) or shorten the row"
-            )
+        task.require_length(number, longest)
         if window is not None and longest > window:
             raise BaraError(
                 f"row {number} has {longest} tokens, more than the model's sliding window, "
@@ -172,10 +168,10 @@ def base_temperature(
 ) -> float:
     """The temperature that suits the model before it is trained, fitted to training questions.
 
-    Likelihoods of whole texts are far too sure as scores of choices (Guo et al.'s T of
-    SmolLM2-135M is near 9 on OpenBookQA). The prior of an adapter holds it near the base model,
-    which has to be calibrated for that to help. The untrained model has not seen the answers, so
-    the training questions, at most `MOST_QUESTIONS` of them, serve as held-out ones.
+    Likelihoods of whole texts are far too sure as scores of choices. The prior of an adapter holds
+    it near the base model, which has to be calibrated for that to help. The untrained model has not
+    seen the answers, so the training questions, at most `MOST_QUESTIONS` of them, serve as held-out
+    ones.
     """
     some = dataset.shuffle(seed=seed).select(range(min(MOST_QUESTIONS, len(dataset))))
     predictive = multiple_choice(

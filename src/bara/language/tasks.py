@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from bara.errors import BaraError
 from bara.language.multiple_choice import Question, Scoring
@@ -40,9 +40,22 @@ class LanguageTask:
         if self.max_length < 2:
             raise BaraError(f"max_length must be at least 2, not {self.max_length}")
 
+    def require_length(self, number: int, length: int) -> None:
+        """Raises BaraError if row `number` is longer than `max_length` tokens."""
+        if length > self.max_length:
+            raise BaraError(
+                f"row {number} has {length} tokens, more than max_length, {self.max_length}; "
+                "raise it (as far as the model's context goes) or shorten the row"
+            )
+
     def save(self, path: Path) -> None:
         """Write the description as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+
+def is_multiple_choice(task: object) -> TypeGuard[LanguageTask]:
+    """Whether a task is to choose among the choices of a question."""
+    return isinstance(task, LanguageTask) and task.task == "multiple-choice"
 
 
 def questions(dataset: Dataset, *, first_row: int = 1) -> list[Question]:
@@ -81,11 +94,7 @@ def tokenise_language(
         except BaraError as error:
             raise BaraError(f"row {number}: {error}") from error
         ids = prompt + completion
-        if len(ids) > task.max_length:
-            raise BaraError(
-                f"row {number} has {len(ids)} tokens, more than max_length, {task.max_length}; "
-                "raise it (as far as the model's context goes) or shorten the row"
-            )
+        task.require_length(number, len(ids))
         columns["input_ids"].append(ids)
         columns["attention_mask"].append([1] * len(ids))
         columns["labels"].append([-100] * len(prompt) + completion)
