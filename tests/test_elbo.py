@@ -54,6 +54,22 @@ def test_the_loss_is_data_plus_weighted_kl():
     torch.testing.assert_close(output["loss"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_layers", [1, 6, 8])
+def test_without_a_weight_the_kl_counts_six_layers_at_most(num_layers):
+    torch.manual_seed(0)
+    base = tiny_llama(num_hidden_layers=num_layers)
+    model = stir(adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)).train()
+    ids = torch.arange(12).reshape(2, 6) + 1
+    with bara.sampling(model, seed=0):
+        outputs = model(input_ids=ids, labels=ids)
+    terms = bara.kl_terms(model)
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    data = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    weight = {1: 1.0, 6: 1.0, 8: 0.75}[num_layers]
+    expected = data + weight / 50 * terms["kl_global"] + 0.003 * terms["kl_local"]
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_kl_loss_gives_the_same_step_for_a_loss_of_ones_own():
     x, y = batch()
     steps = []

@@ -343,6 +343,13 @@ def test_impossible_configurations_are_refused(options, message):
         BaraConfig(**options)
 
 
+@pytest.mark.parametrize("method", ["balora", "blob", "rankwise"])
+def test_only_bara_can_do_without_a_kl_weight(method):
+    assert BaraConfig(kl_weight=None).kl_weight is None
+    with pytest.raises(BaraError, match="kl_weight must be a number"):
+        CONFIGS[method](kl_weight=None)
+
+
 def test_impossible_balora_configurations_are_refused():
     with pytest.raises(BaraError, match="dropout_prior must be"):
         BaloraConfig(dropout_prior=1.0)

@@ -28,6 +28,8 @@ class BayesianConfig(LoraConfig):
     """Parts of the adapter that are never trained, by PEFT's names."""
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     """Fields that must be numbers above 0."""
+    KL_PER_LAYERS: ClassVar[float | None] = None
+    """The quotient that `kl_weight=None` stands for; None where a number has to be given."""
 
     num_observations: int | None = field(
         default=None,
@@ -37,7 +39,7 @@ class BayesianConfig(LoraConfig):
             "Filled in by bara.BayesianCallback; at least 1."
         },
     )
-    kl_weight: float = field(
+    kl_weight: float | None = field(
         default=1.0,
         metadata={"help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0."},
     )
@@ -73,7 +75,7 @@ class BayesianConfig(LoraConfig):
         self._require("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
         n = self.num_observations
         self._require("num_observations", n, n is None or n >= 1, "None or an integer >= 1")
-        self._require_real("kl_weight", low=0)
+        self._require_real("kl_weight", low=0, optional=self.KL_PER_LAYERS is not None)
         self._require_real("local_kl_weight", low=0)
         self._require_real("warmup", low=0, high=1)
         for name in self.POSITIVE:
@@ -84,6 +86,13 @@ class BayesianConfig(LoraConfig):
             self.granularity in ("auto", "sequence", "token"),
             "'auto', 'sequence' or 'token'",
         )
+
+    def global_kl_weight(self, num_layers: int) -> float:
+        """`kl_weight`, for an adapter on this many layers."""
+        if self.kl_weight is not None:
+            return self.kl_weight
+        assert self.KL_PER_LAYERS is not None  # else None was refused
+        return min(1.0, self.KL_PER_LAYERS / max(1, num_layers))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration; beside it the README.md gets the method and how to load it.
@@ -151,7 +160,16 @@ class BaraConfig(BayesianConfig):
     METHOD: ClassVar[str] = "BARA"
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
     POSITIVE = ("noise_prior", "init_noise", "intensity_prior", "logit_scale")
+    KL_PER_LAYERS = 6.0
 
+    kl_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0. None stands "
+            "for min(1, 6 / number of adapted layers): the KL is a sum over layers, so that its "
+            "whole weight does not grow with the model's depth."
+        },
+    )
     global_gate: bool = field(
         default=True,
         metadata={"help": "Learn which factors the task uses at all (z)."},
@@ -187,11 +205,11 @@ class BaraConfig(BayesianConfig):
         metadata={"help": "Prior probability rho, in (0, 1), that an input uses a factor."},
     )
     noise_prior: float = field(
-        default=0.25,
+        default=1.0,
         metadata={"help": "Prior variance c > 0 of a factor, relative to its squared mean."},
     )
     init_noise: float = field(
-        default=0.05,
+        default=0.5,
         metadata={"help": "Where the factors' relative variance alpha > 0 starts."},
     )
     prior_std: float | None = field(
