@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-train", type=int, default=500)
-    parser.add_argument("--num-test", type=int, default=500)
+    parser.add_argument("--num-test", type=int, default=400)
     parser.add_argument("--num-draws", type=int, default=5)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--scoring", default="text")

@@ -47,6 +47,8 @@ PRIORS: dict[str, dict[str, float]] = {
     "sparse": {"global_prior": 0.01, "local_prior": 0.1},
     "dense": {"global_prior": 0.9, "local_prior": 0.9},
 }
+OBJECTIVE = {"kl_weight": 1.0, "init_noise": 0.05, "noise_prior": 0.25}
+"""BaRA's: the ELBO itself, and the noise that was the default when the cells were made."""
 NUM_TEST, NUM_SEEN = 600, 300
 GAPS = {
     "gap_nll_mean": "NLL, mean of the posterior",
@@ -88,7 +90,12 @@ def run_cell(cell: Cell, steps: int, num_test: int, num_draws: int) -> dict[str,
             output=str(Path(folder) / "adapter"),
             method=cell.method,
             # the same scaling lora_alpha / r for every rank
-            method_options={"r": cell.r, "lora_alpha": 2 * cell.r, **PRIORS[cell.prior]},
+            method_options={
+                "r": cell.r,
+                "lora_alpha": 2 * cell.r,
+                **(OBJECTIVE if cell.method == "bara" else {}),
+                **PRIORS[cell.prior],
+            },
             training={
                 "max_steps": steps,
                 "save_strategy": "no",
@@ -198,7 +205,8 @@ def write_page(cells: list[dict[str, Any]]) -> None:
     keys = ["method", "prior", "num_train", "r", "seed"]
     lines += [
         "",
-        "LoRA has no draws: its mixture is its mean. Priors: "
+        "LoRA has no draws: its mixture is its mean. BaRA's objective is not today's default but "
+        f"{OBJECTIVE}. Priors: "
         + "; ".join(f"{name} {values or ''}".strip() for name, values in PRIORS.items())
         + ".",
         "",
