@@ -9,7 +9,6 @@ on where the first stopped. The table goes into docs/certificates.md.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from itertools import product
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.certificate import certify
 from bara.certified import certification_rows
@@ -85,13 +85,6 @@ def run_cell(setting: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_cells() -> list[dict[str, Any]]:
-    """The cells that are done."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
-
-
 def write_table(cells: list[dict[str, Any]]) -> None:
     """Puts the certificates between the marks in the docs."""
     lines = [
@@ -126,7 +119,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
     quieten_libraries()
-    RESULTS.parent.mkdir(exist_ok=True)
     axes = {
         "task": arguments.pop("tasks"),
         "num_train": arguments.pop("num_train"),
@@ -135,13 +127,12 @@ def main() -> None:
     }
     for values in product(*axes.values()):
         setting = dict(zip(axes, values, strict=True)) | arguments
-        if any(setting.items() <= cell.items() for cell in read_cells()):
+        if any(setting.items() <= cell.items() for cell in read_lines(RESULTS)):
             continue
         cell = run_cell(setting)
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cell) + "\n")
+        append_row(RESULTS, cell)
         print(f"{setting}: bound {cell['bound']:.3f}", flush=True)
-    write_table(read_cells())
+    write_table(read_lines(RESULTS))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ docs/language-models-results.md.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bara.bench.results import append_row, read_lines
 from bara.cli.terminal import quieten_libraries
 from bara.data import load_table
 from bara.files import atomic_write_text
@@ -95,13 +95,6 @@ def as_folder(folder: Path) -> Path:
     return folder
 
 
-def read_cells(results: Path) -> list[dict[str, Any]]:
-    """The cells that are done."""
-    if not results.exists():
-        return []
-    return [json.loads(line) for line in results.read_text("utf-8").splitlines()]
-
-
 def is_same(settings: dict[str, Any], cell: dict[str, Any]) -> bool:
     """Whether a cell was made with these settings."""
     return all(cell[name] == value for name, value in settings.items())
@@ -154,7 +147,6 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE)
     arguments = parser.parse_args()
     quieten_libraries()
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     names = ("num_train", "num_test", "num_draws", "epochs", "scoring")
     settings = {name: getattr(arguments, name) for name in names}
     with tempfile.TemporaryDirectory() as folder:
@@ -163,15 +155,14 @@ def main() -> None:
             for dataset in arguments.datasets:
                 for method in arguments.methods:
                     cell = {"dataset": dataset, "method": method, "seed": seed, **settings}
-                    if any(is_same(cell, done) for done in read_cells(arguments.results)):
+                    if any(is_same(cell, done) for done in read_lines(arguments.results)):
                         continue
                     base = base or as_folder(Path(folder))
                     done = run_cell(arguments, base, cell)
-                    with arguments.results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(done) + "\n")
+                    append_row(arguments.results, done)
                     numbers = " ".join(f"{key} {done[key]:.3f}" for key in METRICS)
                     print(f"{dataset} {method} seed {seed}: {numbers}", flush=True)
-    cells = [c for c in read_cells(arguments.results) if is_same(settings, c)]
+    cells = [c for c in read_lines(arguments.results) if is_same(settings, c)]
     write_table(cells, arguments.table)
 
 

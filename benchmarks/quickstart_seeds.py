@@ -9,7 +9,6 @@ goes on where the first stopped. The table goes to docs/quickstart-results.md an
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bara.bench.results import append_row, read_lines
 from bara.cli.terminal import quieten_libraries
 from bara.distributions import open_logit
 from bara.examples_data import load_news, load_sentiment
@@ -86,13 +86,6 @@ def gate_movement(adapter: Path) -> dict[str, float]:
         "inclusion_max": float(opened.max()),
         "gate_logit_moved": float((logits - start).abs().mean()),
     }
-
-
-def read_cells() -> list[dict[str, Any]]:
-    """The cells that are done."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()]
 
 
 def write_table(cells: list[dict[str, Any]], epochs: float) -> None:
@@ -182,17 +175,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=20)
     arguments = parser.parse_args()
     quieten_libraries()
-    RESULTS.parent.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         for method in arguments.methods:
-            done = {(c["key"], c["seed"], c["epochs"]) for c in read_cells()}
+            done = {(c["key"], c["seed"], c["epochs"]) for c in read_lines(RESULTS)}
             if (method, seed, arguments.epochs) in done:
                 continue
             cell = run_cell(method, seed, arguments.epochs)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(cell) + "\n")
+            append_row(RESULTS, cell)
             print(f"{method} seed {seed}: NLL {cell['nll']:.3f} ECE {cell['ece']:.3f}", flush=True)
-    write_table(read_cells(), arguments.epochs)
+    write_table(read_lines(RESULTS), arguments.epochs)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ docs/rank-and-gap.md and docs/images/rank-and-gap.png.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from bara.bench.results import append_row, read_lines
 from bara.cli.terminal import quieten_libraries
 from bara.data import tokenise
 from bara.examples_data import load_sentiment, minilm_path
@@ -139,13 +139,6 @@ def run_cell(cell: Cell, steps: int, num_test: int, num_draws: int) -> dict[str,
     return result | {"versions": versions()}
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The cells that are done."""
-    return (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    )
-
-
 def correlation(cells: list[dict[str, Any]], x: str, y: str) -> float:
     """Spearman's correlation within each training size, averaged over the sizes' cells."""
     sizes = sorted({cell["num_train"] for cell in cells})
@@ -259,18 +252,16 @@ def main() -> None:
     parser.add_argument("--analyse", action="store_true", help="write the page; train nothing")
     arguments = parser.parse_args()
     if arguments.analyse:
-        write_page(read_results(arguments.results))
+        write_page(read_lines(arguments.results))
         return
     quieten_libraries()
     index, count = map(int, arguments.shard.split("/"))
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
     for cell in grid(arguments.ranks, arguments.sizes, arguments.seeds)[index::count]:
         key = {**cell._asdict(), "steps": arguments.steps}
-        if any(key.items() <= done.items() for done in read_results(arguments.results)):
+        if any(key.items() <= done.items() for done in read_lines(arguments.results)):
             continue
         result = run_cell(cell, arguments.steps, arguments.num_test, arguments.num_draws)
-        with arguments.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        append_row(arguments.results, result)
         print(f"{cell}: s_bar {result['s_bar']:.2f}, gap {result['gap_nll_mean']:.3f}", flush=True)
 
 

@@ -12,7 +12,6 @@ run goes on where the first stopped. The tables go to docs/speed.md.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from bara.bench.models import MODELS, Fitted, fit
+from bara.bench.results import append_row, read_lines
 from bara.bench.spec import Benchmark
 from bara.bench.tasks import Splits, load_task
 from bara.cli.terminal import quieten_libraries
@@ -214,7 +214,7 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
     for model in MODELS:
         mine = [r for r in records if r["model"] == model]
         rounds = [r["times"] for r in mine if "times" in r]
-        memory = {r["method"]: r["memory_mib"] for r in mine if "memory_mib" in r}
+        memory = {r["method"]: r["memory_mib"] or float("nan") for r in mine if "memory_mib" in r}
         rounds = [{m: t for m, t in times.items() if m in memory} for times in rounds]
         if not rounds or BASELINE not in memory:
             continue
@@ -239,13 +239,6 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
     atomic_write_text(page, "\n".join(lines) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """What is done."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
@@ -264,12 +257,11 @@ def main() -> None:
     methods = [BASELINE, *(m for m in arguments.methods if m != BASELINE)]
 
     def keep(record: dict[str, Any]) -> None:
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record | {"versions": versions()}) + "\n")
-        write_page(read_records(arguments.output), arguments.page)
+        append_row(arguments.output, record | {"versions": versions()})
+        write_page(read_lines(arguments.output), arguments.page)
 
     for model in arguments.models:
-        mine = [r for r in read_records(arguments.output) if r["model"] == model]
+        mine = [r for r in read_lines(arguments.output) if r["model"] == model]
         rounds = [r["times"] for r in mine if "times" in r]
         while len(rounds) < arguments.rounds:
             rounds.append(run_round(model, methods, arguments.steps))

@@ -58,16 +58,31 @@ def read_rows(path: Path) -> dict[str, Row]:
     Raises:
         BaraError: a line is damaged.
     """
+    return {row["key"]: row for row in read_lines(path, required="key")}
+
+
+def read_lines(path: Path, required: str | None = None) -> list[Row]:
+    """All rows of the file, which may be missing; a last line that was cut off is left out.
+
+    Args:
+        path: what `append_row` wrote.
+        required: a name that every row must have.
+
+    Raises:
+        BaraError: a line is damaged.
+    """
     if not path.exists():
-        return {}
+        return []
     lines = path.read_text("utf-8").split("\n")[:-1]  # after the last newline: a cut line, or ""
-    rows: dict[str, Row] = {}
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows[row["key"]] = row
-        except (ValueError, TypeError, KeyError) as error:
+            if not isinstance(row, dict) or (required and required not in row):
+                raise ValueError("not a row")
+        except ValueError as error:
             raise BaraError(f"{path}, line {number} is damaged; remove it and run again") from error
+        rows.append(row)
     return rows
 
 
