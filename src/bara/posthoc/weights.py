@@ -60,7 +60,9 @@ class WeightDraws(DrawSource):
         factors: covariance by parameter name.
         linearised: predict with the model's first-order expansion around the mean weights, as a
             Laplace approximation does: logits(W) + J (draw - W). Exact forward-mode
-            differentiation, at about three times the cost of a forward pass.
+            differentiation, at about three times the cost of a forward pass. Draws then come in
+            pairs, W + noise and W - noise (antithetic sampling): logits average to those of the
+            mean, which a few draws of a wide Gaussian do not.
 
     Raises:
         BaraError: the model has no parameter of such a name.
@@ -106,10 +108,14 @@ class WeightDraws(DrawSource):
 
     def _noise(self, draws: Draws) -> dict[str, Tensor]:
         """What draw 0 of `draws` adds to the mean weights."""
+        sign = 1.0
+        if self.linearised:
+            pair, second = divmod(draws.first, 2)
+            draws, sign = Draws(1, draws.seed, pair), -1.0 if second else 1.0
         noise = {}
         for name, parameter in self.parameters.items():
             normal = draws.numbers(name, "normal", tuple(parameter.shape), parameter.device)[0]
-            noise[name] = self.factors[name].noise(normal).to(parameter.dtype)
+            noise[name] = sign * self.factors[name].noise(normal).to(parameter.dtype)
         return noise
 
     def _change(
