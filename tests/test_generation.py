@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from transformers import GenerationConfig, LlamaForSequenceClassification
 
 import bara
 from bara import BaraError
@@ -209,6 +211,57 @@ def test_options_that_change_the_way_change_no_answer(model, tokenizer, options,
         torch.testing.assert_close(answer.total_uncertainty, same.total_uncertainty, **CLOSE)
 
 
+def test_a_static_cache_where_the_mask_is_one_for_each_type_of_layer(tokenizer):
+    model = adapted_lm("qwen2")
+    plain, static = (
+        bara.generate(model, tokenizer, PROMPTS, num_draws=2, max_new_tokens=4, **options)
+        for options in ({}, {"cache_implementation": "static"})
+    )
+    for answer, same in zip(plain, static, strict=True):
+        assert answer.text == same.text
+        torch.testing.assert_close(answer.total_uncertainty, same.total_uncertainty, **CLOSE)
+
+
+def test_a_generation_config_is_read_like_options(model, tokenizer, monkeypatch):
+    """Where it is silent the model's own holds: its end of text above all."""
+
+    def run(**options):
+        return bara.generate(model, tokenizer, PROMPTS, num_draws=2, agreement=False, **options)
+
+    full = run(max_new_tokens=6)
+    end = int(full[0].tokens[2])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", end)
+    short = run(max_new_tokens=6)
+    length = full[0].tokens.tolist().index(end) + 1
+    assert short[0].tokens.tolist() == full[0].tokens[:length].tolist()
+    for config in (
+        GenerationConfig(max_new_tokens=6),
+        GenerationConfig(max_new_tokens=6, prefill_chunk_size=2),
+    ):
+        for answer, same in zip(short, run(generation_config=config), strict=True):
+            assert answer.tokens.tolist() == same.tokens.tolist()
+            torch.testing.assert_close(answer.token_log_probs, same.token_log_probs, **CLOSE)
+    config = GenerationConfig(max_new_tokens=6, num_beams=3)
+    for answer, same in zip(
+        run(max_new_tokens=6, num_beams=3), run(generation_config=config), strict=True
+    ):
+        assert answer.tokens.tolist() == same.tokens.tolist()
+    assert all(len(a.tokens) > 6 for a in run(generation_config=GenerationConfig(), eos_token_id=0))
+
+
+def test_stop_strings_end_an_answer(model):
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens("abcdef")  # a word that transformers looks at every token behind
+    full = bara.generate(model, tokenizer, PROMPTS[0], num_draws=2, max_new_tokens=6)[0]
+    stop = full.pieces[1].strip()
+    answer = bara.generate(
+        model, tokenizer, PROMPTS[0], num_draws=2, max_new_tokens=6, stop_strings=[stop]
+    )[0]
+    assert len(answer.tokens) < len(full.tokens)
+    assert answer.tokens.tolist() == full.tokens[: len(answer.tokens)].tolist()
+    assert stop in answer.text
+
+
 def test_transformers_options_act_on_the_mixture(model, tokenizer):
     plain = bara.generate(model, tokenizer, PROMPTS[0], num_draws=2, max_new_tokens=3)[0]
     banned = [[int(plain.tokens[0])]]
@@ -285,7 +338,7 @@ def test_conversations_go_through_the_chat_template(model):
     assert chat.prompt == messages
 
 
-def test_bad_input_is_one_clear_line(model, tokenizer, tiny_bert):
+def test_bad_input_is_one_clear_line(model, tokenizer, tiny_bert, tmp_path):
     def refused(match, model=model, tokenizer=tokenizer, prompts=PROMPTS, **options):
         with pytest.raises(BaraError, match=match) as error:
             bara.generate(model, tokenizer, prompts, **options)
@@ -299,9 +352,24 @@ def test_bad_input_is_one_clear_line(model, tokenizer, tiny_bert):
     refused("no pad token", tokenizer=word_tokenizer(pad_token=None), max_new_tokens=3)
     refused("num_draws must be at least 1", num_draws=0, max_new_tokens=3)
     refused("generate: ", max_new_tokens=3, no_such_option=1)
-    refused("Assisted decoding", prompt_lookup_num_tokens=3)
-    with pytest.raises(BaraError, match="beams are chosen at the end"):
+    refused("with prompt_lookup_num_tokens is not supported", prompt_lookup_num_tokens=3)
+    refused("with guidance_scale is not supported", guidance_scale=1.5)
+    too_long = "5 tokens and 60 new ones does not fit the model's context of 64"
+    refused(too_long, generation_config=GenerationConfig(max_new_tokens=60))
+    refused(too_long, max_length=65)
+    folder = tmp_path / "classifier"
+    adapt(
+        LlamaForSequenceClassification(tiny_lm("llama").config),
+        target_modules=["q_proj"],
+        task_type="SEQ_CLS",
+    ).save_pretrained(folder)
+    misused = PeftModel.from_pretrained(tiny_lm("llama"), folder)
+    refused("'default' was trained for another task, SEQ_CLS", model=misused)
+    with pytest.raises(BaraError, match="Beams are chosen at the end"):
         bara.generate_stream(model, tokenizer, PROMPTS[0], num_beams=2)
+    config = GenerationConfig(num_return_sequences=2, do_sample=True)
+    with pytest.raises(BaraError, match="Beams are chosen at the end"):
+        bara.generate_stream(model, tokenizer, PROMPTS[0], generation_config=config)
     broken = adapted_lm()
     broken.get_base_model().lm_head.weight.data[5] = float("nan")
     refused("logits are not finite", model=broken, max_new_tokens=3)

@@ -10,12 +10,15 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 import bara
 from bara import BaraError
 from bara.cli import main
 from bara.cli.generate import shade
 from bara.language.evaluation import token_metrics
+from bara.language.prompts import encode_prompt
 from bara.language.tasks import LanguageTask, tokenise_language
 from bara.loading import load_adapter
 from conftest import write_jsonl
@@ -97,16 +100,37 @@ def test_a_language_model_learns_answers_and_abstains(capsys, monkeypatch, base,
     # abstention: refused before calibration, honoured after
     refused = ["generate", out, "--data", table, "--abstain-at-risk", 0.3, *options]
     assert "has no threshold for the risk 0.3" in run(capsys, *refused, code=1)
-    calibrate = ["--calibrate-risk", 0.3, "--calibrate-delta", 0.2, *draws]
-    run(capsys, "evaluate", out, "--data", table, *calibrate)
+    calibrate = ["--calibrate-risk", 0.3, "--calibrate-delta", 0.2]
+    run(capsys, "evaluate", out, "--data", table, *calibrate, *options)
     records = [json.loads(line) for line in run(capsys, *refused).splitlines()]
-    assert all((record["text"] is None) == record["abstained"] for record in records)
+    assert any(record["abstained"] for record in records)
+    for record in records:
+        said = [record["text"], record["answers"], *(t["text"] for t in record["tokens"])]
+        assert all((text is None) == record["abstained"] for text in said)
+    for other, differs in [
+        (["--max-new-tokens", 9], "{'max_new_tokens': 9}"),
+        (["--set", "do_sample=true"], "'do_sample': True"),
+        (["--chat"], "chat = False, not True"),
+    ]:
+        assert differs in run(capsys, *refused, *other, code=1)
     assert "num_draws = 4, not 8" in run(
         capsys, "generate", out, "x", "--abstain-at-risk", 0.3, code=1
     )
     assert "measure = answers, not predictions" in run(
         capsys, "predict", out, "--data", table, "--abstain-at-risk", 0.3, *draws, code=1
     )
+
+
+def test_a_threshold_does_not_outlive_its_weights(capsys, base, tmp_path):
+    table, out, _ = trained(capsys, base, tmp_path, "multiple-choice", QUESTIONS)
+    options = ["--data", table, "--num-draws", 3]
+    run(capsys, "evaluate", out, *options, "--calibrate-risk", 0.4)
+    run(capsys, "predict", out, *options, "--abstain-at-risk", 0.4)
+    trained(capsys, base, tmp_path, "multiple-choice", QUESTIONS, "--overwrite")
+    assert "has no threshold" in run(
+        capsys, "predict", out, *options, "--abstain-at-risk", 0.4, code=1
+    )
+    assert "leave them out" in run(capsys, "evaluate", out, *options, "--max-new-tokens", 4, code=1)
 
 
 def test_multiple_choice_trains_predicts_and_abstains(capsys, base, tmp_path):
@@ -164,6 +188,39 @@ def test_a_temperature_is_fitted_to_held_out_questions(capsys, base, tmp_path):
         return -probs[:, 1].log().mean().item()
 
     assert nll(fitted) <= min(nll(0.05 * 1.1**i) for i in range(63)) + 1e-6
+
+
+def merging_tokenizer(ends):
+    """Single characters, "A" and "B" merged to one token; with `ends` every text gets an end."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "A", "B", "C", "AB"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("A", "B")]))
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_completion_is_whole_where_the_tokeniser_would_merge_it(ends):
+    tokenizer = merging_tokenizer(ends)
+    start = [1] * ends
+    assert encode_prompt(tokenizer, "CA") == [*start, 5, 3]
+    for prompt, completion, expected in [("CA", "BC", [4, 5]), ("C", "AB", [6])]:
+        rows = tokenise_language(
+            Dataset.from_list([{"prompt": prompt, "completion": completion}]),
+            tokenizer,
+            LanguageTask("causal-lm"),
+        )
+        labels = [label for label in rows[0]["labels"] if label != -100]
+        assert labels == [*expected, 2]
+        given = encode_prompt(tokenizer, prompt)
+        assert rows[0]["input_ids"] == given + labels
+    rows = tokenise_language(
+        Dataset.from_list([{"text": "AB"}]), tokenizer, LanguageTask("causal-lm")
+    )
+    assert rows[0]["labels"] == [*start, 6, 2]
 
 
 def test_the_loss_is_on_the_completion_only():
@@ -232,9 +289,11 @@ def test_the_terminal_shades_and_talks(capsys, monkeypatch, base, tmp_path):
         def isatty(self):
             return True
 
-    monkeypatch.setattr(sys, "stdin", Terminal("w12 w5\n\n"))
+    too_long = " ".join(["w12"] * 80)
+    monkeypatch.setattr(sys, "stdin", Terminal(f"w12 w5\n{too_long}\nw12\n\n"))
     shown = run(capsys, "generate", out, "--max-new-tokens", 3, "--num-draws", 2)
-    assert "uncertainty" in shown
+    assert shown.count("uncertainty") == 2
+    assert "The question is taken back" in " ".join(shown.split())
     assert shade(0.0) == ""
     assert shade(3.0) == shade(9.0) == "on rgb(210,30,30)"
 
@@ -247,6 +306,7 @@ def test_the_terminal_shades_and_talks(capsys, monkeypatch, base, tmp_path):
             {"messages": [{"role": "user", "content": "w4"}]},
             "must end with one of the role 'assistant'",
         ),
+        ({"messages": "w4"}, "row 2: 'messages' must be a list of objects"),
         ({"prompt": words(*[4] * 130), "completion": "w4"}, "more than max_length"),
     ],
 )

@@ -79,6 +79,8 @@ def dpo(tmp_path, model, **options):
         {"gradient_checkpointing": False},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
         {"packing": True, "packing_strategy": "wrapped"},
+        {"packing": True, "packing_strategy": "bfd"},
+        {"bf16": True},
     ],
 )
 def test_sft_counts_label_tokens_and_trains_the_elbo(tmp_path, options):
@@ -89,12 +91,35 @@ def test_sft_counts_label_tokens_and_trains_the_elbo(tmp_path, options):
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message="(?!The last training step|Gradients reached)")
         trainer.train()
-    if "packing" not in options:
-        assert model.peft_config["default"].num_observations == LABELS
+    assert model.peft_config["default"].num_observations == LABELS
     logs = trainer.state.log_history[0]
     assert logs["kl_global"] > 0
     moved = [n for n, p in model.named_parameters() if n in before and not p.equal(before[n])]
     assert any("global_logit" in name for name in moved)
+
+
+def test_conversations_count_the_labels_of_the_assistants_words(tmp_path):
+    """The template marks them; the end of the text is one of them."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + ' ' + eos_token + ' ' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + ' w9 ' }}{% endif %}{% endfor %}"
+    )
+    turns = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": c}] for p, c in PAIRS
+    ]
+    model = lm()
+    trainer = SFT(
+        model=model,
+        args=arguments(trl.SFTConfig, tmp_path, assistant_only_loss=True),
+        train_dataset=Dataset.from_list([{"messages": turn} for turn in turns]),
+        processing_class=tokenizer,
+        callbacks=[bara.BayesianCallback()],
+    )
+    trainer.train()
+    assert model.peft_config["default"].num_observations == LABELS
+    assert trainer.state.log_history[0]["kl_global"] > 0
 
 
 def loss_and_terms(make, tmp_path, kl_weight, items=None):

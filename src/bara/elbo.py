@@ -432,7 +432,8 @@ def _is_multiple_choice(given: dict[str, Any]) -> bool:
 def _batch_size(given: dict[str, Any]) -> int:
     if _is_multiple_choice(given):
         return given["input_ids"].shape[0] * given["input_ids"].shape[1]
-    sizes = (v.shape[0] for v in given.values() if isinstance(v, Tensor) and v.dim() > 0)
+    inputs = [given.get(name) for name in ("input_ids", "inputs_embeds")]  # positions may be 1 row
+    sizes = (v.shape[0] for v in [*inputs, *given.values()] if isinstance(v, Tensor) and v.dim())
     return next(sizes, 1)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bara import client
+from bara import abstention, client
 from bara.adapters import (
     adapter_tensors,
     bayesian_adapter,
@@ -146,7 +146,7 @@ def export_lora(
     if mode == "merged":
         merged, size = _merged(shipped, folder)
         distance = measured(iter([merged]), deterministic=True)
-        with atomic_directory(folder, drop=_earlier_draws(folder)) as temporary:
+        with atomic_directory(folder, drop=_outdated(folder)) as temporary:
             class_name = _save_merged(merged, temporary)
             write_merged_card(temporary, original, class_name, distance)
             if beside is not None:
@@ -165,7 +165,7 @@ def export_lora(
         **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),
     )
     config = plain_config(original)
-    with atomic_directory(folder, drop=_earlier_draws(folder)) as temporary:
+    with atomic_directory(folder, drop=_outdated(folder)) as temporary:
         for number, weight in enumerate(weights):
             target = temporary / f"draw-{number}" if drawn else temporary
             target.mkdir(exist_ok=True)
@@ -291,10 +291,10 @@ def _task(model: PeftModel) -> tuple[str, list[str] | None]:
     return "classification", names and [names[number] for number in sorted(names)]
 
 
-def _earlier_draws(folder: str | Path) -> list[str]:
-    """Names of what an earlier export of draws left: it would mix with the new files."""
+def _outdated(folder: str | Path) -> list[str]:
+    """Names that an earlier export left and that would not belong to the new files."""
     draws = [p.name for p in Path(folder).glob("draw-*") if re.fullmatch(r"draw-\d+", p.name)]
-    return [*draws, MANIFEST_FILE, CLIENT_FILE] if draws else []
+    return [abstention.FILE, *draws, *([MANIFEST_FILE, CLIENT_FILE] if draws else [])]
 
 
 def _merged(model: PeftModel, folder: str | Path) -> tuple[Any, int]:

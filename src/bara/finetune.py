@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from bara import abstention
 from bara.certified import prepare
 from bara.configs import BayesianConfig, CertifiedConfig
 from bara.data import TextTask, first_line, load_table
@@ -293,7 +294,8 @@ def save_adapter(
                 f"the weights of {name} are not finite after training, so the adapter was not "
                 "saved; lower training.learning_rate"
             )
-    with atomic_directory(folder) as temporary:
+    # A threshold for abstaining is one of the weights that it was calibrated on.
+    with atomic_directory(folder, drop=(abstention.FILE,)) as temporary:
         options: dict[str, Any] = (
             {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         )

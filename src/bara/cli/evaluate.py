@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bara.cli.options import Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
+from bara.cli.options import (
+    Adapter,
+    BaseModel,
+    BatchSize,
+    GenerateOptions,
+    MaxNewTokens,
+    NumDraws,
+    Seed,
+    Split,
+)
 
 
 def evaluate(
@@ -28,6 +37,8 @@ def evaluate(
     calibrate_delta: Annotated[
         float, Option(help="Probability that the calibrated risk is not kept.")
     ] = 0.1,
+    max_new_tokens: MaxNewTokens = None,
+    generate_options: GenerateOptions = None,
     json_file: Annotated[
         Path | None, Option("--json", metavar="FILE", help="Write the numbers here too.")
     ] = None,
@@ -35,23 +46,34 @@ def evaluate(
     """Print accuracy, likelihood, calibration and out-of-distribution detection.
 
     With --calibrate-risk, data that was not trained on gives the threshold for --abstain-at-risk.
+    For a causal-lm adapter it holds for answers that are generated with the same --max-new-tokens
+    and --set.
     """
     from rich.console import Console
     from rich.table import Table
 
     from bara.abstention import calibrate_threshold, save_threshold
+    from bara.cli.generate import decoding_options
     from bara.cli.terminal import quieten_libraries, update_card
     from bara.data import load_table
     from bara.draws import draw_source
+    from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
 
     quieten_libraries()
     table = load_table(data, split=split)
     ood_table = None if ood is None else load_table(ood)
+    decoding = decoding_options(max_new_tokens, generate_options)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    answers = task.task == "causal-lm" and calibrate_risk is not None
+    if decoding and not answers:
+        raise BaraError(
+            "--max-new-tokens and --set are for --calibrate-risk of a causal-lm adapter, which "
+            "generates answers: leave them out"
+        )
     options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
-    metrics, selective = _evaluate(model, tokenizer, task, table, ood_table, options)
+    metrics, selective = _evaluate(model, tokenizer, task, table, ood_table, options, decoding)
     source = draw_source(model)
     drawn = None if source is None else source.num_draws(num_draws)
     caption = f"{len(table)} texts, " + ("no draws" if drawn is None else f"{drawn} draws")
@@ -64,8 +86,13 @@ def evaluate(
     update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
     if calibrate_risk is not None:
         threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)
-        measure = "answers" if task.task == "causal-lm" else "predictions"
-        save_threshold(adapter, threshold, measure=measure, num_draws=num_draws, seed=seed)
+        conditions: dict[str, Any] = {"num_draws": num_draws, "seed": seed}
+        if answers:
+            chat = "messages" in table.column_names
+            conditions |= {"measure": "answers", "chat": chat, "decoding": decoding}
+        else:
+            conditions |= {"measure": "predictions"}
+        save_threshold(adapter, threshold, **conditions)
         if threshold.uncertainty is None:
             print(f"No threshold keeps the risk at {calibrate_risk:g}: abstaining always.")
         else:
@@ -87,7 +114,13 @@ def evaluate(
 
 
 def _evaluate(
-    model: Any, tokenizer: Any, task: Any, table: Any, ood: Any, options: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    task: Any,
+    table: Any,
+    ood: Any,
+    options: dict[str, Any],
+    decoding: dict[str, Any],
 ) -> tuple[dict[str, float], Callable[[], Any]]:
     """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
     from bara.errors import BaraError
@@ -99,7 +132,7 @@ def _evaluate(
         if ood is not None:
             raise BaraError("--ood is for classification and multiple choice: leave it out")
         metrics = token_metrics(model, model_inputs(table, tokenizer, task), **options)
-        return metrics, lambda: answer_losses(model, tokenizer, table, **options)
+        return metrics, lambda: answer_losses(model, tokenizer, table, **options, **decoding)
     predictive = predict_table(model, tokenizer, task, table, **options)
     elsewhere = None
     if ood is not None:

@@ -10,7 +10,14 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, NumDraws
+from bara.cli.options import (
+    AbstainAtRisk,
+    Adapter,
+    BaseModel,
+    GenerateOptions,
+    MaxNewTokens,
+    NumDraws,
+)
 
 CHUNK = 8
 """Prompts that are read, answered and written at a time."""
@@ -30,17 +37,8 @@ def generate(
     num_draws: NumDraws = 8,
     seed: Annotated[int, Option(help="Seed of the draws and of sampling.")] = 0,
     batch_size: Annotated[int, Option(min=1, help="Prompts times draws decoded at a time.")] = 64,
-    max_new_tokens: Annotated[
-        int | None, Option(min=1, help="Longest answer in tokens; 128 by default.")
-    ] = None,
-    options: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any option of transformers.generate, e.g. num_beams=4. Repeatable.",
-        ),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    options: GenerateOptions = None,
     agreement: Annotated[
         bool, Option(help="Also let every draw answer on its own, in JSON output.")
     ] = True,
@@ -50,27 +48,21 @@ def generate(
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
     from bara.abstention import load_threshold
     from bara.cli.terminal import quieten_libraries
-    from bara.cli.train import parse_options
     from bara.errors import BaraError
     from bara.loading import load_adapter
 
     quieten_libraries()
     if prompt is not None and data is not None:
         raise BaraError("give a prompt or --data, not both")
-    settings = {
-        "num_draws": num_draws,
-        "seed": seed,
-        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
-        **parse_options(options or []),
-    }
-    threshold = (
-        None
-        if abstain_at_risk is None
-        else load_threshold(
-            adapter, abstain_at_risk, measure="answers", num_draws=num_draws, seed=seed
-        )
-    )
+    decoding = decoding_options(max_new_tokens, options)
+    settings = {"num_draws": num_draws, "seed": seed, **decoding}
     talks = prompt is None and data is None and sys.stdin.isatty()
+    threshold = None
+    if abstain_at_risk is not None:
+        conditions: dict[str, Any] = {"measure": "answers", "num_draws": num_draws, "seed": seed}
+        if chat or talks:
+            conditions["chat"] = True
+        threshold = load_threshold(adapter, abstain_at_risk, **conditions, decoding=decoding)
     rows = None if talks else _chunks(_rows(prompt, data, chat))
     model, tokenizer, _ = load_adapter(adapter, base_model=base_model)
     if rows is None:
@@ -83,6 +75,14 @@ def generate(
         return
     settings |= {"batch_size": batch_size, "agreement": agreement}
     _write(output, _answers(model, tokenizer, rows, settings, threshold))
+
+
+def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> dict[str, Any]:
+    """What --max-new-tokens and --set say, as options of `bara.generate`."""
+    from bara.cli.train import parse_options
+
+    length = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return length | parse_options(options or [])
 
 
 def _rows(prompt: str | None, data: str | None, chat: bool) -> Iterable[dict[str, Any]]:
@@ -121,7 +121,9 @@ def _answers(
             if threshold is not None:
                 record["abstained"] = bool(threshold.abstains(answer.uncertainty))
                 if record["abstained"]:
-                    record["text"] = None
+                    record |= {"text": None, "answers": None}
+                    for token in record["tokens"]:
+                        token["text"] = None
             yield json.dumps(record, ensure_ascii=False) + "\n"
         done += len(chunk)
 
@@ -172,6 +174,7 @@ def _talk(model: Any, tokenizer: Any, settings: dict[str, Any], threshold: Any) 
     """A conversation in the terminal, until an empty line or the end of input."""
     from rich.console import Console
 
+    from bara.errors import BaraError
     from bara.language.prompts import render_chat
 
     console = Console()
@@ -186,5 +189,10 @@ def _talk(model: Any, tokenizer: Any, settings: dict[str, Any], threshold: Any) 
         if not question:
             return
         messages.append({"role": "user", "content": question})
-        answer = _show(model, tokenizer, messages, settings, threshold)
+        try:
+            answer = _show(model, tokenizer, messages, settings, threshold)
+        except BaraError as error:  # as when the conversation outgrows the context
+            console.print(f"{error} The question is taken back.", style="bold")
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer})

@@ -21,4 +21,15 @@ AbstainAtRisk = Annotated[
     float | None,
     Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
 ]
+MaxNewTokens = Annotated[
+    int | None, Option(min=1, help="Longest answer in tokens; 128 by default.")
+]
+GenerateOptions = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any option of transformers.generate, e.g. num_beams=4. Repeatable.",
+    ),
+]
 Force = Annotated[bool, Option("--force", help="Replace files in the output folder.")]

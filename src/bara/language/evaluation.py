@@ -82,6 +82,8 @@ def answer_losses(
 ) -> tuple[Tensor, Tensor]:
     """Uncertainty and loss of generated answers, for `bara.calibrate_threshold`: (n,) each.
 
+    Answers are decoded as `bara.generate` decodes them under the same options.
+
     The loss is 1 where the answer is not the reference, whose words it has to repeat; case and
     spaces do not count.
 

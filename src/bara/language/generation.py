@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 128
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
-LENGTH_OPTIONS = ("max_new_tokens", "max_length", "generation_config")
+REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale")
+"""Options under which a forward pass of the model is not one step of decoding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,21 +212,33 @@ class DrawSampler:
                 "deterministic=true) for its mean, or train a method that draws in rank space, "
                 "such as bara."
             )
-        for name in ASSISTED:
-            if options.get(name) is not None:
-                raise BaraError(f"Assisted decoding ({name}) with a mixture is not supported.")
         single = deterministic or self.source is None
         self.draws = Draws(1 if single else num_draws, seed)
         self.mean = deterministic
         self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
-        room = context(model) - longest_prompt
-        if not any(name in options for name in LENGTH_OPTIONS):
-            self.options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
-        require_room(model, longest_prompt, int(self.options.get("max_new_tokens") or 1))
+        for name in REFUSED:
+            if self.setting(name) is not None:
+                raise BaraError(f"Decoding a mixture of draws with {name} is not supported.")
+        config = options.get("generation_config")
+        new, most = (
+            options.get(name, getattr(config, name, None))
+            for name in ("max_new_tokens", "max_length")
+        )
+        if new is None and most is None:
+            room = context(model) - longest_prompt
+            new = self.options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
+        require_room(model, longest_prompt, int(new or max(1, most - longest_prompt)))
+
+    def setting(self, name: str) -> Any:
+        """An option as `transformers.generate` finds it: the call's, or a configuration's."""
+        if name in self.options:
+            return self.options[name]
+        given = getattr(self.options.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if given is None else given
 
     @property
     def rows_per_prompt(self) -> int:
-        rows = max(self.options.get(name) or 1 for name in ("num_beams", "num_return_sequences"))
+        rows = max(self.setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
         return int(self.draws.num_draws * rows)
 
     def decode(
@@ -237,7 +249,7 @@ class DrawSampler:
         longest = inputs["input_ids"].shape[1]
         with self.mixed() as steps:
             output = self.run(inputs)
-        if chunk := self.options.get("prefill_chunk_size"):
+        if chunk := self.setting("prefill_chunk_size"):
             steps = steps[math.ceil(longest / chunk) - 1 :]
         chosen = output.sequences[:, longest:].cpu()
         answers = self.alone(ids) if agreement else [()] * len(ids)
@@ -279,7 +291,7 @@ class DrawSampler:
             total_uncertainty=torch.stack([step.total[row] for step, row in rows]),
             aleatoric_uncertainty=torch.stack([step.aleatoric[row] for step, row in rows]),
             log_probs=torch.stack([step.log_probs[row] for step, row in rows])
-            if self.options.get("output_logits")
+            if self.setting("output_logits")
             else None,
             answers=answers,
         )
@@ -294,6 +306,8 @@ class DrawSampler:
 
     def run(self, inputs: dict[str, Any], **options: Any) -> Any:
         """`transformers.generate` under the draws, in evaluation mode."""
+        if self.setting("stop_strings"):
+            options["tokenizer"] = self.tokenizer  # to find them in
         was_training = self.model.training
         self.model.eval()
         drawing = self.source.drawing(None if self.mean else self.draws) if self.source else None
@@ -312,12 +326,11 @@ class DrawSampler:
 
     def length(self, tokens: Tensor) -> int:
         """Tokens up to the end-of-text token, or to the padding behind a shorter answer."""
-        config = self.options.get("generation_config") or self.model.generation_config
-        end = self.options.get("eos_token_id", config.eos_token_id)
+        end = self.setting("eos_token_id")
         ends = torch.isin(tokens, torch.tensor([] if end is None else end).to(tokens))
         if ends.any():
             return int(ends.int().argmax()) + 1
-        if not any(self.options.get(name) for name in ("stop_strings", "stopping_criteria")):
+        if not any(self.setting(name) for name in ("stop_strings", "stopping_criteria")):
             return len(tokens)
         padding = self.options["pad_token_id"]
         filled = tokens.ne(-1 if padding is None else padding).nonzero()
@@ -338,13 +351,14 @@ class DrawSampler:
         steps: list[Step] = []
 
         def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            rows = kwargs["input_ids"].shape[0]
-            return args, {
-                name: value.repeat(count, *[1] * (value.dim() - 1))
-                if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows
-                else value
-                for name, value in kwargs.items()
-            }
+            return args, repeated(kwargs, kwargs["input_ids"].shape[0])
+
+        def repeated(value: Any, rows: int) -> Any:
+            if isinstance(value, dict):  # also a mask for each type of layer
+                return {name: repeated(item, rows) for name, item in value.items()}
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
+                return value.repeat(count, *[1] * (value.dim() - 1))
+            return value
 
         def mix(_: Any, args: Any, output: Any) -> None:
             draws = output.logits.float().log_softmax(-1)

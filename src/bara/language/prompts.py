@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.errors import BaraError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # task types of PEFT
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text to go on from, or a conversation: messages with `role` and `content`."""
@@ -25,13 +28,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         BaraError: an empty prompt, or a conversation for a tokeniser without a chat template.
     """
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
+        ids = token_ids(tokenizer, prompt)
     else:
         text = render_chat(tokenizer, prompt, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = token_ids(tokenizer, text, add_special_tokens=False)
     if not ids:
         raise BaraError("A prompt is empty: give at least one token.")
-    return list(ids)
+    return ids
+
+
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a text that goes on: some tokenisers end every text, which is left out."""
+    ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    if not add_special_tokens:
+        return ids
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ended = bool(bare) and ids[-len(bare) - 1 :] == [*bare, tokenizer.eos_token_id]
+    return ids[:-1] if ended else ids
 
 
 def render_chat(
@@ -69,16 +84,18 @@ def encode_completion(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt and of what follows it.
 
-    The two are tokenised together, because a tokeniser may treat a text's beginning differently.
+    The two are tokenised together, because a tokeniser may treat a text's beginning differently;
+    on their own where it would merge the prompt's end with the completion ("Answer: " + "four"),
+    because generation is given the prompt's own tokens.
 
     Raises:
         BaraError: nothing is left of one of them.
     """
-    start = list(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])
-    if start[-1:] == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
-        start.pop()  # some tokenisers end every text
-    whole = tokenizer(prompt + completion, add_special_tokens=add_special_tokens)["input_ids"]
-    end = list(whole)[len(start) :]
+    start = token_ids(tokenizer, prompt, add_special_tokens=add_special_tokens)
+    whole = token_ids(tokenizer, prompt + completion, add_special_tokens=add_special_tokens)
+    end = whole[len(start) :]
+    if whole[: len(start)] != start:
+        end = token_ids(tokenizer, completion, add_special_tokens=False)
     if not start:
         raise BaraError("A prompt is empty: give at least one token.")
     if not end:
@@ -111,7 +128,8 @@ def require_decoder(model: nn.Module, purpose: str) -> Any:
     """The model, if it is a causal language model.
 
     Raises:
-        BaraError: it is a classifier, an encoder or an encoder-decoder.
+        BaraError: it is a classifier, an encoder or an encoder-decoder, or its active adapter was
+            trained as one.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
@@ -121,6 +139,13 @@ def require_decoder(model: nn.Module, purpose: str) -> Any:
             f"{purpose} needs a causal language model, and this is a {type(base).__name__}: an "
             "adapter trained for classification cannot generate."
         )
+    for name in wrapped.active_adapters if isinstance(wrapped, PeftModel) else ():
+        task = wrapped.peft_config[name].task_type
+        if task in CLASSIFIERS:
+            raise BaraError(
+                f"{purpose} needs an adapter of a causal language model, and {name!r} was trained "
+                f"for another task, {getattr(task, 'value', task)!s}."
+            )
     if base.config.is_encoder_decoder:
         raise BaraError(f"{purpose} needs a decoder-only model, not a {type(base).__name__}.")
     return model

@@ -53,7 +53,8 @@ def generate_stream(
     """Yields the tokens of `bara.generate`'s answer to one prompt as soon as they are chosen.
 
     Decoding runs in a thread of its own, one token ahead; it stops when the iterator is closed.
-    Until then the model must not be used otherwise.
+    Until then the model must not be used otherwise. With `do_sample` tokens are drawn from torch's
+    global generator: they are those of `bara.generate` if nothing else draws from it meanwhile.
 
     Args:
         prompt: a text, or a conversation.
@@ -63,10 +64,13 @@ def generate_stream(
         BaraError: beam search, or any error of `bara.generate`.
     """
     require_decoder(model, "bara.generate_stream")
-    if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
-        raise BaraError("generate_stream: beams are chosen at the end; use bara.generate for them.")
     ids = encode_prompt(tokenizer, prompt)
     sampler = DrawSampler(model, tokenizer, len(ids), num_draws, seed, deterministic, options)
+    if sampler.rows_per_prompt > sampler.draws.num_draws:
+        raise BaraError(
+            "Beams are chosen at the end, so they cannot be streamed: use bara.generate, or "
+            "bara generate --output FILE."
+        )
     return _stream(sampler, ids, seed)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from bara.errors import BaraError
 from bara.language.multiple_choice import Question, Scoring
-from bara.language.prompts import Prompt, encode_completion, render_chat
+from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +112,7 @@ def prompt_and_completion(
         BaraError: the row has none of the columns, or the conversation cannot be used.
     """
     if row.get("messages"):
-        messages = list(row["messages"])
+        messages = _messages(row)
         if len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise BaraError("messages must end with one of the role 'assistant'")
         prompt = render_chat(tokenizer, messages[:-1], add_generation_prompt=True)
@@ -136,7 +136,7 @@ def row_prompt(row: Mapping[str, Any], where: str) -> Prompt:
         BaraError: the row has neither; `where` begins the message.
     """
     if row.get("messages"):
-        messages = list(row["messages"])
+        messages = _messages(row, f"{where}: ")
         answered = messages[-1].get("role") == "assistant"
         return messages[:-1] if answered and len(messages) > 1 else messages
     prompt = row.get("prompt")
@@ -151,11 +151,18 @@ def reference(row: Mapping[str, Any], where: str) -> str:
     Raises:
         BaraError: the row has none; `where` begins the message.
     """
-    messages = row.get("messages") or [{}]
+    messages = _messages(row, f"{where}: ") if row.get("messages") else []
     answer = messages[-1].get("content") if len(messages) > 1 else row.get("completion")
     if not isinstance(answer, str):
         raise BaraError(f"{where} needs a 'completion', or 'messages' that end with an answer")
     return answer
+
+
+def _messages(row: Mapping[str, Any], where: str = "") -> list[Mapping[str, Any]]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise BaraError(f"{where}'messages' must be a list of objects with 'role' and 'content'")
+    return messages
 
 
 def _encode(
@@ -171,4 +178,4 @@ def _encode(
     if prompt:
         special = not row.get("messages")  # a chat template writes its own
         return encode_completion(tokenizer, prompt, completion, add_special_tokens=special)
-    return [], list(tokenizer(completion)["input_ids"])
+    return [], token_ids(tokenizer, completion)
