@@ -227,7 +227,9 @@ class DrawSampler:
         if new is None and most is None:
             room = context(model) - longest_prompt
             new = self.options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
-        require_room(model, longest_prompt, int(new or max(1, most - longest_prompt)))
+        elif new is None:
+            new = max(1, most - longest_prompt)
+        require_room(model, longest_prompt, int(new))
 
     def setting(self, name: str) -> Any:
         """An option as `transformers.generate` finds it: the call's, or a configuration's."""
