@@ -66,7 +66,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "ratio to a single decode": {n: median(t) / single for n, t in seconds.items()},
-        "versions": versions(),
+        "versions": versions() | {"precision": "float32"},
     }
     atomic_write_text(arguments.results, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["ratio to a single decode"], indent=2))

@@ -224,11 +224,11 @@ class DrawSampler:
             options.get(name, getattr(config, name, None))
             for name in ("max_new_tokens", "max_length")
         )
-        if new is None and most is None:
+        if new is None and most is not None:
+            new = max(1, most - longest_prompt)
+        if new is None:
             room = context(model) - longest_prompt
             new = self.options["max_new_tokens"] = max(1, min(MAX_NEW_TOKENS, room))
-        elif new is None:
-            new = max(1, most - longest_prompt)
         require_room(model, longest_prompt, int(new))
 
     def setting(self, name: str) -> Any:
