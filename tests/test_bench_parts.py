@@ -184,6 +184,13 @@ def test_tables_show_means_and_differences():
     assert overview(ROWS, "suite").rows[0][:3] == ["mean over tasks", "lora", "2"]
 
 
+def test_a_method_without_all_tasks_has_no_mean_over_them():
+    unfinished = row("blob", "a", 0, 0.1)
+    lines = overview([*ROWS, unfinished], "suite").rows
+    assert ["blob" in line for line in lines if line[0] == "mean over tasks"] == [False, False]
+    assert any(line[:2] == ["a", "blob"] for line in lines)
+
+
 def test_figures_follow_what_varies():
     curve = {"risk_coverage": {"coverage": [0.5, 1.0], "risk": [0.1, 0.2]}}
     bins = {"reliability": {"confidence": [None, 0.7], "accuracy": [None, 0.6], "count": [0, 9]}}

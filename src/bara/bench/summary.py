@@ -242,8 +242,15 @@ def _settings(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
     kinds = {"accuracy" in row for row in rows}
     if len({row["task"] for row in rows}) > 1 and len(kinds) == 1:
         overall = group(rows, lambda row: (ALL_TASKS, *(row[name] for name in SETTING[1:])))
-        return overall | settings
+        return {setting: _complete(of_it) for setting, of_it in overall.items()} | settings
     return settings
+
+
+def _complete(rows: Sequence[Row]) -> list[Row]:
+    """The seeds of a method that have every task: means over other tasks are no comparison."""
+    tasks = {row["task"] for row in rows}
+    runs = group(rows, lambda row: (row["name"], row["seed"]))
+    return [row for run in runs.values() if {r["task"] for r in run} == tasks for row in run]
 
 
 def _cell(value: Estimate | None, metric: Metric, signed: bool) -> str:
