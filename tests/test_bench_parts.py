@@ -16,12 +16,20 @@ from scipy import stats
 from bara import BaraError, ClassificationPredictive, RegressionPredictive
 from bara.bench.corruptions import corrupt
 from bara.bench.figures import figures
-from bara.bench.measure import by_draws, curves, metrics_of, rank_correlation, with_temperature
+from bara.bench.measure import (
+    by_draws,
+    curves,
+    metrics_of,
+    rank_correlation,
+    rank_numbers,
+    with_temperature,
+)
 from bara.bench.results import append_row, read_rows, write_csv
 from bara.bench.spec import Benchmark
 from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
 from bara.bench.tasks import Splits, load_task, task_version
 from bara.language.multiple_choice import Question
+from bara.ranks import EffectiveRank
 from conftest import write_jsonl
 
 TEXTS = [" ".join(f"word{i}x{j}" for j in range(40)) for i in range(50)]
@@ -93,6 +101,21 @@ def test_metrics_by_number_of_draws_are_those_of_the_mixture_of_the_first():
         epistemic = stats.spearmanr(m.var(0, correction=0), error).statistic
         assert found[str(count)]["spearman_epistemic"] == pytest.approx(epistemic, abs=1e-5)
     assert "spearman_epistemic" not in found["1"]
+
+
+def test_rank_against_error_only_where_the_rank_varies():
+    torch.manual_seed(0)
+    predictive = ClassificationPredictive(
+        torch.randn(3, 30, 4).log_softmax(-1), torch.arange(30) % 4
+    )
+    error = -predictive.log_probs[range(30), torch.arange(30) % 4]
+    soft = torch.rand(2, 30) * 8
+    found = rank_numbers(EffectiveRank(("a", "b"), (8, 8), soft, soft), predictive)
+    expected = stats.spearmanr(soft.mean(0), error).statistic
+    assert found["rank_error_spearman"] == pytest.approx(expected, abs=1e-5)
+    full = torch.full((2, 30), 8.0)
+    found = rank_numbers(EffectiveRank(("a", "b"), (8, 8), full, full), predictive)
+    assert found["s_bar"] == 8 and "rank_error_spearman" not in found
 
 
 def test_rank_correlation_of_a_constant_is_zero():

@@ -91,21 +91,23 @@ def rank_numbers(rank: EffectiveRank, predictive: Predictive) -> dict[str, Any]:
     """Effective rank by layer, its spread, and whether harder inputs use more of it.
 
     `rank_error_spearman` is the rank correlation, over the test inputs, of the effective rank with
-    the negative log-likelihood (regression: absolute error).
+    the negative log-likelihood (regression: absolute error); absent where all inputs use the same.
     """
     assert predictive.labels is not None
     if isinstance(predictive, ClassificationPredictive):
         error = F.nll_loss(predictive.log_probs, predictive.labels, reduction="none")
     else:
         error = (predictive.mean - predictive.labels).abs()
-    return {
+    numbers = {
         "s_bar": rank.s_bar,
         "s_bar_hard": float(rank.hard.mean()),
         "rank_inputs_sd": float(rank.per_input.std(correction=0)),
         "rank_layers_sd": float(rank.per_layer.std(correction=0)),
-        "rank_error_spearman": rank_correlation(rank.per_input, error),
         "rank_per_layer": _rounded(rank.per_layer),
     }
+    if rank.per_input.min() < rank.per_input.max():
+        numbers["rank_error_spearman"] = rank_correlation(rank.per_input, error)
+    return numbers
 
 
 def _rounded(values: Tensor) -> list[float | None]:
