@@ -1,0 +1,175 @@
+"""The goals that were set for BaRA and BaLoRA beside what the suite measured.
+
+    python benchmarks/goals.py
+
+Reads benchmarks/results/suite/results.jsonl and writes the tables of docs/benchmarks.md, section
+"Goals". Means over the tasks of a seed, then mean ± standard error over seeds, and only seeds that
+all methods have finished. The rival is the best of the other methods that train a single model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from bara.bench.page import update_page
+from bara.bench.results import Row
+from bara.bench.run import finished
+from bara.bench.spec import Benchmark
+from bara.bench.summary import METRICS, Estimate, Table, by_seed, group
+
+ROOT = Path(__file__).parent.parent
+SUITE = ROOT / "benchmarks/suite"
+RESULTS = ROOT / "benchmarks/results/suite"
+PAGE = ROOT / "docs/benchmarks.md"
+ENSEMBLE = "ensemble"
+OURS = ("bara", "balora")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A goal with what was measured."""
+
+    text: str
+    ours: str
+    beside: str
+    met: bool
+
+    def cells(self) -> list[str]:
+        return [self.text, self.ours, self.beside, "yes" if self.met else "no"]
+
+
+def main() -> None:
+    tables = []
+    for name, goals in GOALS.items():
+        rows = whole_seeds(Benchmark.load(SUITE / f"{name}.yaml"))
+        if rows:
+            seeds = ", ".join(str(seed) for seed in group(rows, lambda row: row["seed"]))
+            lines = [goal.cells() for goal in goals(rows)]
+            title = f"{name}, seeds {seeds}"
+            tables.append(Table(title, ["goal", "measured", "beside", "met"], lines))
+    update_page(PAGE, {"goals": tables}, RESULTS)
+
+
+def whole_seeds(benchmark: Benchmark) -> list[Row]:
+    """The rows of the seeds of which no cell is missing."""
+    cells = Counter(cell.seed for cell in benchmark.cells())
+    seeds = group(finished(benchmark, RESULTS), lambda row: row["seed"])
+    return [row for seed in sorted(seeds) if len(seeds[seed]) == cells[seed] for row in seeds[seed]]
+
+
+def classification_goals(rows: Sequence[Row]) -> Iterator[Goal]:
+    methods = group(rows, lambda row: row["name"])
+
+    def values(method: str, metric: str) -> list[float]:
+        return list(by_seed(methods[method], metric).values())
+
+    def mean(method: str, metric: str) -> float:
+        return fmean(values(method, metric))
+
+    def rival(metric: str, less: bool) -> str:
+        names = [n for n in methods if n not in (*OURS, ENSEMBLE) and values(n, metric)]
+        return (min if less else max)(names, key=lambda name: mean(name, metric))
+
+    def against(text: str, ours: tuple[str, str], other: tuple[str, str], least: float) -> Goal:
+        """Ours is better than the other by more than `least`, in the metric's good direction."""
+        pairs = zip(values(*ours), values(*other), strict=True)
+        difference = Estimate.of([a - b for a, b in pairs])
+        better = (
+            difference.mean if METRICS[ours[1].split(".")[-1]].less is False else -difference.mean
+        )
+        beside = f"{other[0]} {mean(*other):.3f}, difference {signed(difference)}"
+        return Goal(text, show(values(*ours)), beside, better > least)
+
+    for metric in ("nll", "brier"):
+        scaled = f"temperature.{metric}"
+        name = METRICS[metric].heading
+        for text, ours, other in (
+            (f"BaRA: {name} lowest", metric, metric),
+            (f"BaRA without temperature: {name} below all others with one", metric, scaled),
+            (f"BaRA: {name} lowest, all with a temperature", scaled, scaled),
+        ):
+            yield against(text, ("bara", ours), (rival(other, less=True), other), 0)
+    ece, lora_ece = mean("bara", "ece"), mean("lora", "ece")
+    yield Goal("BaRA: ECE at most 0.05", show(values("bara", "ece")), "", ece <= 0.05)
+    beside = f"lora {lora_ece:.3f}, ratio {ece / lora_ece:.2f}"
+    yield Goal("BaRA: ECE at most 0.4 of LoRA's", f"{ece:.3f}", beside, ece <= 0.4 * lora_ece)
+    text = "BaRA: accuracy at least 0.005 above LoRA's"
+    yield against(text, ("bara", "accuracy"), ("lora", "accuracy"), 0.005)
+    best = rival("ood_auroc", less=False)
+    yield against("BaRA: OOD AUROC highest", ("bara", "ood_auroc"), (best, "ood_auroc"), 0)
+    nll, of_ensemble = mean("bara", "nll"), mean(ENSEMBLE, "nll")
+    cost = mean("bara", "seconds_train") / mean(ENSEMBLE, "seconds_train")
+    beside = f"ensemble {of_ensemble:.3f}; training takes {cost:.2f} of its time"
+    text = "BaRA: NLL at most 1.02 of an ensemble's of 5"
+    yield Goal(text, f"{nll:.3f}", beside, nll <= 1.02 * of_ensemble)
+    yield against("BaLoRA: NLL below BLoB's", ("balora", "nll"), ("blob", "nll"), 0)
+    text = "BaLoRA, mean mode: accuracy above LoRA's"
+    yield against(text, ("balora", "deterministic.accuracy"), ("lora", "accuracy"), 0)
+    spread = fmean(row["rank_inputs_sd"] for row in methods["bara"])
+    error = fmean(row["rank_error_spearman"] for row in methods["bara"])
+    text = "BaRA: harder inputs use more rank"
+    beside = "rank correlation of an input's rank with its loss, mean over tasks"
+    yield Goal(text, f"{error:+.3f}", beside, error > 0.1)
+    text = "BaRA: the rank varies between inputs"
+    yield Goal(text, f"sd {spread:.3f}", f"s_bar {mean('bara', 's_bar'):.2f}", spread > 0.1)
+
+
+def rank_goals(rows: Sequence[Row]) -> Iterator[Goal]:
+    runs = group(rows, lambda row: (row["name"], row["rank"]))
+    ranks = sorted({row["rank"] for row in rows if row["rank"] >= 8})
+
+    def along(method: str, metric: str) -> list[float]:
+        return [fmean(by_seed(runs[method, rank], metric).values()) for rank in ranks]
+
+    at = f"r = {', '.join(map(str, ranks))}"
+    s_bar = along("bara", "s_bar")
+    text = "BaRA: s_bar at all ranks within 15%"
+    shown = ", ".join(f"{s:.2f}" for s in s_bar)
+    yield Goal(text, f"{shown} at {at}", "", max(s_bar) <= 1.15 * min(s_bar))
+    for method, grows in (("bara", False), ("lora", True)):
+        nll = along(method, "nll")
+        text = f"{method}: NLL {'grows' if grows else 'does not grow'} with r"
+        met = (nll[-1] > 1.02 * nll[0]) is grows
+        yield Goal(text, f"{', '.join(f'{v:.3f}' for v in nll)} at {at}", "", met)
+
+
+def regression_goals(rows: Sequence[Row]) -> Iterator[Goal]:
+    methods = group(rows, lambda row: row["name"])
+    draws = sorted(map(int, methods["balora"][0]["by_draws"]))
+
+    def mean(method: str, metric: str) -> float:
+        return fmean(by_seed(methods[method], metric).values())
+
+    ours = [mean("balora", f"by_draws.{count}.spearman") for count in draws]
+    theirs = mean(ENSEMBLE, "spearman")
+    shown, at = ", ".join(f"{v:.3f}" for v in ours), ", ".join(map(str, draws))
+    text = "BaLoRA: uncertainty's Spearman correlation with the error above an ensemble's"
+    yield Goal(text, f"{ours[-1]:.3f}", f"ensemble {theirs:.3f}", ours[-1] > theirs)
+    text = "BaLoRA: it rises with draws"
+    yield Goal(text, f"{shown} with {at} draws", "", ours[-1] > ours[0])
+    balora, lora = mean("balora", "rmse"), mean("lora", "rmse")
+    text = "BaLoRA: RMSE not above LoRA's"
+    yield Goal(text, f"{balora:.3f}", f"lora {lora:.3f}", balora <= lora)
+
+
+def show(values: Sequence[float]) -> str:
+    estimate = Estimate.of(values)
+    return f"{estimate.mean:.3f} ± {estimate.error:.3f}"
+
+
+def signed(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.3f} ± {estimate.error:.3f}"
+
+
+GOALS = {
+    "classification": classification_goals,
+    "ranks": rank_goals,
+    "band-gap": regression_goals,
+}
+
+if __name__ == "__main__":
+    main()
