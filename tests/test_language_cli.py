@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -119,6 +120,24 @@ def test_a_language_model_learns_answers_and_abstains(capsys, monkeypatch, base,
     assert "measure = answers, not predictions" in run(
         capsys, "predict", out, "--data", table, "--abstain-at-risk", 0.3, *draws, code=1
     )
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "multiple-choice"])
+def test_full_fine_tuning_of_a_language_model_loads(capsys, base, tmp_path, task):
+    rows = TEXTS if task == "causal-lm" else QUESTIONS
+    table = write_jsonl(tmp_path / "table.jsonl", rows)
+    out = tmp_path / "model"
+    options = ["--epochs", 1, "--method", "full", "--task", task, "--output", out]
+    run(capsys, "train", "--model", base, "--data", table, *options)
+    model, _, loaded = load_adapter(out)
+    assert loaded.task == task
+    saved = load_file(out / "model.safetensors")
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+    command = "generate" if task == "causal-lm" else "predict"
+    answers = tmp_path / "answers.jsonl"
+    run(capsys, command, out, "--data", table, "--output", answers)
+    assert len(answers.read_text().splitlines()) == len(rows)
 
 
 def test_a_threshold_does_not_outlive_its_weights(capsys, base, tmp_path):

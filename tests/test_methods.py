@@ -147,6 +147,20 @@ def test_the_draws_of_a_model_without_a_posterior_are_refused(tiny_bert):
         pass
 
 
+@pytest.mark.parametrize(
+    ("method", "task"),
+    [("laplace", "causal-lm"), ("laplace", "regression"), ("tfb", "multiple-choice")],
+)
+def test_a_task_that_the_method_is_not_for_is_refused_before_training(tmp_path, method, task):
+    if method in PACKAGES:
+        pytest.importorskip(PACKAGES[method])
+    table = Dataset.from_dict({"text": ["a", "b"], "label": [0.5, 1.5]})
+    # the model does not exist: the refusal comes before it is loaded
+    recipe = TrainRecipe(model="none", output=str(tmp_path), method=method, task=task)
+    with pytest.raises(BaraError, match=f"this is for classification.*not {task}"):
+        finetune(recipe, table)
+
+
 def test_names():
     assert parse_method("BaRA+temperature") == (METHODS["bara"], True)
     with pytest.raises(BaraError, match="there is no 'blobb'; did you mean 'blob'"):

@@ -55,6 +55,23 @@ def test_the_noise_of_the_product_is_isotropic_in_the_span_of_b():
     assert (across - across.diag().diag()).abs().max() < 0.2 * sigma**2 * 3
 
 
+def test_a_layer_with_fewer_outputs_than_the_rank():
+    config = LoraConfig(r=8, target_modules=["layer"])
+    model = stir(get_peft_model(Classifier(), config))
+    layer = layer_of(model)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert b.shape[0] < 8
+    sigma, mean = tfb(model, batch()), (b @ a).detach().clone()
+    noise = []
+    for d in range(4000):
+        with bara.sampling(model, seed=3, first_draw=d):
+            noise.append((b @ a).detach() - mean)
+    variance = torch.stack(noise).var(dim=0)  # B spans all of the outputs
+    torch.testing.assert_close(
+        variance, torch.full_like(variance, sigma**2), atol=0.15 * sigma**2, rtol=0
+    )
+
+
 @pytest.mark.parametrize("tolerance", [0.003, 0.05])
 def test_sigma_is_that_of_an_exhaustive_search(tolerance):
     data = batch()

@@ -109,6 +109,7 @@ def finetune(
     if tempered and validation is None:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = _task(recipe, train)
+    method.check_task(task.task)
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, method, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))

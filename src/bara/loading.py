@@ -144,12 +144,14 @@ def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
-def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TextTask]:
+def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
     """The result of full fine-tuning."""
-    task = TextTask.load(folder / TASK_FILE)
+    task = load_task(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
-        if SentenceClassifier.__name__ in (config.architectures or ()):
+        if isinstance(task, LanguageTask):
+            model = AutoModelForCausalLM.from_config(config)
+        elif SentenceClassifier.__name__ in (config.architectures or ()):
             model = SentenceClassifier(AutoModel.from_config(config))
         else:
             model = AutoModelForSequenceClassification.from_config(config)

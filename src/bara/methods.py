@@ -20,6 +20,7 @@ from bara.configs import (
 )
 from bara.data import first_line
 from bara.errors import BaraError
+from bara.language.tasks import LANGUAGE_TASKS
 from bara.posthoc.ensemble import EnsembleOptions
 from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer
 from bara.posthoc.tfb import TfbOptions, TfbTrainer
@@ -31,6 +32,9 @@ from bara.trainers.probabilistic_peft import MontecloraTrainer, PveraTrainer, mo
 
 TEMPERED = "+temperature"
 """Suffix of a method's name for a temperature fitted on held-out data."""
+
+
+TASKS = ("classification", "regression", *LANGUAGE_TASKS)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Method:
         translate: makes the configuration's options of those given and the method's own.
         trainer: how it trains.
         package: a package it needs, which is in the extra of the same name.
+        tasks: what it can be trained for.
     """
 
     summary: str
@@ -61,6 +66,7 @@ class Method:
     translate: Callable[[dict[str, Any], Any], dict[str, Any]] | None = None
     trainer: type[AdapterTrainer] = AdapterTrainer
     package: str = ""
+    tasks: tuple[str, ...] = TASKS
 
     @property
     def ensemble(self) -> bool:
@@ -77,6 +83,11 @@ class Method:
         self.own_options(options)
         if self.package and find_spec(self.package) is None:
             raise BaraError(f"the method needs a package: pip install 'bara-peft[{self.package}]'")
+
+    def check_task(self, task: str) -> None:
+        """Raises `BaraError` for a task that the method is not for."""
+        if task not in self.tasks:
+            raise BaraError(f"{self.summary}: this is for {' and '.join(self.tasks)}, not {task}")
 
     def own_options(self, options: Mapping[str, Any]) -> Any:
         """The method's own options, checked."""
@@ -157,6 +168,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2412.05723",
         options=TfbOptions,
         trainer=TfbTrainer,
+        tasks=("classification", "regression"),
     ),
     "laplace": Method(
         "a Laplace approximation around a trained LoRA adapter",
@@ -165,6 +177,7 @@ METHODS: dict[str, Method] = {
         options=LaplaceOptions,
         trainer=LaplaceTrainer,
         package="laplace",
+        tasks=("classification",),
     ),
     "ivon": Method(
         "a Gaussian on every trained weight, from the optimiser IVON",

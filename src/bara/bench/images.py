@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from bara.data import first_line
 from bara.errors import BaraError
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def finetune_images(
     from bara.methods import parse_method
 
     method, tempered = parse_method(recipe.method)
-    if method.ensemble or tempered or method.config is None:
+    texts_only = method.ensemble or method.config is None or method.package == "laplace"
+    if texts_only or tempered:
         raise BaraError(f"method {recipe.method} is for texts; image tasks take single adapters")
     set_seed(recipe.seed)
     names = train.features["label"].names
@@ -121,7 +123,10 @@ def finetune_images(
         "modules_to_save": ["classifier"],
         **method.config_options(recipe.method_options),
     }
-    model = get_peft_model(base, method.config(**options))
+    try:
+        model = get_peft_model(base, method.config(**options))
+    except (ValueError, TypeError) as error:  # PEFT's, of layers that it does not adapt
+        raise BaraError(f"method {recipe.method}: {first_line(error)}") from error
     data = {
         "train_dataset": image_inputs(train),
         "eval_dataset": None if validation is None else image_inputs(validation),

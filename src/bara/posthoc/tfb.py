@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from bara.draws import attach_draws, draw_source
 from bara.errors import BaraError
@@ -32,8 +33,9 @@ class TfbOptions:
     num_anchors: int = 200
 
     def __post_init__(self) -> None:
-        if not (self.tolerance > 0 and self.num_anchors >= 1):
-            raise BaraError("method tfb: tolerance must be > 0 and num_anchors >= 1")
+        whole = isinstance(self.num_anchors, int)
+        if not (self.tolerance > 0 and whole and self.num_anchors >= 1):
+            raise BaraError("method tfb: tolerance must be > 0 and num_anchors a whole number >= 1")
 
 
 def tfb(
@@ -121,6 +123,7 @@ def _directions(model: nn.Module) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]
             weight = module.lora_B[adapter].weight
             assert isinstance(weight, Tensor)
             b = weight.detach().float().flatten(1)
+            b = pad(b, (0, 0, 0, max(0, b.shape[1] - b.shape[0])))  # V is (r, r) in any case
             _, d, v = torch.linalg.svd(b, full_matrices=False)
             inverse = torch.where(d > 1e-6 * d.max(), 1 / d, 0.0)
             yield f"{name}.lora_A.{adapter}.weight", (v.mT.contiguous(), inverse.unsqueeze(1))
