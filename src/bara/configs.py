@@ -269,14 +269,14 @@ class BaloraConfig(BayesianConfig):
     METHOD: ClassVar[str] = "BALORA"
 
     kl_weight: float = field(
-        default=0.01,
+        default=0.1,
         metadata={
             "help": "Weight of KL_global / N, >= 0. The KL counts every element of A, so that "
             "at 1, the ELBO, few examples hold alpha at the prior's c for every input."
         },
     )
     dropout_prior: float = field(
-        default=0.1,
+        default=0.5,
         metadata={
             "help": "The dropout rate p in (0, 1) whose noise is the prior: relative variance "
             "c = p / (1 - p)."
