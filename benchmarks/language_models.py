@@ -60,6 +60,7 @@ def run_cell(arguments: argparse.Namespace, base: Path, cell: dict[str, Any]) ->
             task="multiple-choice",
             scoring=cell["scoring"],
             method=cell["method"],
+            method_options=METHOD_OPTIONS.get(cell["method"], {}),
             training={
                 "num_train_epochs": cell["epochs"],
                 "save_strategy": "no",
