@@ -114,7 +114,8 @@ def classification_goals(rows: Sequence[Row]) -> Iterator[Goal]:
     text = "BaLoRA, mean mode: accuracy above LoRA's"
     yield against(text, ("balora", "deterministic.accuracy"), ("lora", "accuracy"), 0)
     spread = fmean(row["rank_inputs_sd"] for row in methods["bara"])
-    error = fmean(row["rank_error_spearman"] for row in methods["bara"])
+    # a cell where the rank does not vary has no correlation
+    error = fmean(row.get("rank_error_spearman", 0.0) for row in methods["bara"])
     text = "BaRA: harder inputs use more rank"
     beside = "rank correlation of an input's rank with its loss, mean over tasks"
     yield Goal(text, f"{error:+.3f}", beside, error > 0.1)
