@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -136,14 +137,31 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, stand_in: Path)
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path):
-    path = benchmark_file(tmp_path, model="none", epochs=[1e6])
-    cell = next(Benchmark.load(path).cells())
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "bara.bench.worker"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    cell = next(Benchmark.load(benchmark_file(tmp_path, model="none")).cells())
+    endless = (
+        "import bara.bench.cell as c, time; c.run_cell = lambda cell: (print(1), time.sleep(1000))"
     )
-    # Its standard input ends, as it does when the parent is killed.
-    worker.communicate(json.dumps(cell.__dict__).encode() + b"\n", timeout=100)
-    assert worker.returncode == 1
+    worker = subprocess.Popen(
+        [sys.executable, "-c", f"{endless}; from bara.bench.worker import main; main()"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,  # where a worker's prints go
+    )
+    assert worker.stdin is not None
+    assert worker.stderr is not None
+    worker.stdin.write(json.dumps(asdict(cell)).encode() + b"\n")
+    worker.stdin.flush()
+    while worker.stderr.readline().strip() != b"1":
+        assert worker.poll() is None
+    assert worker.poll() is None  # at work as long as its input is open
+    worker.stdin.close()  # as it is when the parent is killed
+    assert worker.wait(timeout=100) == 1
+
+
+def test_an_ensemble_has_all_its_members_whatever_the_draws(tmp_path: Path, tiny_model_dir: Path):
+    options = {"methods": ["ensemble"], "draws": [5], "method_options": {"num_members": 5}}
+    path = benchmark_file(tmp_path, model=str(tiny_model_dir), num_draws=2, **options)
+    row = run_cell(next(Benchmark.load(path).cells()))
+    assert row["nll"] == row["by_draws"]["5"]["nll"]
 
 
 def test_a_cell_has_all_its_measurements(tmp_path: Path, tiny_model_dir: Path):

@@ -238,6 +238,8 @@ def test_a_cut_line_is_lost_and_no_other(tmp_path: Path):
     assert rows["b"] == {"key": "b", "nll": 2.0}
     assert rows["a"] == {"key": "a", "nll": None, "nested": {"x": [None, 1.0]}}
     assert len(path.read_text().splitlines()) == 3
+    append_row(path, {"key": "b", "error": "of another process"})
+    assert read_rows(path)["b"] == {"key": "b", "nll": 2.0}
     write_csv(tmp_path / "results.csv", [{"key": "a", "shift": {"typo-1": {"nll": 1.5}}}])
     assert (tmp_path / "results.csv").read_text() == "key,shift.typo-1.nll\na,1.5\n"
     path.write_text("{}\n")
@@ -404,6 +406,23 @@ def test_keys_follow_what_decides_the_result(tmp_path: Path):
         ({"ood": {"tweets": ["bbc-news"]}}, "there is no 'tweets'"),
         ({"method_options": {"rr": 1}}, "there is no 'rr'"),
         ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
+        ({"training": {"num_train_epochs": 3}}, "set `epochs`"),
+        ({"methods": [{"name": 5, "method": "lora"}]}, "name must be text"),
+        (
+            {"methods": [{"name": "x", "method": "lora", "method_options": None}]},
+            "method_options must be a mapping",
+        ),
+        (
+            {"methods": [{"name": "x", "method": "lora", "training": "fast"}]},
+            "training must be a mapping",
+        ),
+        ({"seeds": [0, 0]}, "without repetitions"),
+        ({"seeds": [-1]}, "from 0 on"),
+        ({"draws": [0]}, "above 0"),
+        ({"train_sizes": [-5]}, "above 0"),
+        ({"ranks": [0]}, "above 0"),
+        ({"epochs": [-1]}, "above 0"),
+        ({"name": "a/b"}, "no slashes"),
     ],
 )
 def test_wrong_benchmarks_are_refused(tmp_path: Path, options, message):

@@ -27,6 +27,7 @@ from bara.bench.measure import (
 from bara.bench.models import Fitted, fit
 from bara.bench.spec import Cell
 from bara.bench.tasks import Splits, first, load_task
+from bara.draws import draw_source
 from bara.errors import BaraError
 from bara.metrics import classification_metrics
 from bara.posthoc.temperature import fit_temperature
@@ -62,7 +63,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         }
         every = fitted.predict(test, **options)
         predicted = time.perf_counter()
-        predictive = first_draws(every, cell.num_draws)
+        source = draw_source(fitted.model)  # an ensemble always has all of its members
+        predictive = first_draws(
+            every, source.num_draws(cell.num_draws) if source else cell.num_draws
+        )
         row = {
             "key": cell.key,
             **asdict(cell),

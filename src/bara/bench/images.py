@@ -112,8 +112,8 @@ def finetune_images(
     from bara.methods import parse_method
 
     method, tempered = parse_method(recipe.method)
-    texts_only = method.ensemble or method.config is None or method.package == "laplace"
-    if texts_only or tempered:
+    texts_only = method.ensemble or tempered or method.package == "laplace"
+    if texts_only or method.config is None:
         raise BaraError(f"method {recipe.method} is for texts; image tasks take single adapters")
     set_seed(recipe.seed)
     names = train.features["label"].names

@@ -53,12 +53,16 @@ def _whole_lines(file: Any) -> int:
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """The latest row of each cell by its key; a cell that failed has an `error`.
+    """The latest row of each cell by its key; a cell that only ever failed has an `error`.
 
     Raises:
         BaraError: a line is damaged.
     """
-    return {row["key"]: row for row in read_lines(path, required="key")}
+    rows: dict[str, Row] = {}
+    for row in read_lines(path, required="key"):
+        if "error" not in row or "error" in rows.get(row["key"], row):
+            rows[row["key"]] = row
+    return rows
 
 
 def read_lines(path: Path, required: str | None = None) -> list[Row]:

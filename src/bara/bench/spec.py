@@ -15,6 +15,9 @@ from bara.errors import BaraError
 from bara.recipe import TrainRecipe, read_yaml, refuse_unknown
 
 CORRUPTIONS = ("typo", "drop", "shuffle")
+METHOD_FIELDS = {"name": str, "method": str, "method_options": dict, "training": dict}
+FIXED = {"num_train_epochs": "set `epochs`", "save_strategy": "no", "eval_strategy": "no"}
+"""Options of training that are the benchmark's, and what it does with them."""
 LISTS = {
     "tasks": str,
     "seeds": int,
@@ -53,6 +56,10 @@ class Method:
                 f"methods: give a name, or a mapping with `name` and `method`, not {value!r}"
             )
         refuse_unknown(value, {option.name for option in fields(cls)}, "methods")
+        for option, kind in METHOD_FIELDS.items():
+            if not isinstance(value.get(option, kind()), kind):
+                what = "text" if kind is str else "a mapping"
+                raise BaraError(f"methods: {option} must be {what}, not {value[option]!r}")
         return cls(**value)
 
 
@@ -174,6 +181,12 @@ class Benchmark:
         refuse_unknown(self.corruptions, CORRUPTIONS, "corruptions")
         if not all(1 <= severity <= 5 for severity in self.severities):
             raise BaraError(f"benchmark {self.name}: severities go from 1 to 5")
+        for training in (self.training, *(method.training for method in self.contenders)):
+            for fixed in FIXED.keys() & training.keys():
+                why = FIXED[fixed]
+                raise BaraError(f"benchmark {self.name}: training.{fixed} is not free ({why})")
+        if set("/\\") & set(self.name):  # it is part of the names of files
+            raise BaraError(f"benchmark {self.name}: a name has no slashes")
         names = [method.name for method in self.contenders]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise BaraError(f"benchmark {self.name}: two methods are named {repeated[0]!r}")
@@ -199,6 +212,12 @@ class Benchmark:
             for item in value
         ):
             raise wrong("a list of text" if LISTS[name] is str else "a list of numbers")
+        if name in LISTS and len(set(value)) < len(value):
+            raise wrong("a list without repetitions")
+        if name in ("train_sizes", "ranks", "draws", "epochs") and not all(v > 0 for v in value):
+            raise wrong("a list of numbers above 0")
+        if name == "seeds" and not all(seed >= 0 for seed in value):
+            raise wrong("a list of numbers from 0 on")
 
     @property
     def contenders(self) -> list[Method]:
@@ -220,7 +239,10 @@ class Benchmark:
         for name in ("model", "tasks", "methods"):
             if name not in values:
                 raise BaraError(f"the benchmark {path} does not say which {name}")
-        folder = path.parent / values.pop("data", ".")
+        data = values.pop("data", ".")
+        if not isinstance(data, str):
+            raise BaraError(f"benchmark: data must be a folder, not {data!r}")
+        folder = path.parent / data
         return cls(**{"name": path.stem, **values, "data": str(folder)})
 
     def check(self) -> None:
