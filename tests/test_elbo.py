@@ -54,8 +54,8 @@ def test_the_loss_is_data_plus_weighted_kl():
     torch.testing.assert_close(output["loss"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_layers", [1, 6, 8])
-def test_without_a_weight_the_kl_counts_six_layers_at_most(num_layers):
+@pytest.mark.parametrize("num_layers", [1, 3, 24])
+def test_left_alone_neither_kl_nor_noise_grows_with_the_layers(num_layers):
     torch.manual_seed(0)
     base = tiny_llama(num_hidden_layers=num_layers)
     model = stir(adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)).train()
@@ -65,8 +65,13 @@ def test_without_a_weight_the_kl_counts_six_layers_at_most(num_layers):
     terms = bara.kl_terms(model)
     logits = outputs.logits[:, :-1].flatten(0, 1)
     data = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-    weight = {1: 1.0, 6: 1.0, 8: 0.75}[num_layers]
-    expected = data + weight / 50 * terms["kl_global"] + 0.003 * terms["kl_local"]
+    weight, local, noise = {
+        1: (1.0, 0.018, 4.0),
+        3: (1.0, 0.006, 4.0),
+        24: (0.125, 0.00075, 3.0),
+    }[num_layers]
+    assert model.peft_config["default"].weight_noise == noise
+    expected = data + weight / 50 * terms["kl_global"] + local * terms["kl_local"]
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -85,7 +85,7 @@ class Exported:
             for method, options in (
                 ("bara", {}),
                 ("balora", {}),
-                ("global", {"local_gate": False}),
+                ("global", {"local_gate": False, "weight_noise": 0}),
             ):
                 family = "balora" if method == "balora" else "bara"
                 model = uneven(family, base(), task_type=tasks[kind], **options)
@@ -221,6 +221,27 @@ def test_draws_keep_local_gates_at_their_average(exported):
             # z (1 + sqrt(alpha) eps), where z is 0 ... 1
             bound = 1 + 5 * posterior.task_variables().alpha.sqrt()
             assert (scale.abs() <= bound).all()
+
+
+def test_bara_draws_sample_a_with_its_fixed_noise(exported):
+    model = exported.models["cls-bara"]
+    for name, layer, posterior in adapted_layers(model, "default"):
+        a = layer.lora_A["default"].weight.detach()
+        standard = torch.stack(
+            [
+                (w[f"base_model.model.{name}.lora_A.weight"] - a) / a.abs()
+                for w in (
+                    load_file(
+                        exported.folder / f"cls-bara-draws/draw-{d}/adapter_model.safetensors"
+                    )
+                    for d in range(DRAWS)
+                )
+            ]
+        )
+        c, count = posterior.config.weight_noise, standard.numel()
+        assert c > 0
+        assert standard.mean().abs() < 5 * (c / count) ** 0.5
+        assert standard.square().mean().item() == pytest.approx(c, rel=6 * (2 / count) ** 0.5)
 
 
 def test_balora_draws_sample_a_with_the_average_noise(exported):

@@ -333,7 +333,7 @@ def test_grouped_convolutions():
         ({"use_qalora": True}, "use_qalora cannot be combined"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* start with B = 0"),
         (
-            {"global_gate": False, "local_gate": False, "factor_noise": False},
+            {"global_gate": False, "local_gate": False, "factor_noise": False, "weight_noise": 0},
             "no posterior left",
         ),
     ],

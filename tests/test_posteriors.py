@@ -51,9 +51,11 @@ def test_bara_mean_is_lora_with_expected_gates():
     torch.testing.assert_close(model(x=x)["logits"], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"intensity": True}, {"local_gate": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"intensity": True}, {"local_gate": False}, {"weight_noise": 0}]
+)
 def test_bara_draws_are_the_explicit_weights(options):
-    """A draw equals LoRA with B's columns scaled by the multipliers, computed by hand."""
+    """A draw equals LoRA with A's noise on its output and B's columns scaled, by hand."""
     model = net("bara", **options).eval()
     layer, posterior = layer_posterior(model)
     x = torch.randn(4, 6)
@@ -72,6 +74,10 @@ def test_bara_draws_are_the_explicit_weights(options):
         return draws.numbers(f"layer/{name}", kind, (4,), torch.device("cpu"))
 
     for d in range(2):
+        noisy = u
+        if c := posterior.config.weight_noise:
+            std = torch.stack([(c * (a * row).square().sum(1)).sqrt() for row in x])
+            noisy = u + std * numbers("A", "normal")[d]
         m = gate(20 * posterior.global_logit, numbers("z", "uniform")[d])
         m = m * (1 + (20 * posterior.noise_logit).exp().sqrt() * numbers("eps", "normal")[d])
         if posterior.config.local_gate:
@@ -84,8 +90,7 @@ def test_bara_draws_are_the_explicit_weights(options):
             m = m * scale * (-torch.log(numbers("theta", "uniform")[d])) ** (1 / k)
         for i in range(4):
             row = m[i] if m.dim() > 1 else m
-            weight = layer.base_layer.weight + 2.0 * (b * row) @ a
-            expected = x[i] @ weight.T + layer.base_layer.bias
+            expected = layer.base_layer(x[i]) + 2.0 * (b * row) @ noisy[i]
             torch.testing.assert_close(logits[d, i], expected, atol=1e-5, rtol=1e-4)
 
 
@@ -102,15 +107,23 @@ def test_the_mean_mode_is_the_average_of_many_draws(method):
     assert ((draws.mean(0) - mean).abs() < error).all()
 
 
-def test_balora_rank_space_noise_has_the_moments_of_sampled_weights():
+WEIGHT_NOISE_ONLY = {"global_gate": False, "local_gate": False, "factor_noise": False}
+
+
+@pytest.mark.parametrize("method", ["balora", "bara"])
+def test_rank_space_noise_has_the_moments_of_sampled_weights(method):
     """Mean and covariance of the output against explicit draws of A ~ N(theta, alpha theta^2)."""
-    model = net("balora").eval()
+    options = {"weight_noise": 0.7, **WEIGHT_NOISE_ONLY} if method == "bara" else {}
+    model = net(method, **options).eval()
     layer, posterior = layer_posterior(model)
     x = torch.randn(1, 6)
     a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
     u = x @ a.T
     h = u / u.square().mean(-1, keepdim=True).sqrt()
-    alpha = (torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6).detach()
+    if method == "bara":
+        alpha = torch.tensor(0.7)
+    else:
+        alpha = (torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6).detach()
     torch.manual_seed(0)
     draws = 40_000
     weights = a + alpha.sqrt() * a.abs() * torch.randn(draws, *a.shape)

@@ -212,7 +212,8 @@ def test_train_evaluate_and_predict_commands(encoder_dir, tmp_path, capsys, meth
     table = write_jsonl(tmp_path / "table.jsonl", rows)
     output, numbers = tmp_path / "out", tmp_path / "numbers.json"
     fit = ["--epochs", "20", "--batch-size", "6", "--learning-rate", "0.02"]
-    no_prior = ["--set", "method_options={kl_weight: 0, local_kl_weight: 0}"]
+    calm = "kl_weight: 0, local_kl_weight: 0" + (", weight_noise: 0" if method == "bara" else "")
+    no_prior = ["--set", f"method_options={{{calm}}}"]
     common = ["--data", str(table)]
     train = ["train", "--model", str(encoder_dir), "--output", str(output), "--method", method]
     assert main([*train, *common, *fit, *([] if method == "lora" else no_prior)]) == 0

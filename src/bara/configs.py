@@ -28,9 +28,6 @@ class BayesianConfig(LoraConfig):
     """Parts of the adapter that are never trained, by PEFT's names."""
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     """Fields that must be numbers above 0."""
-    KL_PER_LAYERS: ClassVar[float | None] = None
-    """The quotient that `kl_weight=None` stands for; None where a number has to be given."""
-
     num_observations: int | None = field(
         default=None,
         metadata={
@@ -43,8 +40,8 @@ class BayesianConfig(LoraConfig):
         default=1.0,
         metadata={"help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0."},
     )
-    local_kl_weight: float = field(
-        default=0.003,
+    local_kl_weight: float | None = field(
+        default=0.001,
         metadata={"help": "Weight of KL_local, what is drawn per input. >= 0."},
     )
     warmup: float = field(
@@ -75,8 +72,8 @@ class BayesianConfig(LoraConfig):
         self._require("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
         n = self.num_observations
         self._require("num_observations", n, n is None or n >= 1, "None or an integer >= 1")
-        self._require_real("kl_weight", low=0, optional=self.KL_PER_LAYERS is not None)
-        self._require_real("local_kl_weight", low=0)
+        for name in ("kl_weight", "local_kl_weight"):
+            self._require_real(name, low=0, optional=getattr(type(self), name) is None)
         self._require_real("warmup", low=0, high=1)
         for name in self.POSITIVE:
             self._require_real(name, low=0, strict=True)
@@ -87,12 +84,8 @@ class BayesianConfig(LoraConfig):
             "'auto', 'sequence' or 'token'",
         )
 
-    def global_kl_weight(self, num_layers: int) -> float:
-        """`kl_weight`, for an adapter on this many layers."""
-        if self.kl_weight is not None:
-            return self.kl_weight
-        assert self.KL_PER_LAYERS is not None  # else None was refused
-        return min(1.0, self.KL_PER_LAYERS / max(1, num_layers))
+    def set_by_layers(self, num_layers: int) -> None:
+        """Fills in the fields left at None that depend on how many layers the adapter is on."""
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration; beside it the README.md gets the method and how to load it.
@@ -149,6 +142,10 @@ class BayesianConfig(LoraConfig):
         )
 
 
+GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE = 3.0, 0.018, 72.0
+"""What all layers share of BaRA's default weights of the KL and variance of A's noise."""
+
+
 @dataclass
 class BaraConfig(BayesianConfig):
     """BaRA: as much rank as the task and the input need (arXiv 2606.29184, design 2.1).
@@ -160,14 +157,20 @@ class BaraConfig(BayesianConfig):
     METHOD: ClassVar[str] = "BARA"
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
     POSITIVE = ("noise_prior", "init_noise", "intensity_prior", "logit_scale")
-    KL_PER_LAYERS = 6.0
 
     kl_weight: float | None = field(
         default=None,
         metadata={
             "help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0. None stands "
-            "for min(1, 6 / number of adapted layers): the KL is a sum over layers, so that its "
+            "for min(1, 3 / number of adapted layers): the KL is a sum over layers, so that its "
             "whole weight does not grow with the model's depth."
+        },
+    )
+    local_kl_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of KL_local, what is drawn per input. >= 0. None stands for 0.018 / "
+            "number of adapted layers."
         },
     )
     global_gate: bool = field(
@@ -212,6 +215,14 @@ class BaraConfig(BayesianConfig):
         default=0.5,
         metadata={"help": "Where the factors' relative variance alpha > 0 starts."},
     )
+    weight_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
+            "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
+            "of adapted layers): the noise of all layers adds up too."
+        },
+    )
     prior_std: float | None = field(
         default=0.1,
         metadata={
@@ -251,12 +262,23 @@ class BaraConfig(BayesianConfig):
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)
+        self._require_real("weight_noise", low=0, optional=True)
         self._require_real("init_logit")
-        if not (self.global_gate or self.local_gate or self.factor_noise or self.intensity):
+        learned = (self.global_gate, self.local_gate, self.factor_noise, self.intensity)
+        if self.weight_noise == 0 and not any(learned):
             raise BaraError(
-                "BaraConfig: with global_gate, local_gate, factor_noise and intensity all off "
-                "there is no posterior left; use peft.LoraConfig for plain LoRA."
+                "BaraConfig: with global_gate, local_gate, factor_noise, intensity and "
+                "weight_noise all off there is no posterior left; use peft.LoraConfig for plain "
+                "LoRA."
             )
+
+    def set_by_layers(self, num_layers: int) -> None:
+        if self.kl_weight is None:
+            self.kl_weight = min(1.0, GLOBAL_KL / num_layers)
+        if self.local_kl_weight is None:
+            self.local_kl_weight = LOCAL_KL / num_layers
+        if self.weight_noise is None:
+            self.weight_noise = min(4.0, WEIGHT_NOISE / num_layers)
 
 
 @dataclass

@@ -296,9 +296,10 @@ class Elbo(DrawSource):
         for adapter, terms in forward.terms.items():
             config = self.configs[adapter]
             assert config.num_observations is not None
-            global_weight = config.global_kl_weight(len(terms.kl_global))
+            assert config.kl_weight is not None  # set_by_layers has filled it in
+            assert config.local_kl_weight is not None
             for parts, weight in (
-                (terms.kl_global, global_weight / config.num_observations),
+                (terms.kl_global, config.kl_weight / config.num_observations),
                 (terms.kl_local, config.local_kl_weight),
             ):
                 kl = forward.total(parts)

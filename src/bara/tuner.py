@@ -249,6 +249,8 @@ class BayesianLoraModel(LoraModel):
     ) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        assert isinstance(config, BayesianConfig)
+        config.set_by_layers(sum(1 for _ in adapted_layers(model, adapter_name)))
         if isinstance(config, CertifiedConfig):
             add_heads(model, adapter_name, config, self.elbo)
 

@@ -21,6 +21,7 @@ from bara.posteriors.base import (
     Posterior,
     PosteriorOutput,
     RankSpace,
+    relative_noise_draw,
     rms_normalised,
     wide,
 )
@@ -61,11 +62,7 @@ class BaloraPosterior(Posterior):
             alpha = self.alpha(space)
             u = space.u
             if noise is not None:
-                a, x = wide(space.a), wide(space.x)
-                variance = alpha * space.project(x.square(), a.square())
-                # the root's gradient at 0 (an input of zeros) would be infinite
-                std = variance.clamp_min(1e-12).sqrt()
-                u = u + (std * noise.normal("A", (self.rank,)).unsqueeze(1)).to(u.dtype)
+                u = u + space.relative_noise(alpha, noise).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u, None, None, None)
             self.calibrated = None  # the noise is about to change
@@ -80,5 +77,4 @@ class BaloraPosterior(Posterior):
         return None
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        std = self._calibrated().sqrt() * wide(a).abs()
-        return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None
+        return relative_noise_draw(a, self._calibrated(), noise), None

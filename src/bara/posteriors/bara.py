@@ -1,8 +1,9 @@
 """BaRA: sparse, input-dependent factors (arXiv 2606.29184; the details are design 2.1).
 
-    m_k(x) = z_k * g_k(x) * theta_k(x) * (1 + sqrt(alpha_k) * eps_k)
+    m_k(x) = z_k * g_k(x) * theta_k(x) * (1 + sqrt(alpha_k) * eps_k),    A ~ N(theta_A, c theta_A^2)
 
-with the task's gates z, the input's gates g, optional intensities theta and the factors' noise.
+with the task's gates z, the input's gates g, optional intensities theta, the factors' noise, and
+noise of a fixed relative variance c on the elements of A.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from bara.posteriors.base import (
     Posterior,
     PosteriorOutput,
     RankSpace,
+    relative_noise_draw,
     rms_normalised,
     wide,
 )
@@ -84,6 +86,8 @@ class BaraPosterior(Posterior):
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
             variables, u = self.variables(space), space.u
+            if noise is not None and self.config.weight_noise:
+                u = u + space.relative_noise(self.config.weight_noise, noise).to(u.dtype)
             if multipliers := self._multipliers(variables, noise):
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
@@ -256,6 +260,8 @@ class BaraPosterior(Posterior):
         return self._plain_scale(None)
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+        if self.config.weight_noise:
+            a = relative_noise_draw(a, self.config.weight_noise, noise)
         return a, self._plain_scale(noise)
 
     def _plain_scale(self, noise: Noise | None) -> Tensor:

@@ -65,6 +65,23 @@ class RankSpace:
         shared = std * torch.randn(shape, device=x.device)
         return self.project(x * inputs, shared) * noise.sign((shape[0],)).unsqueeze(1)
 
+    def relative_noise(self, variance: Tensor | float, noise: Noise) -> Tensor:
+        """What noise on A adds to A x, where an element a of A has variance `variance` * a^2.
+
+        One random number per input and factor is shared by the input's positions.
+
+        Args:
+            variance: relative to the squared element; broadcasts to (B, T, r).
+            noise: the layer's random numbers.
+
+        Returns:
+            (B, T, r), float32.
+        """
+        squared = self.project(wide(self.x).square(), wide(self.a).square())
+        # the root's gradient at 0 (an input of zeros) would be infinite
+        std = (variance * squared).clamp_min(1e-12).sqrt()
+        return std * noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
+
     def pooled(self, granularity: Granularity) -> Tensor:
         """The features a gate reads, float32: (B, 1, r) masked means, or (B, T, r) tokens."""
         u = wide(self.u)
@@ -181,6 +198,12 @@ class Posterior(nn.Module):
                 "export, data or --data), over which what depends on the input is averaged."
             )
         return self.calibrated
+
+
+def relative_noise_draw(a: Tensor, variance: Tensor | float, noise: Noise) -> Tensor:
+    """One draw of A whose elements have variance `variance` * a^2, in the shape of A."""
+    std = variance**0.5 * wide(a).abs()
+    return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype)
 
 
 def trailing(values: Tensor, dim: int) -> Tensor:
