@@ -47,7 +47,13 @@ PRIORS: dict[str, dict[str, float]] = {
     "sparse": {"global_prior": 0.01, "local_prior": 0.1},
     "dense": {"global_prior": 0.9, "local_prior": 0.9},
 }
-OBJECTIVE = {"kl_weight": 1.0, "init_noise": 0.05, "noise_prior": 0.25}
+OBJECTIVE = {
+    "kl_weight": 1.0,
+    "local_kl_weight": 0.003,
+    "init_noise": 0.05,
+    "noise_prior": 0.25,
+    "weight_noise": 0.0,
+}
 """BaRA's: the ELBO itself, and the noise that was the default when the cells were made."""
 NUM_TEST, NUM_SEEN = 600, 300
 GAPS = {

@@ -85,6 +85,17 @@ class ForwardPass:
     kl: Tensor | None = None
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
+    latest_square: tuple[Tensor, Tensor] | None = None
+
+    def squared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x^2. Layers that read the same input one after the other (query, key, value) share it."""
+        if self.latest_square is not None:
+            latest, square = self.latest_square
+            if latest is x and square.dtype == dtype:
+                return square
+        square = x.to(dtype).square()
+        self.latest_square = x, square
+        return square
 
     def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
         """The weights for a layer with this many positions per row, None without a mask for it."""
@@ -279,6 +290,8 @@ class Elbo(DrawSource):
         if forward is None:
             return outputs
         forward.open = False
+        # checkpointing starts with the last layer again, which must compute what it did before
+        forward.latest_square = None
         if outputs is None or not (forward.training or forward.trainable):
             return outputs
         if forward.training:

@@ -89,7 +89,7 @@ def export_lora(
       server's answers. What depends
       on the input (BaRA's local gates and intensities, BaLoRA's noise level) is at its average
       over `data`. Draw d has the numbers of draw d of `bara.sampling(model, seed=seed)`, but for
-      BaLoRA, whose A is sampled whole.
+      the noise on A (BaRA's and BaLoRA's), which is sampled for the whole matrix.
     - `merged`: the mean merged into the base model, a plain transformers folder. A
       `SentenceClassifier` becomes a sentence-transformers folder whose embedding is the logits.
       Takes the memory of a second copy of the model.

@@ -146,8 +146,12 @@ class RankSpaceVariant(LoraVariant):
             return flat.reshape(*layout[:-1], flat.shape[-1])
 
         flat = flatten(u)
+        given = x
         if not convolution:
             x = x.reshape(*flat.shape[:2], x.shape[-1])
+
+        def squared_input(dtype: torch.dtype) -> Tensor:
+            return forward.squared(given, dtype).reshape(x.shape)
 
         def project(x: Tensor, weight: Tensor) -> Tensor:
             if not convolution:
@@ -164,7 +168,8 @@ class RankSpaceVariant(LoraVariant):
         if weights is None and not convolution and flat.shape[1] > 1:
             self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
         groups = getattr(lora_b, "groups", 1)
-        return RankSpace(flat, x, lora_a.weight, lora_b.weight, weights, project, groups), restore
+        a, b = lora_a.weight, lora_b.weight
+        return RankSpace(flat, x, a, b, weights, project, squared_input, groups), restore
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
         if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):

@@ -28,6 +28,7 @@ class RankSpace:
             there is no padding.
         project: applies A's operation with another weight to another input, giving (B, T, r); a
             weight with one more dimension in front has a matrix for every input.
+        squared_input: x^2 in a dtype, in the shape of x.
         groups: groups of a grouped convolution, else 1.
     """
 
@@ -37,6 +38,7 @@ class RankSpace:
     b: Tensor
     weights: Tensor | None
     project: Callable[[Tensor, Tensor], Tensor]
+    squared_input: Callable[[torch.dtype], Tensor]
     groups: int = 1
 
     def squared_columns(self) -> Tensor:
@@ -77,9 +79,13 @@ class RankSpace:
         Returns:
             (B, T, r), float32.
         """
-        squared = self.project(wide(self.x).square(), wide(self.a).square())
+        # bfloat16 has the range of float32 and rounds a std by less than 1%; the square of
+        # an activation can be too large for float16
+        half = self.u.dtype == torch.bfloat16
+        dtype = torch.bfloat16 if half else torch.promote_types(self.u.dtype, torch.float32)
+        squared = self.project(self.squared_input(dtype), self.a.to(dtype).square())
         # the root's gradient at 0 (an input of zeros) would be infinite
-        std = (variance * squared).clamp_min(1e-12).sqrt()
+        std = (variance * wide(squared)).clamp_min(1e-12).sqrt()
         return std * noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
 
     def pooled(self, granularity: Granularity) -> Tensor:
