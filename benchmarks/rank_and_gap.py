@@ -50,6 +50,7 @@ PRIORS: dict[str, dict[str, float]] = {
 OBJECTIVE = {
     "kl_weight": 1.0,
     "local_kl_weight": 0.003,
+    "local_prior": 0.25,
     "init_noise": 0.05,
     "noise_prior": 0.25,
     "weight_noise": 0.0,

@@ -459,9 +459,13 @@ def test_training_makes_a_calibration_stale():
         model.merge_adapter()
 
 
-@pytest.mark.parametrize(("rank", "prior"), [(1, 0.5), (2, 0.5), (8, 0.125), (64, 1 / 64)])
-def test_one_factor_per_layer_is_expected_whatever_the_maximum_rank(rank, prior):
-    assert BaraConfig(r=rank).global_prior == prior
+@pytest.mark.parametrize(
+    ("rank", "task", "text"),
+    [(1, 0.5, 0.25), (2, 0.5, 0.25), (8, 0.125, 0.25), (64, 1 / 64, 1 / 32)],
+)
+def test_what_is_expected_of_a_layer_does_not_grow_with_the_maximum_rank(rank, task, text):
+    config = BaraConfig(r=rank)
+    assert (config.global_prior, config.local_prior) == (task, text)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"scalabl"}))  # its A is orthogonal

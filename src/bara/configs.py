@@ -203,9 +203,12 @@ class BaraConfig(BayesianConfig):
             "that each layer learns its own sparsity."
         },
     )
-    local_prior: float = field(
-        default=0.25,
-        metadata={"help": "Prior probability rho, in (0, 1), that an input uses a factor."},
+    local_prior: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prior probability rho, in (0, 1), that an input uses a factor. None stands "
+            "for 2 / r, at most 0.25: two factors per layer are expected, however large r is."
+        },
     )
     noise_prior: float = field(
         default=1.0,
@@ -259,6 +262,8 @@ class BaraConfig(BayesianConfig):
         )
         if self.global_prior is None:
             self.global_prior = min(0.5, 1 / self.r)
+        if self.local_prior is None:
+            self.local_prior = min(0.25, 2 / self.r)
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)

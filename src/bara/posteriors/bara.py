@@ -216,6 +216,7 @@ class BaraPosterior(Posterior):
         if g is not None:
             opened = open_logit(g)
             local_open = torch.sigmoid(opened)
+            assert config.local_prior is not None  # as above
             kl_local.append(bernoulli_kl(opened, config.local_prior))
             activity = active * space.mean_over_positions(local_open.detach())
         if theta is not None:
