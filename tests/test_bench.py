@@ -19,7 +19,7 @@ from bara.bench import executors
 from bara.bench.cell import run_cell
 from bara.bench.executors import run_local, run_ray
 from bara.bench.images import EfficientNetClassifier, ImageConfig
-from bara.bench.run import RESULTS_FILE, finished, pending, run_cells
+from bara.bench.run import RESULTS_FILE, finished, only_writer, pending, run_cells
 from bara.bench.spec import Benchmark
 from bara.cli import main
 from conftest import write_jsonl
@@ -119,6 +119,17 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_cell(tmp_path: Path,
     started = Counter(map(int, stand_in.read_text().split()))
     assert all(started[seed] == 1 for seed in done)
     assert pending([Benchmark.load(path)], folder) == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    file, output = benchmark_file(tmp_path, model=str(tiny_model_dir)), tmp_path / "out"
+    with only_writer(output):
+        assert main(["bench", str(file), "--output", str(output)]) != 0
+    assert f"another `bara bench` is writing to {output}" in capsys.readouterr().err
+    assert not (output / RESULTS_FILE).exists()
+    assert main(["bench", str(file), "--output", str(output), "--workers", "1"]) == 0
 
 
 def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, stand_in: Path):

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from rich.console import Console
 
     from bara.bench.results import Row
+    from bara.bench.spec import Cell
     from bara.bench.summary import Table
 
 
@@ -47,7 +48,7 @@ def bench(
 
     from bara.bench.executors import run_local, run_ray
     from bara.bench.page import REPORT_FILE, update_page, write_outputs
-    from bara.bench.run import finished, pending, run_cells
+    from bara.bench.run import finished, only_writer, pending, run_cells
     from bara.bench.spec import Benchmark
     from bara.bench.summary import overview
     from bara.cli.terminal import quieten_libraries
@@ -60,24 +61,22 @@ def bench(
         if names.count(benchmark.name) > 1:
             raise BaraError(f"two benchmarks are named {benchmark.name!r}; give one another `name`")
         benchmark.check()
-    cells = pending(benchmarks, output)
     if dry_run:
-        for cell in cells:
+        for cell in pending(benchmarks, output):
             print(f"{cell.key}  {cell}")
         return
-    failures = []
-    if cells and not report_only:
-        count = workers or min(_cores(), len(cells))
-        rows = run_cells(
-            cells,
-            output,
-            lambda some: (
-                run_ray(some, address=ray_address, num_cpus=threads)
-                if executor is Executor.ray
-                else run_local(some, workers=count, threads=threads)
-            ),
-        )
-        failures = _follow(rows, len(cells), Console(stderr=True))
+
+    def execute(cells: Sequence[Cell]) -> Iterable[Row]:
+        if executor is Executor.ray:
+            return run_ray(cells, address=ray_address, num_cpus=threads)
+        return run_local(cells, workers=workers or min(_cores(), len(cells)), threads=threads)
+
+    cells, failures = [], []
+    if not report_only:
+        with only_writer(output):
+            if cells := pending(benchmarks, output):
+                rows = run_cells(cells, output, execute)
+                failures = _follow(rows, len(cells), Console(stderr=True))
     shown = write_outputs(benchmarks, output, baseline=baseline)
     if page is not None:
         update_page(page, shown, output)
