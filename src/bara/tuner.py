@@ -92,10 +92,11 @@ class RankSpaceVariant(LoraVariant):
             )
         for observe in self.elbo.observers:
             observe(self.layer, posterior, space)
-        update = module.lora_B[active_adapter](restore(output.u))
+        scaling = module.scaling[active_adapter]  # in rank space it costs least
+        update = module.lora_B[active_adapter](restore(output.u * scaling))
         if output.from_b is not None:
-            update = update + restore(output.from_b).to(update.dtype)
-        return result + update * module.scaling[active_adapter]
+            update = update + restore(output.from_b).to(update.dtype) * scaling
+        return result + update
 
     def _noise_key(self, module: LoraLayer, adapter: str) -> str:
         """Adapters that are active together draw independently; a lone one whatever its name."""
