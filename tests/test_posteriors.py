@@ -107,6 +107,33 @@ def test_the_mean_mode_is_the_average_of_many_draws(method):
     assert ((draws.mean(0) - mean).abs() < error).all()
 
 
+class SharedInput(torch.nn.Module):
+    """Two layers that read the same tensor, which may change in place in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 5)
+        self.layer2 = torch.nn.Linear(6, 5)
+        self.in_place = True
+
+    def forward(self, x, labels=None):
+        first = self.layer(x)
+        x = x.mul_(3) if self.in_place else x * 3
+        return {"logits": first + self.layer2(x)}
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_changes_in_place_has_its_own_noise(guard):
+    model = stir(adapt(SharedInput(), "bara", target_modules=["layer", "layer2"])).eval()
+    logits = []
+    for in_place in (True, False):
+        model.get_base_model().in_place = in_place
+        torch.manual_seed(0)
+        with guard(), bara.sampling(model, seed=0):
+            logits.append(model(x=torch.randn(4, 6))["logits"])
+    torch.testing.assert_close(*logits)
+
+
 WEIGHT_NOISE_ONLY = {"global_gate": False, "local_gate": False, "factor_noise": False}
 
 

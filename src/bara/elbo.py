@@ -85,16 +85,20 @@ class ForwardPass:
     kl: Tensor | None = None
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
-    latest_square: tuple[Tensor, Tensor] | None = None
+    latest_square: tuple[Tensor, int, Tensor] | None = None
 
     def squared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x^2. Layers that read the same input one after the other (query, key, value) share it."""
+        if x.is_inference():  # has no version: it may have been changed in place
+            return x.to(dtype).square()
         if self.latest_square is not None:
-            latest, square = self.latest_square
-            if latest is x and square.dtype == dtype:
+            latest, version, square = self.latest_square
+            needs_grad = x.requires_grad and torch.is_grad_enabled()
+            same = latest is x and version == x._version
+            if same and (square.dtype, square.requires_grad) == (dtype, needs_grad):
                 return square
         square = x.to(dtype).square()
-        self.latest_square = x, square
+        self.latest_square = x, x._version, square
         return square
 
     def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
