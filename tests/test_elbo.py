@@ -12,7 +12,14 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForMultipleChoice, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 import bara
 from helpers import CONFIGS, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
@@ -229,24 +236,31 @@ def test_language_model_loss_with_num_items_is_the_token_sum_over_it():
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-6)
 
 
+def tiny_t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 2}
+    config = T5Config(vocab_size=20, decoder_start_token_id=0, **sizes)
+    return T5ForConditionalGeneration(config)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("make", ["bert", "llama"])
+@pytest.mark.parametrize("make", ["bert", "llama", "t5"])
 def test_gradient_checkpointing_changes_nothing(method, make, tiny_bert):
     """Same loss, KL and gradients with and without, fresh noise and padding included."""
+    makers = {"bert": lambda: copy.deepcopy(tiny_bert), "llama": tiny_llama, "t5": tiny_t5}
+    task = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[make]
+    # T5's cross-attention layers all read one tensor, from regions that are checkpointed apart
+    targets = {"target_modules": r".*(encoder.*\.q|EncDecAttention\.(k|v))"} if make == "t5" else {}
+    labels = torch.randint(1, 20, (2, 6), generator=torch.Generator().manual_seed(1))
     if make == "bert":
-        make_model = lambda: copy.deepcopy(tiny_bert)  # noqa: E731
         labels = torch.tensor([0, 2])
-    else:
-        make_model = tiny_llama
-        labels = torch.randint(1, 20, (2, 6), generator=torch.Generator().manual_seed(1))
     ids = torch.randint(5, 20, (2, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, 4:] = 0
     results = []
     for checkpointing in (False, True):
-        base = make_model()
-        task = "SEQ_CLS" if make == "bert" else "CAUSAL_LM"
-        model = stir(adapt(base, method, task_type=task, local_kl_weight=0.1), 0.1)
+        options = {"task_type": task, "local_kl_weight": 0.1, **targets}
+        model = stir(adapt(makers[make](), method, **options), 0.1)
         if checkpointing:
             model.gradient_checkpointing_enable()
         without_dropout(model).train()

@@ -459,6 +459,23 @@ def test_training_makes_a_calibration_stale():
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("method", ["bara", "balora"])
+def test_a_bias_of_b_is_scaled_as_in_peft(method):
+    options = {"local_gate": False} if method == "bara" else {}
+    options |= {"target_modules": ["layer"], "lora_alpha": 12, "lora_bias": True}
+    model = stir(adapt(TinyNet(), method, **options)).eval()
+    x = torch.randn(4, 6)
+    before = model(x=x)["logits"]
+    model.merge_adapter()
+    torch.testing.assert_close(model(x=x)["logits"], before, atol=1e-5, rtol=1e-5)
+
+
+def test_peft_can_attach_to_no_layer_at_all():
+    config = BaraConfig(target_modules="dummy-target-modules")
+    get_peft_model(TinyNet(), config)
+    assert config.kl_weight == 1
+
+
 @pytest.mark.parametrize(
     ("rank", "task", "text"),
     [(1, 0.5, 0.25), (2, 0.5, 0.25), (8, 0.125, 0.25), (64, 1 / 64, 1 / 32)],

@@ -137,6 +137,16 @@ def test_an_input_that_changes_in_place_has_its_own_noise(guard):
 WEIGHT_NOISE_ONLY = {"global_gate": False, "local_gate": False, "factor_noise": False}
 
 
+def test_noise_on_a_alone_merges_as_plain_lora():
+    model = net("bara", **WEIGHT_NOISE_ONLY).eval()
+    layer, posterior = layer_posterior(model)
+    a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    expected = layer.base_layer.weight + 2.0 * b @ a
+    assert (posterior.inclusion() == 1).all()
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, expected)
+
+
 @pytest.mark.parametrize("method", ["balora", "bara"])
 def test_rank_space_noise_has_the_moments_of_sampled_weights(method):
     """Mean and covariance of the output against explicit draws of A ~ N(theta, alpha theta^2)."""

@@ -278,6 +278,7 @@ class BaraConfig(BayesianConfig):
             )
 
     def set_by_layers(self, num_layers: int) -> None:
+        num_layers = max(1, num_layers)  # PEFT can attach to none
         if self.kl_weight is None:
             self.kl_weight = min(1.0, GLOBAL_KL / num_layers)
         if self.local_kl_weight is None:

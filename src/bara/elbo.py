@@ -85,20 +85,23 @@ class ForwardPass:
     kl: Tensor | None = None
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
-    latest_square: tuple[Tensor, int, Tensor] | None = None
+    latest_square: tuple[Tensor, tuple[object, ...], Tensor] | None = None
 
-    def squared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x^2. Layers that read the same input one after the other (query, key, value) share it."""
+    def squared(self, x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+        """x^2, shared by layers of one module that read the same input (query, key, value).
+
+        Not beyond the module: what is checkpointed has to compute the same again on its own.
+        """
         if x.is_inference():  # has no version: it may have been changed in place
             return x.to(dtype).square()
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        key = (layer.rpartition(".")[0], x._version, dtype, needs_grad)
         if self.latest_square is not None:
-            latest, version, square = self.latest_square
-            needs_grad = x.requires_grad and torch.is_grad_enabled()
-            same = latest is x and version == x._version
-            if same and (square.dtype, square.requires_grad) == (dtype, needs_grad):
+            latest, latest_key, square = self.latest_square
+            if latest is x and latest_key == key:
                 return square
         square = x.to(dtype).square()
-        self.latest_square = x, x._version, square
+        self.latest_square = x, key, square
         return square
 
     def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:

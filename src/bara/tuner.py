@@ -92,8 +92,11 @@ class RankSpaceVariant(LoraVariant):
             )
         for observe in self.elbo.observers:
             observe(self.layer, posterior, space)
-        scaling = module.scaling[active_adapter]  # in rank space it costs least
-        update = module.lora_B[active_adapter](restore(output.u * scaling))
+        lora_b, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
+        if lora_b.bias is None:
+            update = lora_b(restore(output.u * scaling))  # in rank space it costs least
+        else:
+            update = lora_b(restore(output.u)) * scaling
         if output.from_b is not None:
             update = update + restore(output.from_b).to(update.dtype) * scaling
         return result + update
@@ -152,7 +155,7 @@ class RankSpaceVariant(LoraVariant):
             x = x.reshape(*flat.shape[:2], x.shape[-1])
 
         def squared_input(dtype: torch.dtype) -> Tensor:
-            return forward.squared(given, dtype).reshape(x.shape)
+            return forward.squared(given, dtype, self.layer).reshape(x.shape)
 
         def project(x: Tensor, weight: Tensor) -> Tensor:
             if not convolution:

@@ -234,7 +234,7 @@ class BaraPosterior(Posterior):
     def inclusion(self) -> Tensor:
         """P(z_k > 0), (r,); ones without a global gate."""
         z = self.task_variables().z
-        return self._ones() if z is None else torch.sigmoid(open_logit(z))
+        return torch.ones(self.rank) if z is None else torch.sigmoid(open_logit(z))
 
     def open_probability(self, space: RankSpace) -> Tensor:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -265,12 +265,10 @@ class BaraPosterior(Posterior):
             a = relative_noise_draw(a, self.config.weight_noise, noise)
         return a, self._plain_scale(noise)
 
-    def _plain_scale(self, noise: Noise | None) -> Tensor:
+    def _plain_scale(self, noise: Noise | None) -> Tensor | None:
         """The multipliers (r,) of one draw or the mean, what depends on the input averaged."""
-        scale = self._ones()
-        for multiplier in self._multipliers(self.task_variables(), noise):
-            scale = scale * multiplier.flatten()
-        return scale * self._calibrated().to(scale) if self.depends_on_input else scale
-
-    def _ones(self) -> Tensor:
-        return torch.ones(self.rank, device=next(self.parameters()).device)
+        factors = [m.flatten() for m in self._multipliers(self.task_variables(), noise)]
+        if self.depends_on_input:
+            average = self._calibrated()
+            factors.append(average.to(factors[0]) if factors else average)
+        return reduce(torch.mul, factors) if factors else None
