@@ -125,15 +125,11 @@ def classification_goals(rows: Sequence[Row]) -> Iterator[Goal]:
 def cost(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     """The ratio of training times, over cells of one task and seed with the same versions: others
     were measured in another session, perhaps on another machine."""
-    seconds = {
-        (row["task"], row["seed"], str(row["versions"])): row["seconds_train"] for row in theirs
-    }
-    keys = [(row["task"], row["seed"], str(row["versions"])) for row in ours]
-    ratios = [
-        row["seconds_train"] / seconds[key]
-        for row, key in zip(ours, keys, strict=True)
-        if key in seconds
-    ]
+    ours_by, theirs_by = (
+        {(row["task"], row["seed"], str(row["versions"])): row["seconds_train"] for row in rows}
+        for rows in (ours, theirs)
+    )
+    ratios = [ours_by[key] / theirs_by[key] for key in ours_by if key in theirs_by]
     if not ratios:
         return "training times were not measured together"
     return f"training takes {fmean(ratios):.2f} of its time ({len(ratios)} cells each)"

@@ -224,20 +224,13 @@ def test_draws_keep_local_gates_at_their_average(exported):
 
 
 def test_bara_draws_sample_a_with_its_fixed_noise(exported):
-    model = exported.models["cls-bara"]
+    model, folder = exported.models["cls-bara"], exported.folder / "cls-bara-draws"
+    files = [load_file(p / "adapter_model.safetensors") for p in folder.glob("draw-*")]
+    assert len(files) == DRAWS
     for name, layer, posterior in adapted_layers(model, "default"):
         a = layer.lora_A["default"].weight.detach()
-        standard = torch.stack(
-            [
-                (w[f"base_model.model.{name}.lora_A.weight"] - a) / a.abs()
-                for w in (
-                    load_file(
-                        exported.folder / f"cls-bara-draws/draw-{d}/adapter_model.safetensors"
-                    )
-                    for d in range(DRAWS)
-                )
-            ]
-        )
+        drawn = torch.stack([f[f"base_model.model.{name}.lora_A.weight"] for f in files])
+        standard = (drawn - a) / a.abs()
         c, count = posterior.config.weight_noise, standard.numel()
         assert c > 0
         assert standard.mean().abs() < 5 * (c / count) ** 0.5

@@ -28,6 +28,7 @@ class BayesianConfig(LoraConfig):
     """Parts of the adapter that are never trained, by PEFT's names."""
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     """Fields that must be numbers above 0."""
+
     num_observations: int | None = field(
         default=None,
         metadata={
