@@ -65,19 +65,22 @@ def test_the_loss_is_data_plus_weighted_kl():
 def test_left_alone_neither_kl_nor_noise_grows_with_the_layers(num_layers):
     torch.manual_seed(0)
     base = tiny_llama(num_hidden_layers=num_layers)
-    model = stir(adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)).train()
+    model = adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)
+    alpha = layer_posterior(model)[1].task_variables().alpha.tolist()
+    stir(model).train()
     ids = torch.arange(12).reshape(2, 6) + 1
     with bara.sampling(model, seed=0):
         outputs = model(input_ids=ids, labels=ids)
     terms = bara.kl_terms(model)
     logits = outputs.logits[:, :-1].flatten(0, 1)
     data = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-    weight, local, noise = {
-        1: (1.0, 0.018, 4.0),
-        3: (1.0, 0.006, 4.0),
-        24: (0.125, 0.00075, 3.0),
+    weight, local, noise, init = {
+        1: (1.0, 0.018, 4.0, 0.5),
+        3: (1.0, 0.006, 4.0, 0.5),
+        24: (0.125, 0.00075, 3.0, 0.375),
     }[num_layers]
     assert model.peft_config["default"].weight_noise == noise
+    assert alpha == pytest.approx([init] * 4)
     expected = data + weight / 50 * terms["kl_global"] + local * terms["kl_local"]
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-5)
 
@@ -121,6 +124,30 @@ def test_warm_up_scales_the_kl():
     assert values[:2] == [0, 0]
     assert values[2] == pytest.approx(values[3] / 2, rel=1e-5)
     assert values[3] == pytest.approx(values[4], rel=1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "noise"), [(1, 0.0), (40, 0.0), (120, 2.0), (9999, 4.0)])
+def test_the_default_noise_grows_with_the_number_of_steps(num_steps, noise):
+    model = net()
+    assert model.peft_config["default"].weight_noise == 4
+    bara.set_progress(model, 0.0, num_steps)
+    assert model.peft_config["default"].weight_noise == noise
+
+
+def test_noise_that_was_given_or_stands_alone_or_belongs_to_a_frozen_adapter_stays():
+    off = {"global_gate": False, "local_gate": False, "factor_noise": False}
+    for options, noise in (({"weight_noise": 1.5}, 1.5), (off, 4.0)):
+        model = net(**options)
+        bara.set_progress(model, 0.0, 1)
+        assert model.peft_config["default"].weight_noise == noise
+    model = net()
+    model.add_adapter("second", bara.BaraConfig(r=2, target_modules=["layer"]))
+    model.set_adapter("second")
+    bara.set_progress(model, 0.0, 1)
+    assert model.peft_config["default"].weight_noise == 4
+    assert model.peft_config["second"].weight_noise == 0
+    with pytest.raises(bara.BaraError, match="num_steps must be at least 1, got 0"):
+        bara.set_progress(model, 0.0, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -416,6 +443,7 @@ def test_resumed_training_equals_uninterrupted_training(tiny_bert, tmp_path):
 def test_the_callback_logs_kl_and_rank(tiny_bert, tmp_path):
     model = adapt(tiny_bert, task_type="SEQ_CLS", num_observations=None)
     trainer = trainer_step(model, classification_rows(), tmp_path, 4, logging_steps=1)
+    assert model.peft_config["default"].weight_noise == 0  # after a single step
     entry = trainer.state.log_history[0]
     assert entry["kl_global"] > 0
     assert entry["kl_local"] > 0

@@ -218,14 +218,14 @@ def test_gradients_of_the_elbo_match_finite_differences(method):
     model = net(method, **OPTIONS[method], local_kl_weight=0.1).double().train()
     if method == "balora":  # its features have no gradient by design: make alpha constant in A
         torch.nn.init.zeros_(layer_posterior(model)[1].network[-1].weight)
-    x, y = torch.randn(3, 6).double(), torch.randn(3, 5).double()
+    x, y = torch.randn(3, 6).double().requires_grad_(), torch.randn(3, 5).double()
 
     def loss():
         with bara.sampling(model, seed=0):  # fixed noise
             return model(x=x, labels=y)["loss"]
 
     loss().backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), ("the input", x)]:
         if not parameter.requires_grad:
             continue
         flat = parameter.data.view(-1)

@@ -88,6 +88,9 @@ class BayesianConfig(LoraConfig):
     def set_by_layers(self, num_layers: int) -> None:
         """Fills in the fields left at None that depend on how many layers the adapter is on."""
 
+    def set_by_steps(self, num_steps: int) -> None:
+        """Adjusts what was filled in to the optimiser steps that training is going to take."""
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration; beside it the README.md gets the method and how to load it.
 
@@ -143,8 +146,11 @@ class BayesianConfig(LoraConfig):
         )
 
 
-GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE = 3.0, 0.018, 72.0
-"""What all layers share of BaRA's default weights of the KL and variance of A's noise."""
+GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 9.0
+"""What all layers share of BaRA's default weights of the KL, of the variance of A's noise, and of
+the variance of the factors' noise at the start."""
+FIRST_NOISY, FULLY_NOISY = 40, 200
+"""Optimiser steps up to which the default of A's noise is 0, and from which it is whole."""
 
 
 @dataclass
@@ -157,7 +163,9 @@ class BaraConfig(BayesianConfig):
 
     METHOD: ClassVar[str] = "BARA"
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
-    POSITIVE = ("noise_prior", "init_noise", "intensity_prior", "logit_scale")
+    POSITIVE = ("noise_prior", "intensity_prior", "logit_scale")
+    whole_noise: ClassVar[float | None] = None
+    """What weight_noise was filled in with when the adapter was attached; None if it was given."""
 
     kl_weight: float | None = field(
         default=None,
@@ -215,16 +223,21 @@ class BaraConfig(BayesianConfig):
         default=1.0,
         metadata={"help": "Prior variance c > 0 of a factor, relative to its squared mean."},
     )
-    init_noise: float = field(
-        default=0.5,
-        metadata={"help": "Where the factors' relative variance alpha > 0 starts."},
+    init_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where the factors' relative variance alpha > 0 starts. None stands for "
+            "min(0.5, 9 / number of adapted layers)."
+        },
     )
     weight_noise: float | None = field(
         default=None,
         metadata={
             "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
             "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
-            "of adapted layers): the noise of all layers adds up too."
+            "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
+            "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
+            "(steps - 40) / 160 of it, at least 0 and at most 1."
         },
     )
     prior_std: float | None = field(
@@ -268,15 +281,19 @@ class BaraConfig(BayesianConfig):
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)
+        self._require_real("init_noise", low=0, strict=True, optional=True)
         self._require_real("weight_noise", low=0, optional=True)
         self._require_real("init_logit")
-        learned = (self.global_gate, self.local_gate, self.factor_noise, self.intensity)
-        if self.weight_noise == 0 and not any(learned):
+        if self.weight_noise == 0 and not self._learns_noise():
             raise BaraError(
                 "BaraConfig: with global_gate, local_gate, factor_noise, intensity and "
                 "weight_noise all off there is no posterior left; use peft.LoraConfig for plain "
                 "LoRA."
             )
+
+    def _learns_noise(self) -> bool:
+        """Whether there is a posterior besides the fixed noise."""
+        return self.global_gate or self.local_gate or self.factor_noise or self.intensity
 
     def set_by_layers(self, num_layers: int) -> None:
         num_layers = max(1, num_layers)  # PEFT can attach to none
@@ -284,8 +301,15 @@ class BaraConfig(BayesianConfig):
             self.kl_weight = min(1.0, GLOBAL_KL / num_layers)
         if self.local_kl_weight is None:
             self.local_kl_weight = LOCAL_KL / num_layers
+        if self.init_noise is None:
+            self.init_noise = min(0.5, FACTOR_NOISE / num_layers)
         if self.weight_noise is None:
-            self.weight_noise = min(4.0, WEIGHT_NOISE / num_layers)
+            self.whole_noise = self.weight_noise = min(4.0, WEIGHT_NOISE / num_layers)
+
+    def set_by_steps(self, num_steps: int) -> None:
+        if self.whole_noise is not None and self._learns_noise():
+            part = (num_steps - FIRST_NOISY) / (FULLY_NOISY - FIRST_NOISY)
+            self.weight_noise = self.whole_noise * min(1.0, max(0.0, part))
 
 
 @dataclass

@@ -85,24 +85,29 @@ class ForwardPass:
     kl: Tensor | None = None
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
-    latest_square: tuple[Tensor, tuple[object, ...], Tensor] | None = None
+    latest_input: tuple[Tensor, tuple[object, ...], dict[str, Tensor]] | None = None
 
-    def squared(self, x: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
-        """x^2, shared by layers of one module that read the same input (query, key, value).
+    def of_input(
+        self, x: Tensor, layer: str, what: str, make: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """make(x), shared by layers of one module that read the same input (query, key, value).
 
         Not beyond the module: what is checkpointed has to compute the same again on its own.
         """
         if x.is_inference():  # has no version: it may have been changed in place
-            return x.to(dtype).square()
+            return make(x)
         needs_grad = x.requires_grad and torch.is_grad_enabled()
-        key = (layer.rpartition(".")[0], x._version, dtype, needs_grad)
-        if self.latest_square is not None:
-            latest, latest_key, square = self.latest_square
-            if latest is x and latest_key == key:
-                return square
-        square = x.to(dtype).square()
-        self.latest_square = x, key, square
-        return square
+        key = (layer.rpartition(".")[0], x._version, needs_grad)
+        if (
+            self.latest_input is None
+            or self.latest_input[0] is not x
+            or self.latest_input[1] != key
+        ):
+            self.latest_input = x, key, {}
+        made = self.latest_input[2]
+        if what not in made:
+            made[what] = make(x)
+        return made[what]
 
     def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
         """The weights for a layer with this many positions per row, None without a mask for it."""
@@ -298,7 +303,7 @@ class Elbo(DrawSource):
             return outputs
         forward.open = False
         # checkpointing starts with the last layer again, which must compute what it did before
-        forward.latest_square = None
+        forward.latest_input = None
         if outputs is None or not (forward.training or forward.trainable):
             return outputs
         if forward.training:
@@ -336,8 +341,8 @@ class Elbo(DrawSource):
                 self._warned_of_progress = True
                 warnings.warn(
                     "The KL's warm-up does not know how far training is, so the KL has its full "
-                    "weight from the first step. Call bara.set_progress(model, step / steps) in "
-                    "every step (bara.BayesianCallback does), or configure warmup=0.",
+                    "weight from the first step. Call bara.set_progress(model, step / steps, "
+                    "steps) in every step (bara.BayesianCallback does), or configure warmup=0.",
                     stacklevel=2,
                 )
             return 1.0

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bara.elbo import Elbo, predicts_next_token
 from bara.errors import BaraError
+from bara.tuner import adapted_layers
 
 MIN_LOG_VARIANCE = -10.0
 """Noise of 0.7% of the targets' standard deviation, the least that `gaussian_nll` tells apart."""
@@ -102,19 +103,34 @@ def elbo_loss(
     return loss
 
 
-def set_progress(model: nn.Module, fraction: float) -> None:
-    """Tells the KL's warm-up how far training is; `BayesianCallback` does this in a Trainer.
+def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None) -> None:
+    """Tells a Bayesian adapter how far training is; `BayesianCallback` does this in a Trainer.
 
     Args:
         model: a model with a Bayesian adapter.
-        fraction: optimiser steps done over optimiser steps in all, in [0, 1].
+        fraction: optimiser steps done over optimiser steps in all, in [0, 1]: for the KL's warm-up.
+        num_steps: optimiser steps in all: defaults that depend on them are adjusted (BaRA's
+            `weight_noise`); None leaves them.
 
     Raises:
-        BaraError: the fraction is outside [0, 1].
+        BaraError: the fraction is outside [0, 1], or num_steps below 1.
     """
     if not 0 <= fraction <= 1:
         raise BaraError(f"set_progress: fraction must be in [0, 1], got {fraction!r}.")
-    elbo_of(model).progress = fraction
+    if num_steps is not None and num_steps < 1:
+        raise BaraError(f"set_progress: num_steps must be at least 1, got {num_steps!r}.")
+    elbo = elbo_of(model)
+    elbo.progress = fraction
+    if num_steps is not None:
+        _set_by_steps(model, elbo, num_steps)
+
+
+def _set_by_steps(model: nn.Module, elbo: Elbo, num_steps: int) -> None:
+    """Adjusts the configurations of the adapters in training."""
+    for name, config in elbo.configs.items():
+        posteriors = (posterior for _, _, posterior in adapted_layers(model, name))
+        if any(p.requires_grad for posterior in posteriors for p in posterior.parameters()):
+            config.set_by_steps(num_steps)
 
 
 def kl_terms(model: nn.Module) -> dict[str, float]:
@@ -189,6 +205,8 @@ class BayesianCallback(TrainerCallback):
                     stacklevel=2,
                 )
             config.num_observations = n
+        if state.max_steps > 0:
+            _set_by_steps(model, elbo, state.max_steps)
         self._set_progress(elbo, state)
 
     def on_step_begin(

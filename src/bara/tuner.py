@@ -141,7 +141,9 @@ class RankSpaceVariant(LoraVariant):
             size = batch if batch and u.shape[0] % batch == 0 else u.shape[0]
             return u.reshape(size, -1, u.shape[-1])
 
-        u = lora_a(x)
+        # autocast would do it in every layer again
+        cast = forward.of_input(x, self.layer, "cast", autocast)
+        u = lora_a(cast)
         layout = u.shape
 
         def restore(flat: Tensor) -> Tensor:
@@ -154,8 +156,12 @@ class RankSpaceVariant(LoraVariant):
         if not convolution:
             x = x.reshape(*flat.shape[:2], x.shape[-1])
 
-        def squared_input(dtype: torch.dtype) -> Tensor:
-            return forward.squared(given, dtype, self.layer).reshape(x.shape)
+        def half_squared_input(dtype: torch.dtype) -> Tensor:
+            source = cast if cast.dtype == dtype else given.to(dtype)
+            square = forward.of_input(
+                given, self.layer, f"square {dtype}", lambda _: source * source.detach()
+            )
+            return square.reshape(x.shape)
 
         def project(x: Tensor, weight: Tensor) -> Tensor:
             if not convolution:
@@ -173,7 +179,7 @@ class RankSpaceVariant(LoraVariant):
             self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
         groups = getattr(lora_b, "groups", 1)
         a, b = lora_a.weight, lora_b.weight
-        return RankSpace(flat, x, a, b, weights, project, squared_input, groups), restore
+        return RankSpace(flat, x, a, b, weights, project, half_squared_input, groups), restore
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
         if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):
@@ -204,6 +210,14 @@ class RankSpaceVariant(LoraVariant):
         scale = posteriors(module)[adapter].mean_scale()
         with torch.no_grad(), _with_scaled_columns(module.lora_B[adapter], scale):
             return module.get_delta_weight(adapter)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x as a linear layer sees it: in autocast's precision where it is on."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 @contextmanager
@@ -259,7 +273,10 @@ class BayesianLoraModel(LoraModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         assert isinstance(config, BayesianConfig)
-        config.set_by_layers(sum(1 for _ in adapted_layers(model, adapter_name)))
+        layers = list(adapted_layers(model, adapter_name))
+        config.set_by_layers(len(layers))
+        for _, _, posterior in layers:
+            posterior.start_values()
         if isinstance(config, CertifiedConfig):
             add_heads(model, adapter_name, config, self.elbo)
 

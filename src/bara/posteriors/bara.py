@@ -80,8 +80,13 @@ class BaraPosterior(Posterior):
             self.intensity_log_shape = nn.Parameter(torch.full((rank,), math.log(4.0)))
         if config.factor_noise:
             # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
-            log_alpha = math.log(config.init_noise) / config.logit_scale
-            self.noise_logit = nn.Parameter(torch.full((rank,), log_alpha))
+            self.noise_logit = nn.Parameter(torch.zeros(rank))
+
+    def start_values(self) -> None:
+        if self.config.factor_noise:
+            assert self.config.init_noise is not None  # set_by_layers has filled it in
+            log_alpha = math.log(self.config.init_noise) / self.config.logit_scale
+            nn.init.constant_(self.noise_logit, log_alpha)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):

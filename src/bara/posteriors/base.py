@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from bara.draws import FreshNoise, Noise
 from bara.errors import BaraError
@@ -28,7 +29,7 @@ class RankSpace:
             there is no padding.
         project: applies A's operation with another weight to another input, giving (B, T, r); a
             weight with one more dimension in front has a matrix for every input.
-        squared_input: x^2 in a dtype, in the shape of x.
+        half_squared_input: x^2 in a dtype, in the shape of x, with half of its gradient.
         groups: groups of a grouped convolution, else 1.
     """
 
@@ -38,7 +39,7 @@ class RankSpace:
     b: Tensor
     weights: Tensor | None
     project: Callable[[Tensor, Tensor], Tensor]
-    squared_input: Callable[[torch.dtype], Tensor]
+    half_squared_input: Callable[[torch.dtype], Tensor]
     groups: int = 1
 
     def squared_columns(self) -> Tensor:
@@ -83,9 +84,11 @@ class RankSpace:
         # an activation can be too large for float16
         half = self.u.dtype == torch.bfloat16
         dtype = torch.bfloat16 if half else torch.promote_types(self.u.dtype, torch.float32)
-        squared = self.project(self.squared_input(dtype), self.a.to(dtype).square())
+        a = self.a.to(dtype)
+        squared = wide(self.project(self.half_squared_input(dtype), a * a.detach()))
+        squared = 2 * squared - squared.detach()  # the other half: cheapest where it is smallest
         # the root's gradient at 0 (an input of zeros) would be infinite
-        std = (variance * wide(squared)).clamp_min(1e-12).sqrt()
+        std = (variance * squared).clamp_min(1e-12).sqrt()
         return std * noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
 
     def pooled(self, granularity: Granularity) -> Tensor:
@@ -157,6 +160,9 @@ class Posterior(nn.Module):
             b: its B, (d_out, r, ...).
         """
 
+    def start_values(self) -> None:
+        """Called once, when the config is complete: what depends on the number of layers starts."""
+
     def open_probability(self, space: RankSpace) -> Tensor:
         """P(factor k is active), (B, 1 or T, r); all ones for a family without gates."""
         return space.u.new_ones(space.u.shape[0], 1, space.u.shape[-1], dtype=torch.float32)
@@ -224,4 +230,4 @@ def wide(tensor: Tensor) -> Tensor:
 
 def rms_normalised(features: Tensor) -> Tensor:
     """Divides by the root mean square over the last dimension."""
-    return features * torch.rsqrt(features.square().mean(dim=-1, keepdim=True) + 1e-12)
+    return rms_norm(features, features.shape[-1:], eps=1e-12)
