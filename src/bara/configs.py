@@ -164,8 +164,6 @@ class BaraConfig(BayesianConfig):
     METHOD: ClassVar[str] = "BARA"
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
     POSITIVE = ("noise_prior", "intensity_prior", "logit_scale")
-    whole_noise: ClassVar[float | None] = None
-    """What weight_noise was filled in with when the adapter was attached; None if it was given."""
 
     kl_weight: float | None = field(
         default=None,
@@ -265,6 +263,8 @@ class BaraConfig(BayesianConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # what weight_noise is filled in with when the adapter is attached
+        self.whole_noise: float | None = None
         if isinstance(self.global_prior_beta, list):  # as JSON brings it back
             self.global_prior_beta = tuple(self.global_prior_beta)
         beta = self.global_prior_beta

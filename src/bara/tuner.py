@@ -141,8 +141,9 @@ class RankSpaceVariant(LoraVariant):
             size = batch if batch and u.shape[0] % batch == 0 else u.shape[0]
             return u.reshape(size, -1, u.shape[-1])
 
-        # autocast would do it in every layer again
-        cast = forward.of_input(x, self.layer, "cast", autocast)
+        dtype, cast = autocast_dtype(x), x
+        if dtype != x.dtype:  # autocast would do it in every layer again
+            cast = forward.of_input(x, self.layer, f"{dtype}", lambda x: x.to(dtype))
         u = lora_a(cast)
         layout = u.shape
 
@@ -212,12 +213,12 @@ class RankSpaceVariant(LoraVariant):
             return module.get_delta_weight(adapter)
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x as a linear layer sees it: in autocast's precision where it is on."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The precision in which a linear layer would see x."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 @contextmanager
