@@ -146,10 +146,10 @@ class BayesianConfig(LoraConfig):
         )
 
 
-GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 9.0
+GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
 """What all layers share of BaRA's default weights of the KL, of the variance of A's noise, and of
 the variance of the factors' noise at the start."""
-FIRST_NOISY, FULLY_NOISY = 40, 200
+FIRST_NOISY, FULLY_NOISY = 40, 120
 """Optimiser steps up to which the default of A's noise is 0, and from which it is whole."""
 
 
@@ -225,7 +225,7 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Where the factors' relative variance alpha > 0 starts. None stands for "
-            "min(0.5, 9 / number of adapted layers)."
+            "min(0.5, 16 / number of adapted layers)."
         },
     )
     weight_noise: float | None = field(
@@ -235,7 +235,7 @@ class BaraConfig(BayesianConfig):
             "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
             "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
             "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
-            "(steps - 40) / 160 of it, at least 0 and at most 1."
+            "(steps - 40) / 80 of it, at least 0 and at most 1."
         },
     )
     prior_std: float | None = field(

@@ -1,0 +1,126 @@
+"""The plain PEFT path on a sentence encoder: a head on the first token, which it never trained.
+
+    python benchmarks/first_token.py
+
+`AutoModelForSequenceClassification` on MiniLM with `transformers.Trainer`, 300 texts of two
+development tasks, 20 epochs. The head's input has to be learned from little, so that learning is
+slow. Each finished run is written to benchmarks/results/first_token.jsonl at once and not made
+again; the table goes to docs/defaults.md.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import bara
+from bara.bench.results import append_row, read_lines
+from bara.bench.tasks import load_task
+from bara.data import TextTask, tokenise
+from bara.examples_data import minilm_path
+from bara.files import atomic_write_text
+from bara.metrics import classification_metrics
+from bara.quickstart import fast_bfloat16, versions
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/first_token.jsonl"
+PAGE = ROOT / "docs/defaults.md"
+MARKS = ("<!-- first token -->\n", "<!-- /first token -->\n")
+DATA = ROOT.parent / "shared/data"
+TASKS = ("tweet_eval_emotion", "tweet-sentiment")
+SEED = 10
+RUNS: dict[str, tuple[dict[str, Any], float]] = {
+    "LoRA": ({}, 1e-3),
+    "BaRA": ({}, 1e-3),
+    "BaRA, no noise on A": ({"weight_noise": 0.0}, 1e-3),
+    "BaRA, warm-up 0.9": ({"warmup": 0.9}, 1e-3),
+    "BaRA, learning rate 3e-3": ({}, 3e-3),
+}
+"""Options of the config, and the learning rate."""
+METRICS = ("accuracy", "nll", "ece")
+
+
+def run(name: str, task: str) -> dict[str, Any]:
+    """One training run, measured on 400 held-out texts."""
+    options, learning_rate = RUNS[name]
+    train, _, test = load_task(task, str(DATA)).sample(300, 150, 400, SEED)
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    text_task = TextTask.infer(train)
+    train, test = (tokenise(table, tokenizer, text_task) for table in (train, test))
+    set_seed(SEED)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        minilm_path(), num_labels=len(set(train["labels"]))
+    )
+    config = LoraConfig if name == "LoRA" else bara.BaraConfig
+    adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"]}
+    model = get_peft_model(model, config(task_type="SEQ_CLS", **adapter, **options))
+    bf16 = fast_bfloat16()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=20,
+            learning_rate=learning_rate,
+            per_device_train_batch_size=32,
+            warmup_steps=0.06,
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=bf16,
+            seed=SEED,
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=train,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[] if name == "LoRA" else [bara.BayesianCallback()],
+        )
+        trainer.train()
+    collate = DataCollatorWithPadding(tokenizer)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        predictive = bara.predict(model, test, collate_fn=collate, seed=SEED, progress=False)
+    metrics = classification_metrics(predictive)  # type: ignore[arg-type]
+    logs = [entry for entry in trainer.state.log_history if "effective_rank" in entry]
+    rank = {"effective_rank": logs[-1]["effective_rank"]} if logs else {}
+    return {"run": name, "task": task, "versions": versions(), **metrics, **rank}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = ["| task | run | accuracy | NLL | ECE | effective rank |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = [f"{row[name]:.3f}" for name in METRICS]
+        rank = f"{row['effective_rank']:.2f}" if "effective_rank" in row else "–"
+        lines.append(f"| {' | '.join([row['task'], row['run'], *numbers, rank])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    rows = {(row["task"], row["run"]): row for row in read_lines(RESULTS)}
+    cells = [(task, name) for task in TASKS for name in RUNS]
+    for task, name in cells:
+        if (task, name) not in rows:
+            rows[task, name] = run(name, task)
+            append_row(RESULTS, rows[task, name])
+            print(name, task, {metric: round(rows[task, name][metric], 3) for metric in METRICS})
+    before, rest = PAGE.read_text("utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    text = table([rows[cell] for cell in cells])
+    atomic_write_text(PAGE, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
