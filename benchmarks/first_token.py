@@ -43,6 +43,7 @@ TASKS = ("tweet_eval_emotion", "tweet-sentiment")
 SEED = 10
 RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA": ({}, 1e-3),
+    "LoRA, learning rate 3e-3": ({}, 3e-3),
     "BaRA": ({}, 1e-3),
     "BaRA, no noise on A": ({"weight_noise": 0.0}, 1e-3),
     "BaRA, warm-up 0.9": ({"warmup": 0.9}, 1e-3),
@@ -63,7 +64,8 @@ def run(name: str, task: str) -> dict[str, Any]:
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         minilm_path(), num_labels=len(set(train["labels"]))
     )
-    config = LoraConfig if name == "LoRA" else bara.BaraConfig
+    lora = name.startswith("LoRA")
+    config = LoraConfig if lora else bara.BaraConfig
     adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"]}
     model = get_peft_model(model, config(task_type="SEQ_CLS", **adapter, **options))
     bf16 = fast_bfloat16()
@@ -86,7 +88,7 @@ def run(name: str, task: str) -> dict[str, Any]:
             arguments,
             train_dataset=train,
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[] if name == "LoRA" else [bara.BayesianCallback()],
+            callbacks=[] if lora else [bara.BayesianCallback()],
         )
         trainer.train()
     collate = DataCollatorWithPadding(tokenizer)
