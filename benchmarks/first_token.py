@@ -95,18 +95,15 @@ def run(name: str, task: str) -> dict[str, Any]:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         predictive = bara.predict(model, test, collate_fn=collate, seed=SEED, progress=False)
     metrics = classification_metrics(predictive)  # type: ignore[arg-type]
-    logs = [entry for entry in trainer.state.log_history if "effective_rank" in entry]
-    rank = {"effective_rank": logs[-1]["effective_rank"]} if logs else {}
-    return {"run": name, "task": task, "versions": versions(), **metrics, **rank}
+    return {"run": name, "task": task, "versions": versions(), **metrics}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = ["| task | run | accuracy | NLL | ECE | effective rank |", "|---|---|---|---|---|---|"]
+    lines = ["| task | run | accuracy | NLL | ECE |", "|---|---|---|---|---|"]
     for row in rows:
         numbers = [f"{row[name]:.3f}" for name in METRICS]
-        rank = f"{row['effective_rank']:.2f}" if "effective_rank" in row else "–"
-        lines.append(f"| {' | '.join([row['task'], row['run'], *numbers, rank])} |")
+        lines.append(f"| {' | '.join([row['task'], row['run'], *numbers])} |")
     return "\n".join(lines) + "\n"
 
 
