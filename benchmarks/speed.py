@@ -209,7 +209,8 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         "",
         "All methods interleaved in every round, r = 8; a ratio is the median over rounds and "
         "steps, every step against LoRA's on the same batch of the same round. Memory is what "
-        "training takes above the loaded model. Prediction is "
+        "training takes above the loaded model, of one run each: what loading has left with the "
+        "allocator counts for nothing, so that a single number can be far too low. Prediction is "
         f"{NUM_DRAWS} draws, against {NUM_DRAWS} passes of LoRA and against {NUM_DRAWS} passes of "
         "the method's own mean mode.",
         "",
