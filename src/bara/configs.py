@@ -238,6 +238,16 @@ class BaraConfig(BayesianConfig):
             "(steps - 40) / 80 of it, at least 0 and at most 1."
         },
     )
+    explained: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "(start, end), 0 <= start < end <= 1: the KL and the noise on A wait until the "
+            "fit has explained the share `start` of the data loss that it began with, and are "
+            "whole from `end` on; (0.2, 0.5) helps where learning is slow or texts are few, for "
+            "gates otherwise close before their factors have learned. It replaces the dependence "
+            "of weight_noise on the steps; the warm-up stays. None follows the steps only."
+        },
+    )
     prior_std: float | None = field(
         default=0.1,
         metadata={
@@ -274,6 +284,15 @@ class BaraConfig(BayesianConfig):
             beta is None or (len(beta) == 2 and all(value > 0 for value in beta)),
             "None or two positive numbers",
         )
+        if isinstance(self.explained, list):
+            self.explained = tuple(self.explained)
+        part = self.explained
+        self._require(
+            "explained",
+            part,
+            part is None or (len(part) == 2 and 0 <= part[0] < part[1] <= 1),
+            "None or two numbers, 0 <= start < end <= 1",
+        )
         if self.global_prior is None:
             self.global_prior = min(0.5, 1 / self.r)
         if self.local_prior is None:
@@ -307,7 +326,7 @@ class BaraConfig(BayesianConfig):
             self.whole_noise = self.weight_noise = min(4.0, WEIGHT_NOISE / num_layers)
 
     def set_by_steps(self, num_steps: int) -> None:
-        if self.whole_noise is not None and self._learns_noise():
+        if self.explained is None and self.whole_noise is not None and self._learns_noise():
             part = (num_steps - FIRST_NOISY) / (FULLY_NOISY - FIRST_NOISY)
             self.weight_noise = self.whole_noise * min(1.0, max(0.0, part))
 

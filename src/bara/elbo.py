@@ -23,6 +23,7 @@ from bara.configs import BayesianConfig
 from bara.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
+from bara.schedule import LossSchedule
 
 HOLD = 0.4
 """Part of the warm-up during which the KL has no weight."""
@@ -202,6 +203,7 @@ class Elbo(DrawSource):
 
     def __init__(self, model: nn.Module) -> None:
         self.configs: dict[str, BayesianConfig] = {}
+        self.schedules: dict[str, LossSchedule] = {}
         self.progress: float | None = None
         self._warned_of_progress = False
         self.draws: Draws | None = None
@@ -313,7 +315,7 @@ class Elbo(DrawSource):
         if kwargs.get("fused_lm_head"):
             return outputs  # TRL's trainers use its log-probabilities, not its loss: see KLMixin
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        return _complete(outputs, forward, has_labels=given.get("labels") is not None)
+        return self._complete(outputs, forward, has_labels=given.get("labels") is not None)
 
     def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
         """beta_g / N KL_global + beta_l KL_local, summed over the active adapters."""
@@ -329,8 +331,19 @@ class Elbo(DrawSource):
             ):
                 kl = forward.total(parts)
                 if kl is not None:
-                    weighted.append(self.ramp(config) * weight * kl)
+                    weighted.append(self._part(adapter) * weight * kl)
         return sum(weighted[1:], weighted[0]) if weighted else None
+
+    def _part(self, adapter: str) -> float:
+        """The factor on both KL weights now, in [0, 1]."""
+        schedule = self.schedules.get(adapter)
+        return self.ramp(self.configs[adapter]) * (schedule.part if schedule else 1.0)
+
+    def observe_loss(self, forward: ForwardPass, loss: Tensor) -> None:
+        """Tells the schedules of the adapters in a training pass its data loss."""
+        for schedule in (self.schedules.get(adapter) for adapter in forward.terms):
+            if schedule is not None:
+                schedule.observe(float(loss.detach()))
 
     def ramp(self, config: BayesianConfig) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""
@@ -399,7 +412,7 @@ class Elbo(DrawSource):
                 stacklevel=2,
             )
 
-    def kl_loss(self) -> Tensor:
+    def kl_loss(self, data_loss: Tensor | None = None) -> Tensor:
         """See `bara.kl_loss`."""
         last = self.last
         if last is None or not last.terms:
@@ -412,32 +425,39 @@ class Elbo(DrawSource):
                 "The KL of this step is already in outputs.loss, because labels were given to the "
                 "model. Use outputs.loss, or do not pass labels and add kl_loss to your own loss."
             )
+        if data_loss is not None:
+            self.observe_loss(last, data_loss)
+        elif any(adapter in self.schedules for adapter in last.terms):
+            raise BaraError(
+                "An adapter with `explained` follows the data loss: give it, as in loss + "
+                "bara.kl_loss(model, data_loss=loss)."
+            )
         assert last.kl is not None
         return last.kl
 
+    def _complete(self, outputs: Any, forward: ForwardPass, has_labels: bool) -> Any:
+        """The outputs with their loss completed to the ELBO, if they have a loss."""
 
-def _complete(outputs: Any, forward: ForwardPass, has_labels: bool) -> Any:
-    """The outputs with their loss completed to the ELBO, if they have a loss."""
+        def elbo(loss: Tensor) -> Tensor:
+            if forward.kl is not None:
+                self.observe_loss(forward, loss)
+                forward.kl_in_loss = True
+                loss = loss + forward.kl.to(loss.device)
+                forward.release()
+            return forward.share * loss
 
-    def elbo(loss: Tensor) -> Tensor:
-        if forward.kl is not None:
-            forward.kl_in_loss = True
-            loss = loss + forward.kl.to(loss.device)
-            forward.release()
-        return forward.share * loss
-
-    if isinstance(outputs, tuple):
-        first = outputs[0] if outputs else None
-        if not (has_labels and isinstance(first, Tensor) and first.dim() == 0):
-            return outputs
-        completed = (elbo(first), *outputs[1:])
-        return type(outputs)(*completed) if hasattr(outputs, "_fields") else completed
-    if isinstance(outputs, Mapping):
-        if isinstance(outputs.get("loss"), Tensor):
-            outputs["loss"] = elbo(outputs["loss"])  # type: ignore[index]
-    elif isinstance(getattr(outputs, "loss", None), Tensor):
-        outputs.loss = elbo(outputs.loss)
-    return outputs
+        if isinstance(outputs, tuple):
+            first = outputs[0] if outputs else None
+            if not (has_labels and isinstance(first, Tensor) and first.dim() == 0):
+                return outputs
+            completed = (elbo(first), *outputs[1:])
+            return type(outputs)(*completed) if hasattr(outputs, "_fields") else completed
+        if isinstance(outputs, Mapping):
+            if isinstance(outputs.get("loss"), Tensor):
+                outputs["loss"] = elbo(outputs["loss"])  # type: ignore[index]
+        elif isinstance(getattr(outputs, "loss", None), Tensor):
+            outputs.loss = elbo(outputs.loss)
+        return outputs
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

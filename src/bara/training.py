@@ -21,21 +21,25 @@ MIN_LOG_VARIANCE = -10.0
 """Noise of 0.7% of the targets' standard deviation, the least that `gaussian_nll` tells apart."""
 
 
-def kl_loss(model: nn.Module) -> Tensor:
+def kl_loss(model: nn.Module, data_loss: Tensor | None = None) -> Tensor:
     """The weighted KL of the last forward pass, to be added to a loss of your own.
 
     Use it when the loss is computed from `outputs.logits`; when labels are given to the model its
     `outputs.loss` already contains the KL.
+
+    Args:
+        model: with a Bayesian adapter.
+        data_loss: the step's, a scalar; adapters with `explained` follow it.
 
     Returns:
         A scalar: kl_weight / N * KL_global + local_kl_weight * KL_local, times the warm-up
         (design 2.4). Add it to a data loss that is the mean over the batch.
 
     Raises:
-        BaraError: there was no training pass, its KL is in outputs.loss already, or the model has
-            no Bayesian adapter.
+        BaraError: there was no training pass, its KL is in outputs.loss already, the model has no
+            Bayesian adapter, or one that needs `data_loss`.
     """
-    return elbo_of(model).kl_loss()
+    return elbo_of(model).kl_loss(data_loss)
 
 
 def gaussian_nll(outputs: Any, labels: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ def elbo_loss(
         elbo = Elbo.of(model)
         training = model.training and torch.is_grad_enabled()
         if elbo is not None and training and elbo.last is not None and elbo.last.kl is not None:
-            total = total + elbo.kl_loss().to(total.device)
+            total = total + elbo.kl_loss(total).to(total.device)
         if num_items_in_batch is not None:
             total = total * (labels.ne(-100).sum() / num_items_in_batch)
         return total

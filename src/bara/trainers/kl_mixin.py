@@ -30,16 +30,20 @@ class KLMixin:
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         elbo = Elbo.of(model)
-        forward = elbo.last if elbo and model.training else None
+        if elbo is None or not model.training:
+            return result
+        forward = elbo.last
         if forward is None or forward.kl is None or forward.kl_in_loss:
             return result
         loss = result[0] if return_outputs else result
         kl = forward.kl.to(loss.device)
+        share: Any = 1.0
         if num_items_in_batch is not None:
             # the trainer adds up the batches that are accumulated, in place of averaging them
             assert forward.items is not None
-            kl = kl * (forward.items.sum() / num_items_in_batch)
+            share = forward.items.sum() / num_items_in_batch
             if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
-                kl = kl * self.accelerator.num_processes  # type: ignore[attr-defined]
-        loss = loss + kl
+                share = share * self.accelerator.num_processes  # type: ignore[attr-defined]
+        elbo.observe_loss(forward, loss / share)
+        loss = loss + share * kl
         return (loss, *result[1:]) if return_outputs else loss
