@@ -651,7 +651,7 @@ def test_all_ways_to_the_elbo_tell_the_data_loss():
                 bara.kl_loss(model, (outputs["logits"] - y).square().mean())
             else:
                 bara.elbo_loss(model, lambda o, y: (o["logits"] - y).square().mean())(outputs, y)
-        states.append(layer_posterior(model)[1].schedule.state)
+        states.append(layer_posterior(model)[1].schedule.get_extra_state().tolist())
     assert states[0][0] > 0
     assert states[0] == pytest.approx(states[1], rel=1e-6)
     assert states[0] == pytest.approx(states[2], rel=1e-6)
@@ -670,12 +670,22 @@ def test_the_schedule_is_saved_with_the_adapter(tmp_path):
     for loss in (3.0, 2.0, 1.0, 0.5):
         model(x=x)
         bara.kl_loss(model, torch.tensor(loss))
-    saved = layer_posterior(model)[1].schedule.state
+    saved = layer_posterior(model)[1].schedule.get_extra_state().tolist()
     assert saved == pytest.approx([2.0, 0.9 * 2.0 + 0.1 * 0.5, 3])
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(TinyNet(), tmp_path)
-    assert layer_posterior(loaded)[1].schedule.state == pytest.approx(saved)
+    assert layer_posterior(loaded)[1].schedule.get_extra_state().tolist() == pytest.approx(saved)
     assert loaded.peft_config["default"].explained == (0.2, 0.5)
+
+
+def test_a_batch_without_labels_tells_a_schedule_nothing():
+    model = net(explained=(0.2, 0.5))
+    states = []
+    for loss in (2.0, float("nan")):
+        model(x=batch()[0])
+        bara.kl_loss(model, torch.tensor(loss))
+        states.append(layer_posterior(model)[1].schedule.get_extra_state().tolist())
+    assert states == [[2.0, 2.0, 1.0]] * 2
 
 
 @pytest.mark.parametrize("explained", [(0.5, 0.2), (-0.1, 0.5), (0.2, 1.1), (0.2,)])

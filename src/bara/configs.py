@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from peft import LoraConfig
 
 from bara.errors import BaraError
+from bara.schedule import LossSchedule
 
 
 @dataclass
@@ -90,6 +91,10 @@ class BayesianConfig(LoraConfig):
 
     def set_by_steps(self, num_steps: int) -> None:
         """Adjusts what was filled in to the optimiser steps that training is going to take."""
+
+    def loss_schedule(self) -> LossSchedule | None:
+        """A new schedule that the adapter's KL and noise follow; None without one."""
+        return None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration; beside it the README.md gets the method and how to load it.
@@ -275,8 +280,9 @@ class BaraConfig(BayesianConfig):
         super().__post_init__()
         # what weight_noise is filled in with when the adapter is attached
         self.whole_noise: float | None = None
-        if isinstance(self.global_prior_beta, list):  # as JSON brings it back
-            self.global_prior_beta = tuple(self.global_prior_beta)
+        for name in ("global_prior_beta", "explained"):
+            if isinstance(getattr(self, name), list):  # as JSON brings it back
+                setattr(self, name, tuple(getattr(self, name)))
         beta = self.global_prior_beta
         self._require(
             "global_prior_beta",
@@ -284,8 +290,6 @@ class BaraConfig(BayesianConfig):
             beta is None or (len(beta) == 2 and all(value > 0 for value in beta)),
             "None or two positive numbers",
         )
-        if isinstance(self.explained, list):
-            self.explained = tuple(self.explained)
         part = self.explained
         self._require(
             "explained",
@@ -329,6 +333,9 @@ class BaraConfig(BayesianConfig):
         if self.explained is None and self.whole_noise is not None and self._learns_noise():
             part = (num_steps - FIRST_NOISY) / (FULLY_NOISY - FIRST_NOISY)
             self.weight_noise = self.whole_noise * min(1.0, max(0.0, part))
+
+    def loss_schedule(self) -> LossSchedule | None:
+        return None if self.explained is None else LossSchedule(*self.explained)
 
 
 @dataclass

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+
+import torch
+from torch import Tensor, nn
 
 NUM_FIRST = 3
 """Batches whose mean loss is the loss that training began with."""
@@ -10,13 +13,15 @@ MEMORY = 0.9
 """Part that earlier batches keep in the running mean of the loss, per batch."""
 
 
-@dataclass
-class LossSchedule:
+class LossSchedule(nn.Module):
     """The part of an adapter's KL and noise that its training has earned so far.
 
     With the share e = 1 - L / L_0 of the first data loss L_0 that the running mean L of later ones
     explains, the part is (e - start) / (end - start), in [0, 1]. An L_0 that is not positive tells
     nothing, and the part is 1; so it is before the first loss.
+
+    A module without tensors: every posterior of the adapter has the same one, and checkpoints keep
+    its state with them.
 
     Attributes:
         start, end: of the rise.
@@ -25,14 +30,16 @@ class LossSchedule:
         count: batches seen, up to `NUM_FIRST`.
     """
 
-    start: float
-    end: float
-    first: float = 0.0
-    latest: float = 0.0
-    count: int = 0
+    def __init__(self, start: float, end: float) -> None:
+        super().__init__()
+        self.start, self.end = start, end
+        self.first = self.latest = 0.0
+        self.count = 0
 
     def observe(self, loss: float) -> None:
-        """Takes in the data loss of one training batch."""
+        """Takes in the data loss of one training batch; a batch without labels (NaN) has none."""
+        if not math.isfinite(loss):
+            return
         if self.count < NUM_FIRST:
             self.count += 1
             self.first += (loss - self.first) / self.count
@@ -48,12 +55,11 @@ class LossSchedule:
         explained = 1 - self.latest / self.first
         return min(1.0, max(0.0, (explained - self.start) / (self.end - self.start)))
 
-    @property
-    def state(self) -> list[float]:
-        """What a checkpoint has to keep."""
-        return [self.first, self.latest, self.count]
+    def get_extra_state(self) -> Tensor:
+        """What a checkpoint has to keep, (3,)."""
+        return torch.tensor([self.first, self.latest, self.count], dtype=torch.float64)
 
-    @state.setter
-    def state(self, values: list[float]) -> None:
-        self.first, self.latest = values[:2]
-        self.count = round(values[2])
+    def set_extra_state(self, state: Tensor) -> None:
+        """Goes on from a checkpoint."""
+        self.first, self.latest, count = state.tolist()
+        self.count = round(count)

@@ -13,13 +13,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, _ConvNd
 from torch import Tensor, nn
 
-from bara.configs import BaraConfig, BayesianConfig, CertifiedConfig
+from bara.configs import BayesianConfig, CertifiedConfig
 from bara.elbo import Elbo, ForwardPass
 from bara.errors import BaraError
 from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
 from bara.posteriors.base import Granularity, RankSpace
-from bara.schedule import LossSchedule
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
@@ -279,11 +278,10 @@ class BayesianLoraModel(LoraModel):
         config.set_by_layers(len(layers))
         for _, _, posterior in layers:
             posterior.start_values()
-        if isinstance(config, BaraConfig) and config.explained is not None:
-            schedule = LossSchedule(*config.explained)
+        if (schedule := config.loss_schedule()) is not None:
             self.elbo.schedules[adapter_name] = schedule
             for _, _, posterior in layers:
-                posterior.schedule = schedule  # type: ignore[assignment]
+                posterior.schedule = schedule
         if isinstance(config, CertifiedConfig):
             add_heads(model, adapter_name, config, self.elbo)
 

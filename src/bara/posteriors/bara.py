@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ from bara.posteriors.base import (
     rms_normalised,
     wide,
 )
-from bara.schedule import LossSchedule
 
 
 class Variables(NamedTuple):
@@ -82,12 +81,6 @@ class BaraPosterior(Posterior):
         if config.factor_noise:
             # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
             self.noise_logit = nn.Parameter(torch.zeros(rank))
-        self.schedule: LossSchedule | None = None
-        if config.explained is not None:
-            # checkpoints keep the schedule's state here
-            self.register_buffer("losses", torch.zeros(3))
-            self.register_state_dict_pre_hook(_write_schedule)
-            self.register_load_state_dict_post_hook(_read_schedule)
 
     @property
     def weight_noise(self) -> float:
@@ -104,8 +97,8 @@ class BaraPosterior(Posterior):
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
             variables, u = self.variables(space), space.u
-            if noise is not None and self.weight_noise:
-                u = u + space.relative_noise(self.weight_noise, noise).to(u.dtype)
+            if noise is not None and (variance := self.weight_noise):
+                u = u + space.relative_noise(variance, noise).to(u.dtype)
             if multipliers := self._multipliers(variables, noise):
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
@@ -279,8 +272,8 @@ class BaraPosterior(Posterior):
         return self._plain_scale(None)
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        if self.weight_noise:
-            a = relative_noise_draw(a, self.weight_noise, noise)
+        if variance := self.weight_noise:
+            a = relative_noise_draw(a, variance, noise)
         return a, self._plain_scale(noise)
 
     def _plain_scale(self, noise: Noise | None) -> Tensor | None:
@@ -290,15 +283,3 @@ class BaraPosterior(Posterior):
             average = self._calibrated()
             factors.append(average.to(factors[0]) if factors else average)
         return reduce(torch.mul, factors) if factors else None
-
-
-def _write_schedule(posterior: Any, prefix: str, keep_vars: bool) -> None:
-    """Before a posterior is saved."""
-    if posterior.schedule is not None:
-        posterior.losses.copy_(torch.tensor(posterior.schedule.state))
-
-
-def _read_schedule(posterior: Any, incompatible_keys: Any) -> None:
-    """After a posterior is loaded."""
-    if posterior.schedule is not None:
-        posterior.schedule.state = posterior.losses.tolist()

@@ -12,6 +12,7 @@ from torch.nn.functional import rms_norm
 
 from bara.draws import FreshNoise, Noise
 from bara.errors import BaraError
+from bara.schedule import LossSchedule
 
 Granularity = Literal["sequence", "token"]
 
@@ -134,6 +135,7 @@ class Posterior(nn.Module):
     Attributes:
         calibrated: the average of `input_dependence` over data, which stands for the input where
             an adapter has to do without it (merging, export); None before `bara.calibrate_gates`.
+        schedule: what the adapter's KL and noise follow besides the steps; None for nothing.
     """
 
     def __init__(self, rank: int, granularity: Granularity) -> None:
@@ -141,6 +143,7 @@ class Posterior(nn.Module):
         self.rank = rank
         self.granularity = granularity
         self.calibrated: Tensor | None = None
+        self.schedule: LossSchedule | None = None
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         """Applies a draw of the posterior, or its mean when `noise` is None.
