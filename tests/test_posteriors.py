@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Bernoulli, kl_divergence
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import bara
+from bara.distributions import beta_bernoulli_kl
+from bara.tuner import adapted_layers
 from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
 METHODS = list(CONFIGS)
@@ -196,6 +198,41 @@ def test_bara_kl_is_the_sum_of_its_parts():
     assert terms["kl_global"] == pytest.approx(global_kl.item(), rel=1e-4)
     assert terms["kl_local"] == pytest.approx(local_kl.item(), rel=1e-4)
     assert terms["effective_rank"] == pytest.approx((z * g).sum(-1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [None, (2.0, 5.0)])
+def test_bara_kl_of_layers_of_several_ranks_is_the_sum_of_theirs(beta):
+    pattern = {"q_proj": 2}
+    model = adapt(tiny_llama(), r=4, rank_pattern=pattern, global_prior=0.4, global_prior_beta=beta)
+    stir(model).train()
+    ids = torch.randint(1, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+    spaces = {}
+    with bara.elbo.Elbo.of(model).observing(lambda name, _, space: spaces.update({name: space})):
+        model(input_ids=ids)
+    terms = bara.kl_terms(model)
+    layers = list(adapted_layers(model, "default"))
+    assert {layer.r["default"] for _, layer, _ in layers} == {2, 4}
+    global_kl, local_kl, ranks = [], [], []
+    with torch.no_grad():
+        for name, layer, posterior in layers:
+            z = posterior.inclusion()
+            g = posterior.open_probability(spaces[name]) / z
+            if beta is None:
+                prior = Bernoulli(torch.tensor(0.4))
+                gates = kl_divergence(Bernoulli(z), prior).sum()
+            else:
+                gates = beta_bernoulli_kl(torch.logit(z), *beta)
+            alpha = torch.exp(20 * posterior.noise_logit)
+            noise = kl_divergence(Normal(1.0, alpha.sqrt()), Normal(0.0, 1.0))
+            b = layer.lora_B["default"].weight
+            columns = b.square().sum(0) / (2 * posterior.config.prior_std**2)
+            global_kl.append(gates + (z * (noise + columns)).sum())
+            local = kl_divergence(Bernoulli(g), Bernoulli(torch.tensor(0.25)))
+            local_kl.append((local * z).sum(-1).mean())
+            ranks.append((z * g).sum(-1).mean())
+    assert terms["kl_global"] == pytest.approx(sum(global_kl).item(), rel=1e-4)
+    assert terms["kl_local"] == pytest.approx(sum(local_kl).item(), rel=1e-3)
+    assert terms["effective_rank"] == pytest.approx(sum(ranks).item() / len(ranks), rel=1e-4)
 
 
 def test_balora_kl_counts_every_element_of_a():

@@ -151,7 +151,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
         BaraError: the adapter was not trained in the certified mode.
     """
     layers, heads = fitted(model)
-    terms = [layer.posterior.kl(layer.b) for layer in layers]
+    terms = [layer.posterior.kl_of(layer.b) for layer in layers]
     return torch.stack([*terms, *(head.kl() for head in heads)]).double().sum()
 
 

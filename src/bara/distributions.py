@@ -82,14 +82,14 @@ def beta_bernoulli_kl(logit: Tensor, a: float, b: float) -> Tensor:
     which leaves the collapsed form -H(gates) - log B(a + sum p, b + sum (1-p)) + log B(a, b).
 
     Args:
-        logit: log-odds of the gates, (r,).
+        logit: log-odds of the gates, (..., r).
 
     Returns:
-        A scalar, summed over the gates.
+        Summed over the gates, (...).
     """
     p = torch.sigmoid(logit)
-    negative_entropy = (p * logit + F.logsigmoid(-logit)).sum()
-    on, off = p.sum(), (1 - p).sum()
+    negative_entropy = (p * logit + F.logsigmoid(-logit)).sum(-1)
+    on, off = p.sum(-1), (1 - p).sum(-1)
 
     def log_beta(x: Tensor, y: Tensor) -> Tensor:
         return torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)

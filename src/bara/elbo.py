@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from bara.configs import BayesianConfig
 from bara.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
-from bara.posteriors.base import Posterior, RankSpace
+from bara.posteriors.base import Kl, Posterior, RankSpace
 from bara.schedule import LossSchedule
 
 HOLD = 0.4
@@ -30,18 +31,38 @@ HOLD = 0.4
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
+class Use(NamedTuple):
+    """What one use of a layer handed up: its name, what its KL is made of, and how."""
+
+    layer: str
+    parts: Mapping[str, Tensor]
+    kl: Callable[[Mapping[str, Tensor]], Kl]
+
+    def kind(self) -> tuple[object, ...]:
+        """The same for uses whose KL can be computed together."""
+        shapes = ((name, part.shape, part.dtype) for name, part in self.parts.items())
+        return getattr(self.kl, "__func__", self.kl), *shapes
+
+
 @dataclass
 class Terms:
-    """The KL terms that one adapter's layers handed up in one forward pass.
+    """The KL terms of one adapter in one forward pass.
 
-    A list per layer, with an entry for every use of it: a layer that is applied several times
-    (shared weights) has one posterior, and its KL is the mean of the entries. They are reduced when
-    the pass is over: recomputation under gradient checkpointing repeats what a layer did, and the
-    reduction must not be part of it.
+    Layers hand up `uses`, which are reduced when the pass is over: recomputation under gradient
+    checkpointing repeats what a layer did, and the reduction must not be part of it. A layer that
+    is applied several times (shared weights) has one posterior, and its KL is the mean over its
+    uses.
+
+    Attributes:
+        uses: until the pass is over.
+        kl_global, kl_local: summed over the layers and averaged over the batch, scalars; None
+            without such terms.
+        activity: P(active) of the factors of layers alike, (L, ..., r).
     """
 
-    kl_global: dict[str, list[Tensor]] = field(default_factory=dict)
-    kl_local: dict[str, list[Tensor]] = field(default_factory=dict)
+    uses: list[Use] = field(default_factory=list)
+    kl_global: Tensor | None = None
+    kl_local: Tensor | None = None
     activity: list[Tensor] = field(default_factory=list)
 
 
@@ -135,11 +156,11 @@ class ForwardPass:
         return FreshNoise(batch_size, device) if train else None
 
     def mean_over_rows(self, values: Tensor) -> Tensor:
-        """The mean of per-row values, each row weighted by its loss terms; scalars pass."""
-        if values.dim() == 0:
+        """The mean of values (L, B) over the rows, each weighted by its loss terms; (L,) passes."""
+        if values.dim() == 1:
             return values
-        if self.row_weights is None or self.row_weights.shape != values.shape:
-            return values.mean()
+        if self.row_weights is None or self.row_weights.shape != values.shape[1:]:
+            return values.mean(dim=1)
         return values @ self.row_weights.to(values)
 
     @cached_property
@@ -153,43 +174,51 @@ class ForwardPass:
         self,
         adapter: str,
         layer: str,
-        kl_global: Tensor | None,
-        kl_local: Tensor | None,
-        activity: Tensor | None,
+        parts: Mapping[str, Tensor],
+        kl: Callable[[Mapping[str, Tensor]], Kl],
     ) -> None:
         """Collects one layer's KL; recomputation under gradient checkpointing adds nothing."""
         if not self.open:
             return
         self.asked = True
-        if kl_global is None and kl_local is None and activity is None:
-            return  # a family without KL
-        terms = self.terms.setdefault(adapter, Terms())
-        if kl_global is not None:
-            terms.kl_global.setdefault(layer, []).append(kl_global)
-        if kl_local is not None:
-            terms.kl_local.setdefault(layer, []).append(kl_local)
-        if activity is not None:
-            terms.activity.append(activity.detach())
+        if parts:  # else a family without KL
+            self.terms.setdefault(adapter, Terms()).uses.append(Use(layer, parts, kl))
 
-    def total(self, layers: dict[str, list[Tensor]]) -> Tensor | None:
-        """A KL term summed over the layers and averaged over the batch; None without layers."""
-        parts = [
-            torch.stack([self.mean_over_rows(use) for use in uses]).mean()
-            if len(uses) > 1
-            else self.mean_over_rows(uses[0])
-            for uses in layers.values()
-        ]
-        if not parts:
-            return None
-        return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+    def reduce(self) -> None:
+        """Computes the terms of what the layers have handed up, layers alike together."""
+        for terms in self.terms.values():
+            counts = Counter(use.layer for use in terms.uses)
+            alike: dict[tuple[object, ...], list[Use]] = {}
+            for use in terms.uses:
+                alike.setdefault(use.kind(), []).append(use)
+            terms.uses = []
+            for uses in alike.values():
+                parts = {
+                    name: torch.stack([use.parts[name].to(part.device) for use in uses])
+                    for name, part in uses[0].parts.items()
+                }
+                share = torch.tensor([1 / counts[use.layer] for use in uses])
+                device = next(iter(parts.values())).device.type
+                with torch.autocast(device, enabled=False):
+                    kl = uses[0].kl(parts)
+                    terms.kl_global = self._plus(terms.kl_global, kl.parameters, share)
+                    terms.kl_local = self._plus(terms.kl_local, kl.local, share)
+                if kl.activity is not None:
+                    terms.activity.append(kl.activity.detach())
+
+    def _plus(self, total: Tensor | None, values: Tensor | None, share: Tensor) -> Tensor | None:
+        if values is None:
+            return total
+        term = (self.mean_over_rows(values) * share.to(values)).sum()
+        return term if total is None else total + term.to(total.device)
 
     def release(self) -> None:
         """Lets go of the graph of the KL, once it is part of a loss."""
         self.kl = None
         for terms in self.terms.values():
-            for layers in (terms.kl_global, terms.kl_local):
-                for layer, uses in layers.items():
-                    layers[layer] = [use.detach() for use in uses]
+            for name in ("kl_global", "kl_local"):
+                if (value := getattr(terms, name)) is not None:
+                    setattr(terms, name, value.detach())
 
     def for_recomputation(self) -> ForwardPass:
         """What a layer needs when it runs again in the backward pass, without the graph."""
@@ -310,6 +339,7 @@ class Elbo(DrawSource):
             return outputs
         if forward.training:
             self.last = forward
+            forward.reduce()
             forward.kl = self._weighted_kl(forward)
         self._watch(forward, outputs)
         if kwargs.get("fused_lm_head"):
@@ -325,11 +355,10 @@ class Elbo(DrawSource):
             assert config.num_observations is not None
             assert config.kl_weight is not None  # set_by_layers has filled it in
             assert config.local_kl_weight is not None
-            for parts, weight in (
+            for kl, weight in (
                 (terms.kl_global, config.kl_weight / config.num_observations),
                 (terms.kl_local, config.local_kl_weight),
             ):
-                kl = forward.total(parts)
                 if kl is not None:
                     weighted.append(self._part(adapter) * weight * kl)
         return sum(weighted[1:], weighted[0]) if weighted else None

@@ -15,7 +15,7 @@ from bara.configs import CertifiedConfig
 from bara.draws import Noise
 from bara.elbo import Elbo
 from bara.errors import BaraError
-from bara.posteriors.base import wide
+from bara.posteriors.base import Kl, wide
 
 
 class GaussianLinear(nn.Module):
@@ -109,7 +109,7 @@ class GaussianHead(nn.Module, BaseTunerLayer):
             return head(x, None).to(x.dtype)
         if head.training and torch.is_grad_enabled() and head.mean_weight.requires_grad:
             forward.trainable = True
-            forward.add(adapter, self.name, head.kl(), None, None)
+            forward.add(adapter, self.name, {"parameters": head.kl()}, Kl.of)
         noise = forward.noise(self.name, None, x.shape[0], x.device, head.training)
         return head(x, noise).to(x.dtype)
 

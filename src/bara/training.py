@@ -149,13 +149,15 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
         return {}
     values: dict[str, float] = {}
     for terms in last.terms.values():
-        for name, parts in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
-            kl = last.total(parts)
+        for name, kl in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
             if kl is not None:
                 values[name] = values.get(name, 0.0) + float(kl.detach())
         if terms.activity:
-            ranks = [activity.sum(-1).mean().cpu() for activity in terms.activity]
-            values["effective_rank"] = float(torch.stack(ranks).mean())
+            ranks = [
+                activity.sum(-1).reshape(len(activity), -1).mean(1).cpu()
+                for activity in terms.activity
+            ]
+            values["effective_rank"] = float(torch.cat(ranks).mean())
     return values
 
 

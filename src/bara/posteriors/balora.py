@@ -57,17 +57,17 @@ class BaloraPosterior(Posterior):
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None and not with_kl:
-            return PosteriorOutput(space.u, None, None, None)
+            return PosteriorOutput(space.u)
         with torch.autocast(space.u.device.type, enabled=False):
             alpha = self.alpha(space)
             u = space.u
             if noise is not None:
                 u = u + space.relative_noise(alpha, noise).to(u.dtype)
             if not with_kl:
-                return PosteriorOutput(u, None, None, None)
+                return PosteriorOutput(u)
             self.calibrated = None  # the noise is about to change
             kl = space.a.numel() * scale_noise_kl(alpha.squeeze(-1), self.config.noise_prior)
-            return PosteriorOutput(u, space.mean_over_positions(kl), None, None)
+            return PosteriorOutput(u, {"parameters": space.mean_over_positions(kl)})
 
     def input_dependence(self, space: RankSpace) -> Tensor | None:
         with torch.autocast(space.u.device.type, enabled=False):

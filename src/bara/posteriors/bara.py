@@ -33,6 +33,7 @@ from bara.distributions import (
 from bara.draws import Noise
 from bara.posteriors.base import (
     Granularity,
+    Kl,
     Posterior,
     PosteriorOutput,
     RankSpace,
@@ -102,9 +103,9 @@ class BaraPosterior(Posterior):
             if multipliers := self._multipliers(variables, noise):
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
-                return PosteriorOutput(u, None, None, None)
+                return PosteriorOutput(u)
             self.calibrated = None  # the gates are about to change
-            return PosteriorOutput(u, *self._kl(space, variables))
+            return PosteriorOutput(u, self._kl_parts(space, variables))
 
     @property
     def depends_on_input(self) -> bool:
@@ -198,48 +199,57 @@ class BaraPosterior(Posterior):
             value = values[name].detach().to(old).clone()
             setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
-    def _kl(
-        self, space: RankSpace, variables: Variables
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """KL_global, KL_local (B,) and the activity (B, r) or (r,) of design 2.1.
+    def _kl_parts(self, space: RankSpace, variables: Variables) -> dict[str, Tensor]:
+        """What belongs to factors, (r,), and to factors of an input, (B, r), averaged over its
+        positions: `local` is the KL of an active factor, `open` the P(g > 0)."""
+        z, alpha, g, theta = variables
+        parts = {"columns": space.squared_columns()}
+        if z is not None:
+            parts["z"] = z
+        if alpha is not None:
+            parts["alpha"] = alpha
+        local: list[Tensor] = []
+        if g is not None:
+            opened = open_logit(g)
+            probability = torch.sigmoid(opened)
+            assert self.config.local_prior is not None  # the config replaced its None
+            local.append(bernoulli_kl(opened, self.config.local_prior))
+            parts["open"] = space.mean_over_positions(probability.detach())
+        if theta is not None:
+            a = self.config.intensity_prior  # Gamma(a, rate a) has mean 1
+            kl = weibull_gamma_kl(*theta, a, a)
+            local.append(kl if g is None else kl * probability)
+        if local:
+            parts["local"] = space.mean_over_positions(sum(local[1:], local[0]))
+        return parts
+
+    def kl(self, parts: Mapping[str, Tensor]) -> Kl:
+        """KL_global, KL_local and the activity of design 2.1.
 
         What belongs to a factor is paid for in proportion to P(z_k > 0): an inactive factor has
         gone back to its prior.
         """
-        config, (z, alpha, g, theta) = self.config, variables
-        active = wide(space.u.new_ones(self.rank))
+        config, columns = self.config, parts["columns"]
+        active = torch.ones_like(columns)
         kl_global: list[Tensor] = []
-        if z is not None:
-            opened = open_logit(z)
+        if "z" in parts:
+            opened = open_logit(parts["z"])
             active = torch.sigmoid(opened)
             if config.global_prior_beta is None:
                 assert config.global_prior is not None  # the config replaced its None
-                kl_global.append(bernoulli_kl(opened, config.global_prior).sum())
+                kl_global.append(bernoulli_kl(opened, config.global_prior).sum(-1))
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
-        if alpha is not None:
-            kl_global.append(scale_noise_kl(alpha, config.noise_prior) @ active)
+        if "alpha" in parts:
+            noise = scale_noise_kl(parts["alpha"], config.noise_prior)
+            kl_global.append((noise * active).sum(-1))
         if config.prior_std is not None:
-            kl_global.append(space.squared_columns() @ active / (2 * config.prior_std**2))
-
-        kl_local: list[Tensor] = []
-        activity = active
-        if g is not None:
-            opened = open_logit(g)
-            local_open = torch.sigmoid(opened)
-            assert config.local_prior is not None  # as above
-            kl_local.append(bernoulli_kl(opened, config.local_prior))
-            activity = active * space.mean_over_positions(local_open.detach())
-        if theta is not None:
-            a = config.intensity_prior  # Gamma(a, rate a) has mean 1
-            kl = weibull_gamma_kl(*theta, a, a)
-            kl_local.append(kl if g is None else kl * local_open)
-        return (
+            kl_global.append((columns * active).sum(-1) / (2 * config.prior_std**2))
+        per_input = active.unsqueeze(1)  # (L, 1, r)
+        return Kl(
             sum(kl_global[1:], kl_global[0]) if kl_global else None,
-            space.mean_over_positions(sum(kl_local[1:], kl_local[0]) @ active)
-            if kl_local
-            else None,
-            activity,
+            (parts["local"] * per_input).sum(-1) if "local" in parts else None,
+            parts["open"] * per_input if "open" in parts else active,
         )
 
     def inclusion(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -113,18 +113,35 @@ class PosteriorOutput(NamedTuple):
 
     Attributes:
         u: the multiplied rank-space activations that go into B, (B, T, r).
-        kl_global: KL of the parameters, to be divided by N: a scalar, or (B,) if it varies by
-            input; None when not asked for.
-        kl_local: KL of what is drawn per input, (B,); None without such variables.
-        activity: P(factor k is active) per input, averaged over its positions, (B, r) or (r,).
+        kl: what `Posterior.kl` makes the KL of, by name; empty when not asked for, and for a family
+            without KL.
         from_b: what the noise of B itself adds to B's output, (B, T, d_out); None without it.
     """
 
     u: Tensor
-    kl_global: Tensor | None
-    kl_local: Tensor | None
-    activity: Tensor | None
+    kl: Mapping[str, Tensor] = {}
     from_b: Tensor | None = None
+
+
+class Kl(NamedTuple):
+    """KL divergences of L layers, in nats.
+
+    Attributes:
+        parameters: KL of the parameters, to be divided by N: (L,), or (L, B) if it varies by input;
+            None without it.
+        local: KL of what is drawn per input, (L, B); None without such variables.
+        activity: P(factor k is active) per input, averaged over its positions, (L, B, r) or (L, r);
+            None for a family without gates.
+    """
+
+    parameters: Tensor | None
+    local: Tensor | None = None
+    activity: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> Kl:
+        """The KL that layers have computed themselves."""
+        return cls(parts["parameters"], parts.get("local"), parts.get("activity"))
 
 
 class Posterior(nn.Module):
@@ -151,9 +168,19 @@ class Posterior(nn.Module):
         Args:
             space: the layer's rank-space activations.
             noise: source of this layer's random numbers; None for the posterior mean.
-            with_kl: also compute the KL divergences and the activity.
+            with_kl: also hand up what the KL divergences and the activity are made of.
         """
         raise NotImplementedError
+
+    def kl(self, parts: Mapping[str, Tensor]) -> Kl:
+        """The KL of L layers alike, of which this is one.
+
+        What is small is computed once for all layers: for r numbers the time goes into the calls.
+
+        Args:
+            parts: the layers' `PosteriorOutput.kl`, stacked along a new first dimension.
+        """
+        return Kl.of(parts)
 
     def start(self, a: Tensor, b: Tensor) -> None:
         """Called once, for parameters in the shape of A or B.

@@ -37,8 +37,10 @@ class BlobPosterior(Posterior):
             u, std = space.u, self.std()
             if noise is not None:
                 u = u + space.project_noise(std, noise, "A").to(u.dtype)
-            kl = gaussian_kl(wide(space.a), std, self.config.prior_std).sum() if with_kl else None
-            return PosteriorOutput(u, kl, None, None)
+            if not with_kl:
+                return PosteriorOutput(u)
+            kl = gaussian_kl(wide(space.a), std, self.config.prior_std).sum()
+            return PosteriorOutput(u, {"parameters": kl})
 
     def mean_scale(self) -> Tensor | None:
         return None

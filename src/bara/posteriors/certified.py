@@ -61,9 +61,10 @@ class CertifiedPosterior(Posterior):
                 gated = wide(space.u) * self._draw_gates(noise).unsqueeze(1)
                 normal = noise.normal("B", tuple(space.b.shape))
                 from_b = torch.einsum("btr,bor->bto", gated, normal * self.log_std().exp())
-            kl = self.kl(space.b) if with_kl else None
-            activity = self.logit().sigmoid() if with_kl else None
-            return PosteriorOutput(gated.to(space.u.dtype), kl, None, activity, from_b)
+            kl = {}
+            if with_kl:
+                kl = {"parameters": self.kl_of(space.b), "activity": self.logit().sigmoid()}
+            return PosteriorOutput(gated.to(space.u.dtype), kl, from_b)
 
     def _draw_gates(self, noise: Noise) -> Tensor:
         """Bernoulli draws, (B, r), with the gradient of a concrete relaxation (straight-through).
@@ -74,7 +75,7 @@ class CertifiedPosterior(Posterior):
         soft = torch.sigmoid(shifted / TEMPERATURE)
         return (shifted > 0).to(soft) + (soft - soft.detach())  # the difference is exactly 0
 
-    def kl(self, b: Tensor) -> Tensor:
+    def kl_of(self, b: Tensor) -> Tensor:
         """KL(posterior || prior) of this layer, a scalar in nats.
 
         KL(Bern(p) || Bern(pi)) + p KL(N(mu, sigma^2) || N(mu_0, sigma_0^2)), summed over factors:

@@ -22,13 +22,13 @@ class McDropoutPosterior(Posterior):
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None:
-            return PosteriorOutput(space.u, None, None, None)
+            return PosteriorOutput(space.u)
         x = space.x
         channel = -1 if space.a.dim() == 2 else 1
         mask = self._mask(x.shape[channel], noise)
         mask = mask.unsqueeze(1) if channel == -1 else trailing(mask, x.dim())
         x = x * mask.to(x.dtype)
-        return PosteriorOutput(space.project(x, space.a.to(x.dtype)), None, None, None)
+        return PosteriorOutput(space.project(x, space.a.to(x.dtype)))
 
     def mean_scale(self) -> Tensor | None:
         return None

@@ -46,9 +46,9 @@ class RankwisePosterior(Posterior):
             if noise is not None:
                 u = u + space.project_noise(variance.sqrt(), noise, "A").to(u.dtype)
             if not with_kl:
-                return PosteriorOutput(u, None, None, None)
+                return PosteriorOutput(u)
             log_alpha = variance.log() - torch.log(a.square() + 1e-8)
-            return PosteriorOutput(u, log_uniform_kl(log_alpha).sum(), None, None)
+            return PosteriorOutput(u, {"parameters": log_uniform_kl(log_alpha).sum()})
 
     def mean_scale(self) -> Tensor | None:
         return None

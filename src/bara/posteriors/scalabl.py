@@ -8,6 +8,7 @@ A starts as the right singular vectors of LoRA's initial A, and mu as its singul
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from bara.configs import ScalablConfig
 from bara.distributions import gaussian_kl
 from bara.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.base import Granularity, Kl, Posterior, PosteriorOutput, RankSpace, wide
 
 SCALE = 10.0
 """Fixed factor on log sigma: at LoRA's learning rates it would hardly move."""
@@ -54,8 +55,11 @@ class ScalablPosterior(Posterior):
             diagonal = mean
             if noise is not None:
                 diagonal = mean + std * noise.normal("s", (self.rank,)).unsqueeze(1)
-            kl = gaussian_kl(mean, std, self.config.prior_std).sum() if with_kl else None
-            return PosteriorOutput(space.u * diagonal.to(space.u.dtype), kl, None, None)
+            u = space.u * diagonal.to(space.u.dtype)
+            return PosteriorOutput(u, {"mean": mean, "std": std} if with_kl else {})
+
+    def kl(self, parts: Mapping[str, Tensor]) -> Kl:
+        return Kl(gaussian_kl(parts["mean"], parts["std"], self.config.prior_std).sum(-1))
 
     def mean_scale(self) -> Tensor | None:
         return self.mean()
