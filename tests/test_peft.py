@@ -478,7 +478,7 @@ def test_peft_can_attach_to_no_layer_at_all():
 
 @pytest.mark.parametrize(
     ("rank", "task", "text"),
-    [(1, 0.5, 0.25), (2, 0.5, 0.25), (8, 0.125, 0.25), (64, 1 / 64, 1 / 32)],
+    [(1, 0.5, 0.25), (2, 0.5, 0.25), (8, 0.125, 0.25), (64, 1 / 64, 0.25), (128, 1 / 128, 0.125)],
 )
 def test_what_is_expected_of_a_layer_does_not_grow_with_the_maximum_rank(rank, task, text):
     config = BaraConfig(r=rank)

@@ -399,3 +399,17 @@ def test_balora_convolution_noise_has_the_variance_of_sampled_weights():
     b = layer.lora_B["default"].weight[:, :, 0, 0]
     exact = 4.0 * torch.einsum("ok,khw->ohw", b.square(), variance[0])
     torch.testing.assert_close(sampled.var(0), exact, rtol=0.25, atol=1e-3)
+
+
+@pytest.mark.parametrize(("r", "probability"), [(4, None), (8, None), (16, 0.5946), (64, 0.2102)])
+def test_of_many_factors_bara_starts_with_some(r, probability):
+    _, posterior = layer_posterior(adapt(TinyNet(), r=r, target_modules=["layer"]))
+    logit = torch.tensor([3.0, 20 * posterior.gate_bias.mean().item()])
+    usual, opened = torch.sigmoid(logit - 0.66 * math.log(0.1 / 1.1)).tolist()
+    assert opened == pytest.approx(usual if probability is None else probability, abs=1e-3)
+
+
+def test_bara_starts_where_init_local_logit_says():
+    options = {"r": 64, "target_modules": ["layer"], "init_local_logit": 3.0}
+    _, posterior = layer_posterior(adapt(TinyNet(), **options))
+    assert posterior.gate_bias.mean().item() == pytest.approx(3.0 / 20)

@@ -219,7 +219,7 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Prior probability rho, in (0, 1), that an input uses a factor. None stands "
-            "for 2 / r, at most 0.25: two factors per layer are expected, however large r is."
+            "for 16 / r, at most 0.25."
         },
     )
     noise_prior: float = field(
@@ -268,6 +268,14 @@ class BaraConfig(BayesianConfig):
         default=3.0,
         metadata={"help": "Where the logits of the gates start; 3 is open with P = 0.99."},
     )
+    init_local_logit: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where the logits of the local gates start. None stands for init_logit up to "
+            "r = 8, and beyond it for gates that are open with P = (8 / r)^(3/4), so that the "
+            "rank in use does not follow the maximum rank."
+        },
+    )
     logit_scale: float = field(
         default=100.0,
         metadata={
@@ -300,13 +308,14 @@ class BaraConfig(BayesianConfig):
         if self.global_prior is None:
             self.global_prior = min(0.5, 1 / self.r)
         if self.local_prior is None:
-            self.local_prior = min(0.25, 2 / self.r)
+            self.local_prior = min(0.25, 16 / self.r)
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)
         self._require_real("init_noise", low=0, strict=True, optional=True)
         self._require_real("weight_noise", low=0, optional=True)
         self._require_real("init_logit")
+        self._require_real("init_local_logit", optional=True)
         if self.weight_noise == 0 and not self._learns_noise():
             raise BaraError(
                 "BaraConfig: with global_gate, local_gate, factor_noise, intensity and "

@@ -20,6 +20,8 @@ TEMPERATURE = 0.66
 """Temperature of the hard-concrete gate (Louizos et al. 2018, arXiv 1712.01312)."""
 LOW, HIGH = -0.1, 1.1
 """The interval to which the concrete variable is stretched before it is clipped to [0, 1]."""
+OPEN_SHIFT = -TEMPERATURE * math.log(-LOW / HIGH)
+"""By how much the log-odds that a gate is open exceed its logit."""
 
 
 def logistic_noise(uniform: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def hard_concrete(logit: Tensor, logistic: Tensor) -> Tensor:
 
 def open_logit(logit: Tensor) -> Tensor:
     """Log-odds of P(gate > 0) (Louizos et al. 2018, equation 12)."""
-    return logit - TEMPERATURE * math.log(-LOW / HIGH)
+    return logit + OPEN_SHIFT
 
 
 @cache

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from bara.configs import BaraConfig
 from bara.distributions import (
+    OPEN_SHIFT,
     bernoulli_kl,
     beta_bernoulli_kl,
     hard_concrete,
@@ -41,6 +42,9 @@ from bara.posteriors.base import (
     rms_normalised,
     wide,
 )
+
+START_RANK = 8
+"""Factors of a layer up to which all are open at the start."""
 
 
 class Variables(NamedTuple):
@@ -69,12 +73,12 @@ class BaraPosterior(Posterior):
     def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
         super().__init__(rank, granularity)
         self.config = config
-        start = config.init_logit / config.logit_scale
+        scale = config.logit_scale
         if config.global_gate:
-            self.global_logit = nn.Parameter(torch.full((rank,), start))
+            self.global_logit = nn.Parameter(torch.full((rank,), config.init_logit / scale))
         if config.local_gate:
-            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * (0.2 / config.logit_scale))
-            self.gate_bias = nn.Parameter(torch.full((rank,), start))
+            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * (0.2 / scale))
+            self.gate_bias = nn.Parameter(torch.full((rank,), self._init_local_logit() / scale))
         if config.intensity:
             self.intensity_weight = nn.Parameter(torch.zeros(rank, rank))
             self.intensity_bias = nn.Parameter(torch.zeros(rank))
@@ -88,6 +92,16 @@ class BaraPosterior(Posterior):
         """The relative variance of the noise on A in force."""
         assert self.config.weight_noise is not None  # set_by_layers has filled it in
         return self.config.weight_noise * (self.schedule.part if self.schedule else 1.0)
+
+    def _init_local_logit(self) -> float:
+        """Where the local gates start: the more factors there are, the fewer of them are open."""
+        usual, rank = self.config.init_logit, self.rank
+        if self.config.init_local_logit is not None:
+            return self.config.init_local_logit
+        if rank <= START_RANK:
+            return usual
+        probability = (START_RANK / rank) ** 0.75
+        return min(usual, math.log(probability / (1 - probability)) - OPEN_SHIFT)
 
     def start_values(self) -> None:
         if self.config.factor_noise:
