@@ -54,6 +54,7 @@ OBJECTIVE = {
     "init_noise": 0.05,
     "noise_prior": 0.25,
     "weight_noise": 0.0,
+    "init_local_logit": 3.0,
 }
 """BaRA's: the ELBO itself, and the noise that was the default when the cells were made."""
 NUM_TEST, NUM_SEEN = 600, 300

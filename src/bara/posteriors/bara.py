@@ -43,8 +43,8 @@ from bara.posteriors.base import (
     wide,
 )
 
-START_RANK = 8
-"""Factors of a layer up to which all are open at the start."""
+ALL_OPEN, MOST_OPEN = 8, 13
+"""Factors of a layer up to which all are open at the start, and how many are at most."""
 
 
 class Variables(NamedTuple):
@@ -98,10 +98,10 @@ class BaraPosterior(Posterior):
         usual, rank = self.config.init_logit, self.rank
         if self.config.init_local_logit is not None:
             return self.config.init_local_logit
-        if rank <= START_RANK:
+        if rank <= ALL_OPEN:
             return usual
-        probability = (START_RANK / rank) ** 0.75
-        return min(usual, math.log(probability / (1 - probability)) - OPEN_SHIFT)
+        odds = MOST_OPEN / (rank - ALL_OPEN)
+        return min(usual, math.log(odds) - OPEN_SHIFT)
 
     def start_values(self) -> None:
         if self.config.factor_noise:
