@@ -45,6 +45,8 @@ BATCH = {"minilm": 32, "smollm2": 8}
 MAX_LENGTH = {"minilm": 64, "smollm2": 128}
 BASELINE = "lora"
 NUM_DRAWS = 10
+OPTIONS: dict[str, dict[str, Any]] = {"bara": {"weight_noise": 1.0}}
+"""By default so few steps would have no noise on A; its size is nothing to its time."""
 WARM_UP = 2
 """Steps at the start of a training run that are not counted."""
 
@@ -68,7 +70,13 @@ def train(
     """Trains with the quickstart's settings, for some steps."""
     training = {"max_steps": steps + WARM_UP, "logging_strategy": "no"}
     benchmark = Benchmark(
-        "speed", model, [TASK], [method], training=training, max_length=MAX_LENGTH[model]
+        "speed",
+        model,
+        [TASK],
+        [method],
+        training=training,
+        method_options=OPTIONS.get(method, {}),
+        max_length=MAX_LENGTH[model],
     )
     return fit(next(benchmark.cells()), splits, Path(folder), [callback])
 
