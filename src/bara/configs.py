@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from peft import LoraConfig
 
 from bara.errors import BaraError
-from bara.schedule import LossSchedule
+from bara.schedule import LossSchedule, rise
 
 
 @dataclass
@@ -340,8 +340,7 @@ class BaraConfig(BayesianConfig):
 
     def set_by_steps(self, num_steps: int) -> None:
         if self.explained is None and self.whole_noise is not None and self._learns_noise():
-            part = (num_steps - FIRST_NOISY) / (FULLY_NOISY - FIRST_NOISY)
-            self.weight_noise = self.whole_noise * min(1.0, max(0.0, part))
+            self.weight_noise = self.whole_noise * rise(num_steps, FIRST_NOISY, FULLY_NOISY)
 
     def loss_schedule(self) -> LossSchedule | None:
         return None if self.explained is None else LossSchedule(*self.explained)

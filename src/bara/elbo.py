@@ -24,7 +24,7 @@ from bara.configs import BayesianConfig
 from bara.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Kl, Posterior, RankSpace
-from bara.schedule import LossSchedule
+from bara.schedule import LossSchedule, rise
 
 HOLD = 0.4
 """Part of the warm-up during which the KL has no weight."""
@@ -390,7 +390,7 @@ class Elbo(DrawSource):
             return 1.0
         # Adam takes full steps along even the smallest KL gradient while B is still near zero, so
         # a weight that starts to rise at once would close the gates before the data has a say.
-        return min(1.0, max(0.0, (self.progress / config.warmup - HOLD) / (1 - HOLD)))
+        return rise(self.progress / config.warmup, HOLD, 1)
 
     def require_observations(self, adapter: str) -> None:
         """Raises BaraError if the adapter is about to train without N."""

@@ -1,4 +1,4 @@
-"""Regularisation that follows what a fit has explained of its loss."""
+"""What regularisation follows: a linear rise, and one with what a fit explains of its loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ NUM_FIRST = 3
 """Batches whose mean loss is the loss that training began with."""
 MEMORY = 0.9
 """Part that earlier batches keep in the running mean of the loss, per batch."""
+
+
+def rise(value: float, start: float, end: float) -> float:
+    """0 up to `start`, 1 from `end` on, and linear between."""
+    return min(1.0, max(0.0, (value - start) / (end - start)))
 
 
 class LossSchedule(nn.Module):
@@ -52,8 +57,7 @@ class LossSchedule(nn.Module):
         """In [0, 1]."""
         if self.count == 0 or self.first <= 0:
             return 1.0
-        explained = 1 - self.latest / self.first
-        return min(1.0, max(0.0, (explained - self.start) / (self.end - self.start)))
+        return rise(1 - self.latest / self.first, self.start, self.end)
 
     def get_extra_state(self) -> Tensor:
         """What a checkpoint has to keep, (3,)."""

@@ -141,7 +141,7 @@ class Kl(NamedTuple):
     @classmethod
     def of(cls, parts: Mapping[str, Tensor]) -> Kl:
         """The KL that layers have computed themselves."""
-        return cls(parts["parameters"], parts.get("local"), parts.get("activity"))
+        return cls(**parts)
 
 
 class Posterior(nn.Module):
