@@ -2,21 +2,21 @@
 
     python benchmarks/speed.py
 
-Interleaved: a round trains every method for some steps on the same batches and predicts with it,
-then comes the next round. A ratio is the median over rounds and steps of a step's time over that of
-LoRA on the same batch in the same round. Each method's peak memory is measured in a process of its
-own. Every finished round and memory is written to benchmarks/results/speed.jsonl at once; a second
-run goes on where the first stopped. The tables go to docs/speed.md.
+Every method is paired with LoRA: two processes train on the same batches and take turns, one step
+each, so that whatever slows the machine down slows both. A ratio is the median over the pairs of
+steps; predictions take turns in the same way. Every finished pair is written to
+benchmarks/results/speed.jsonl at once; a second run goes on where the first stopped. The tables go
+to docs/speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from bara.bench.models import MODELS, Fitted, fit
+from bara.bench.models import MODELS, fit
 from bara.bench.results import append_row, read_lines
 from bara.bench.spec import Benchmark
 from bara.bench.tasks import Splits, load_task
@@ -44,72 +44,141 @@ BATCH = {"minilm": 32, "smollm2": 8}
 """Texts in a batch of training: the defaults."""
 MAX_LENGTH = {"minilm": 64, "smollm2": 128}
 BASELINE = "lora"
+REFERENCES = Path("/proc/self/clear_refs")
 NUM_DRAWS = 10
 OPTIONS: dict[str, dict[str, Any]] = {"bara": {"weight_noise": 1.0}}
 """By default so few steps would have no noise on A; its size is nothing to its time."""
-WARM_UP = 2
+WARM_UP = 3
 """Steps at the start of a training run that are not counted."""
+NUM_PREDICTIONS = 3
+"""How often each prediction is timed."""
 
 
-class StepTimer(TrainerCallback):
-    """Seconds of every optimiser step."""
+class Turns(TrainerCallback):
+    """Waits before each optimiser step until it is told to go on, and tells the step's seconds.
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    Attributes:
+        memory_mib: what training takes above what the process held before, at its peak; NaN where
+            the system does not tell (it does on Linux).
+    """
+
+    def __init__(self, other: Connection) -> None:
+        self.other = other
+        self.memory_mib = float("nan")
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if REFERENCES.exists():
+            REFERENCES.write_text("5")  # the peak starts anew from here
+            self.before = status("VmRSS")
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if REFERENCES.exists():
+            self.memory_mib = (status("VmHWM") - self.before) / 2**10
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.other.recv() is None:
+            raise SystemExit  # LoRA's partner cannot be had
         self.start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.other.send(time.perf_counter() - self.start)
 
 
-def train(
-    model: str, method: str, splits: Splits, steps: int, callback: TrainerCallback, folder: str
-) -> Fitted:
-    """Trains with the quickstart's settings, for some steps."""
-    training = {"max_steps": steps + WARM_UP, "logging_strategy": "no"}
+class Runner:
+    """A method that is trained and predicts in a process of its own, a step at a time."""
+
+    def __init__(self, model: str, method: str, steps: int) -> None:
+        self.method = method
+        self.connection, other = multiprocessing.Pipe()
+        arguments = (other, model, method, steps)
+        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
+        self.process.start()
+        other.close()
+
+    def ask(self, request: str) -> Any:
+        """Seconds of the step or the prediction asked for; what is not a number, once trained.
+
+        Raises:
+            BaraError: the model cannot have this method.
+        """
+        self.connection.send(request)
+        answer = self.connection.recv()
+        if isinstance(answer, str):
+            raise BaraError(answer)
+        return answer
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.connection.send(None)
+        self.process.join()
+
+
+def serve(other: Connection, model: str, method: str, steps: int) -> None:
+    """What a runner's process does."""
+    quieten_libraries()
+    splits, turns = load_data(model), Turns(other)
     benchmark = Benchmark(
         "speed",
         model,
         [TASK],
         [method],
-        training=training,
+        training={"max_steps": steps + WARM_UP, "logging_strategy": "no"},
         method_options=OPTIONS.get(method, {}),
         max_length=MAX_LENGTH[model],
     )
-    return fit(next(benchmark.cells()), splits, Path(folder), [callback])
-
-
-def run_method(model: str, method: str, splits: Splits, steps: int) -> dict[str, Any]:
-    """Seconds of every step, of the draws, and of as many passes of the mean."""
-    timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
-        fitted = train(model, method, splits, steps, timer, folder)
+        try:
+            fitted = fit(next(benchmark.cells()), splits, Path(folder), [turns])
+        except BaraError as error:
+            other.recv()
+            other.send(str(error))
+            return
 
-        def means() -> None:
+        def forwards() -> None:
             for _ in range(NUM_DRAWS):
                 fitted.predict(splits.test, deterministic=True)
 
-        return {
-            "steps": timer.seconds[WARM_UP : WARM_UP + steps],
-            "draws": timed(lambda: fitted.predict(splits.test, num_draws=NUM_DRAWS)),
-            "forwards": timed(means),
-        }
+        def draws() -> None:
+            fitted.predict(splits.test, num_draws=NUM_DRAWS)
+
+        other.recv()
+        other.send({"memory_mib": turns.memory_mib})
+        while (request := other.recv()) is not None:
+            other.send(timed(draws if request == "draws" else forwards))
 
 
-def run_round(model: str, methods: list[str], steps: int) -> dict[str, dict[str, Any]]:
-    """Every method once; one that this model cannot have is left out."""
-    splits, times = load_data(model), {}
-    for method in methods:
-        try:
-            times[method] = run_method(model, method, splits, steps)
-            print(f"{model}: {method}", flush=True)
-        except BaraError as error:
-            if method == BASELINE:
-                raise
-            print(f"{model}: {method} is left out: {error}", flush=True)
-    return times
+def run_pair(model: str, method: str, steps: int) -> dict[str, Any]:
+    """A method and LoRA in turns: seconds of every step, draw and plain pass, and MiB.
+
+    Raises:
+        BaraError: the model cannot have this method.
+    """
+    runners = {"own": Runner(model, method, steps), "lora": Runner(model, BASELINE, steps)}
+    record: dict[str, Any] = {f"{name}_steps": [] for name in runners}
+    try:
+        waiting = dict(runners)
+        while waiting:
+            turns = list(waiting.items())
+            waiting = dict(reversed(turns))  # the other one is first in the next pair
+            for name, runner in turns:
+                answer = runner.ask("step")
+                if isinstance(answer, dict):
+                    record[f"{name}_memory_mib"] = answer["memory_mib"]
+                    del waiting[name]
+                else:  # an ensemble takes as many steps again for each of its members
+                    record[f"{name}_steps"].append(answer)
+        for what in ("own_draws", "own_forwards", "lora_forwards"):
+            record[what] = []
+        for _ in range(NUM_PREDICTIONS):
+            record["own_draws"].append(runners["own"].ask("draws"))
+            record["own_forwards"].append(runners["own"].ask("forwards"))
+            record["lora_forwards"].append(runners["lora"].ask("forwards"))
+    finally:
+        for runner in runners.values():
+            runner.close()
+    for name in runners:
+        record[f"{name}_steps"] = record[f"{name}_steps"][WARM_UP : WARM_UP + steps]
+    return record
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -117,23 +186,6 @@ def timed(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def training_memory(model: str, method: str, splits: Splits, steps: int) -> float:
-    """MiB that training takes above what the process held before, at its peak (Linux only)."""
-
-    class Reset(TrainerCallback):
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-            self.before = status("VmRSS")
-
-        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-            self.peak = status("VmHWM")
-
-    reset = Reset()
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, method, splits, steps, reset, folder)
-    return (reset.peak - reset.before) / 2**10
 
 
 def status(name: str) -> int:
@@ -165,80 +217,60 @@ def as_questions(table: Dataset) -> Dataset:
     )
 
 
-def summary(
-    rounds: list[dict[str, dict[str, Any]]], memory: dict[str, float]
-) -> dict[str, dict[str, float]]:
-    """Every method's row, by its name."""
-    rows = {}
-    for method in sorted(
-        set.intersection(*(set(times) for times in rounds)), key=list(METHODS).index
-    ):
-        own, plain = ([times[m] for times in rounds] for m in (method, BASELINE))
-        steps = [s for times in own for s in times["steps"]]
-        rows[method] = {
-            "step_ms": 1e3 * median(steps),
-            "step_ratio": ratio([t["steps"] for t in own], [t["steps"] for t in plain]),
-            "memory_mib": memory[method],
-            "memory_ratio": memory[method] / memory[BASELINE],
-            "draws_s": median(t["draws"] for t in own),
-            "draws_ratio_lora_forwards": median(
-                ours["draws"] / theirs["forwards"] for ours, theirs in zip(own, plain, strict=True)
-            ),
-            "draws_ratio_own_forwards": median(t["draws"] / t["forwards"] for t in own),
-        }
-    return rows
+def summary(records: list[dict[str, Any]]) -> dict[str, float]:
+    """A method's row, from all its pairs."""
 
+    def values(name: str) -> list[float]:
+        return [v for record in records for v in record[name]]
 
-def ratio(ours: list[list[float]], theirs: list[list[float]]) -> float:
-    """The median ratio of the same step in the same round."""
-    return median(
-        a / b
-        for own, plain in zip(ours, theirs, strict=True)
-        for a, b in zip(own, plain, strict=False)
-    )
+    def ratio(ours: str, theirs: str) -> float:
+        return median(a / b for a, b in zip(values(ours), values(theirs), strict=True))
 
-
-def memory_in_child(model: str, method: str, steps: int) -> float:
-    """`training_memory` in a process of its own; NaN where the system does not tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-    command = [sys.executable, __file__, "--memory", model, method, "--steps", str(steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.splitlines()[-1])
+    own, lora = ([r[f"{name}_memory_mib"] for r in records] for name in ("own", "lora"))
+    return {
+        "step_ms": 1e3 * median(values("own_steps")),
+        "step_ratio": ratio("own_steps", "lora_steps"),
+        "memory_mib": median(own),
+        "memory_ratio": median(a / b for a, b in zip(own, lora, strict=True)),
+        "draws_s": median(values("own_draws")),
+        "draws_ratio_lora_forwards": ratio("own_draws", "lora_forwards"),
+        "draws_ratio_own_forwards": ratio("own_draws", "own_forwards"),
+    }
 
 
 def write_page(records: list[dict[str, Any]], page: Path) -> None:
     """The tables of docs/speed.md."""
-    first = records[0]
+    first = records[0]["versions"]
     lines = [
         "# Speed and memory",
         "",
         "Made by `python benchmarks/speed.py` from `benchmarks/results/speed.jsonl`; do not edit.",
         "",
-        "All methods interleaved in every round, r = 8; a ratio is the median over rounds and "
-        "steps, every step against LoRA's on the same batch of the same round. Memory is what "
-        "training takes above the loaded model, of one run each: what loading has left with the "
-        "allocator counts for nothing, so that a single number can be far too low. Prediction is "
-        f"{NUM_DRAWS} draws, against {NUM_DRAWS} passes of LoRA and against {NUM_DRAWS} passes of "
-        "the method's own mean mode.",
+        "r = 8. Every method is paired with LoRA: two processes train on the same batches and take "
+        "turns, one step each, and a ratio is the median over the pairs of steps; LoRA's own row "
+        "is LoRA against itself, and says how far a ratio can be trusted. Memory is what training "
+        "takes above the loaded model at its peak: what loading has left with the allocator counts "
+        f"for nothing, so that a number can be too low. Prediction is {NUM_DRAWS} draws, against "
+        f"{NUM_DRAWS} passes of LoRA and against {NUM_DRAWS} passes of the method's own mean mode.",
         "",
-        f"{first['versions']['machine']}, {first['versions']['precision']}, torch "
-        f"{first['versions']['torch']}.",
+        f"{first['machine']}, {first['precision']}, torch {first['torch']}.",
     ]
     for model in MODELS:
-        mine = [r for r in records if r["model"] == model]
-        rounds = [r["times"] for r in mine if "times" in r]
-        memory = {r["method"]: r["memory_mib"] or float("nan") for r in mine if "memory_mib" in r}
-        rounds = [{m: t for m, t in times.items() if m in memory} for times in rounds]
-        if not rounds or BASELINE not in memory:
+        pairs = {
+            method: [r for r in records if (r["model"], r["method"]) == (model, method)]
+            for method in METHODS
+        }
+        pairs = {method: mine for method, mine in pairs.items() if mine}
+        if not pairs:
             continue
-        steps = len(rounds[0][BASELINE]["steps"])
+        numbers = [len(mine) for mine in pairs.values()]
+        steps = len(next(iter(pairs.values()))[0]["own_steps"])
         lines += [
             "",
             f"## {model}",
             "",
-            f"{len(rounds)} rounds of {steps} steps of {BATCH[model]} tweets; {NUM_PREDICT[model]} "
-            "tweets are predicted.",
+            f"{min(numbers)} to {max(numbers)} runs of {steps} pairs of steps, of {BATCH[model]} "
+            f"tweets; {NUM_PREDICT[model]} tweets are predicted.",
             "",
             "| | step, ms | step / LoRA | memory, MiB | memory / LoRA | prediction, s | "
             "/ LoRA's passes | / own passes |",
@@ -248,7 +280,7 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
             f"| {method} | {row['step_ms']:.0f} | {row['step_ratio']:.2f} | "
             f"{row['memory_mib']:.0f} | {row['memory_ratio']:.2f} | {row['draws_s']:.2f} | "
             f"{row['draws_ratio_lora_forwards']:.2f} | {row['draws_ratio_own_forwards']:.2f} |"
-            for method, row in summary(rounds, memory).items()
+            for method, row in ((method, summary(mine)) for method, mine in pairs.items())
         ]
     atomic_write_text(page, "\n".join(lines) + "\n")
 
@@ -257,34 +289,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=17, help="17 and 3 are two epochs of MiniLM")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--memory", nargs=2, metavar=("MODEL", "METHOD"), help="for its own use")
     arguments = parser.parse_args()
-    quieten_libraries()
-    if arguments.memory:
-        model, method = arguments.memory
-        print(training_memory(model, method, load_data(model), arguments.steps))
-        return
-    methods = [BASELINE, *(m for m in arguments.methods if m != BASELINE)]
-
-    def keep(record: dict[str, Any]) -> None:
-        append_row(arguments.output, record | {"versions": versions()})
-        write_page(read_lines(arguments.output), arguments.page)
-
-    for model in arguments.models:
-        mine = [r for r in read_lines(arguments.output) if r["model"] == model]
-        rounds = [r["times"] for r in mine if "times" in r]
-        while len(rounds) < arguments.rounds:
-            rounds.append(run_round(model, methods, arguments.steps))
-            keep({"model": model, "times": rounds[-1]})
-        known = {r["method"] for r in mine if "memory_mib" in r}
-        for method in rounds[0]:
-            if method not in known:
-                mib = memory_in_child(model, method, arguments.steps)
-                keep({"model": model, "method": method, "memory_mib": mib})
+    refused: set[tuple[str, str]] = set()
+    for finished in range(arguments.rounds):
+        for model in arguments.models:
+            for method in arguments.methods:
+                known = read_lines(arguments.output)
+                mine = [r for r in known if (r["model"], r["method"]) == (model, method)]
+                if len(mine) > finished or (model, method) in refused:
+                    continue
+                try:
+                    pair = run_pair(model, method, arguments.steps)
+                except BaraError as error:
+                    refused.add((model, method))
+                    print(f"{model}: {method} is left out: {error}", flush=True)
+                    continue
+                record = {"model": model, "method": method} | pair | {"versions": versions()}
+                append_row(arguments.output, record)
+                write_page([*known, record], arguments.page)
+                print(f"{model}: {method} {summary([record])['step_ratio']:.2f}", flush=True)
 
 
 if __name__ == "__main__":
