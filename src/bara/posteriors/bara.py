@@ -54,13 +54,13 @@ class Variables(NamedTuple):
 
     Attributes:
         z: location of the task's gates, (r,).
-        alpha: variance of the factors, relative to their squared mean, (r,).
+        log_alpha: logarithm of the factors' variance, relative to their squared mean, (r,).
         g: location of the input's gates, (B, 1 or T, r).
         theta: shape (r,) and scale (B, 1 or T, r) of the Weibull intensities.
     """
 
     z: Tensor | None
-    alpha: Tensor | None
+    log_alpha: Tensor | None
     g: Tensor | None = None
     theta: tuple[Tensor, Tensor] | None = None
 
@@ -140,7 +140,7 @@ class BaraPosterior(Posterior):
         scale = self.config.logit_scale
         return Variables(
             z=scale * wide(self.global_logit) if self.config.global_gate else None,
-            alpha=torch.exp(scale * wide(self.noise_logit)) if self.config.factor_noise else None,
+            log_alpha=scale * wide(self.noise_logit) if self.config.factor_noise else None,
         )
 
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:
@@ -176,9 +176,9 @@ class BaraPosterior(Posterior):
         multipliers = []
         if variables.z is not None:
             multipliers.append(self._gate("z", variables.z, noise))
-        if variables.alpha is not None and noise is not None:
+        if variables.log_alpha is not None and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            multipliers.append(1 + variables.alpha.sqrt() * eps)
+            multipliers.append(1 + torch.exp(variables.log_alpha / 2) * eps)
         if variables.g is not None:
             multipliers.append(self._gate("g", variables.g, noise))
         if variables.theta is not None:
@@ -218,18 +218,18 @@ class BaraPosterior(Posterior):
     def _kl_parts(self, space: RankSpace, variables: Variables) -> dict[str, Tensor]:
         """What belongs to factors, (r,), and to factors of an input, (B, r), averaged over its
         positions: `local` is the KL of an active factor, `open` the P(g > 0)."""
-        z, alpha, g, theta = variables
+        z, log_alpha, g, theta = variables
         parts = {"columns": space.squared_columns()}
         if z is not None:
             parts["z"] = z
-        if alpha is not None:
-            parts["alpha"] = alpha
+        if log_alpha is not None:
+            parts["log_alpha"] = log_alpha
         local: list[Tensor] = []
         if g is not None:
             opened = open_logit(g)
             probability = torch.sigmoid(opened)
             assert self.config.local_prior is not None  # the config replaced its None
-            local.append(bernoulli_kl(opened, self.config.local_prior))
+            local.append(bernoulli_kl(probability, opened, self.config.local_prior))
             parts["open"] = space.mean_over_positions(probability.detach())
         if theta is not None:
             a = self.config.intensity_prior  # Gamma(a, rate a) has mean 1
@@ -253,11 +253,11 @@ class BaraPosterior(Posterior):
             active = torch.sigmoid(opened)
             if config.global_prior_beta is None:
                 assert config.global_prior is not None  # the config replaced its None
-                kl_global.append(bernoulli_kl(opened, config.global_prior).sum(-1))
+                kl_global.append(bernoulli_kl(active, opened, config.global_prior).sum(-1))
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
-        if "alpha" in parts:
-            noise = scale_noise_kl(parts["alpha"], config.noise_prior)
+        if "log_alpha" in parts:
+            noise = scale_noise_kl(parts["log_alpha"].exp(), config.noise_prior)
             kl_global.append((noise * active).sum(-1))
         if config.prior_std is not None:
             kl_global.append((columns * active).sum(-1) / (2 * config.prior_std**2))
@@ -290,7 +290,7 @@ class BaraPosterior(Posterior):
     def input_dependence(self, space: RankSpace) -> Tensor | None:
         if not self.depends_on_input:
             return None
-        variables = self.variables(space)._replace(z=None, alpha=None)
+        variables = self.variables(space)._replace(z=None, log_alpha=None)
         multiplier = reduce(torch.mul, self._multipliers(variables, None))
         return space.mean_over_positions(multiplier).mean(dim=0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -278,8 +279,8 @@ class RowNorm(torch.autograd.Function):
 
 def row_noise_std(a: Tensor, variance: float) -> Tensor:
     """Standard deviation of noise on each row of A, `variance` times its mean square: (r,)."""
-    # the root's gradient at 0 would be infinite
-    return (variance * wide(a).flatten(1).square().mean(dim=1)).clamp_min(1e-12).sqrt()
+    rows = a.flatten(1)
+    return RowNorm.apply(rows).squeeze(1) * math.sqrt(variance / rows.shape[1])
 
 
 def weight_draw(a: Tensor, std: Tensor, noise: Noise) -> Tensor:
