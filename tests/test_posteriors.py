@@ -8,7 +8,6 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import bara
 from bara.distributions import beta_bernoulli_kl
-from bara.posteriors.base import RowNorm
 from bara.tuner import adapted_layers
 from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
@@ -404,34 +403,6 @@ def test_balora_convolution_noise_has_the_variance_of_sampled_weights():
     b = layer.lora_B["default"].weight[:, :, 0, 0]
     exact = 4.0 * torch.einsum("ok,khw->ohw", b.square(), variance[0])
     torch.testing.assert_close(sampled.var(0), exact, rtol=0.25, atol=1e-3)
-
-
-def test_bara_convolution_noise_has_the_size_of_what_a_reads():
-    torch.manual_seed(0)
-    options = {"weight_noise": 0.7, **WEIGHT_NOISE_ONLY}
-    model = stir(adapt(TinyConv(), "bara", target_modules=["conv"], **options)).eval()
-    layer, _ = layer_posterior(model)
-    x = torch.randn(2, 3, 4, 4)
-    x[0, :, :3, :3] = 0  # the first pixel's patch is empty
-    with torch.no_grad(), bara.sampling(model, seed=5) as draws:
-        output = layer_output(model, layer, x)
-    eps = draws.numbers("conv/A", "normal", (4,), torch.device("cpu"))[0]
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight[:, :, 0, 0]
-    patches = torch.nn.functional.unfold(x, 3, padding=1)  # (B, channels * 9, pixels)
-    std = (0.7 * a.flatten(1).square().mean(1)).sqrt()
-    u = a.flatten(1) @ patches + (std * eps)[:, None] * patches.norm(dim=1, keepdim=True)
-    expected = layer.base_layer(x) + 2.0 * (b @ u).view(2, -1, 4, 4)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
-    model.train()(pixel_values=x.requires_grad_())["logits"].sum().backward()
-    assert torch.isfinite(x.grad).all()
-
-
-def test_the_gradient_of_the_norm_of_rows():
-    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(RowNorm.apply, x)
-    zeros = torch.zeros(2, 4, requires_grad=True)
-    RowNorm.apply(zeros).sum().backward()
-    assert (zeros.grad == 0).all()
 
 
 @pytest.mark.parametrize(("r", "probability"), [(4, None), (8, None), (16, 13 / 21), (64, 13 / 69)])
