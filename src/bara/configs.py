@@ -236,11 +236,10 @@ class BaraConfig(BayesianConfig):
     weight_noise: float | None = field(
         default=None,
         metadata={
-            "help": "Variance c >= 0 of the noise on an element of A, relative to the mean square "
-            "of its row. It is fixed, so that it has no KL; 0 switches it off. None stands for "
-            "min(4, 72 / number of adapted layers): the noise of all layers adds up too. Few steps "
-            "cannot average it out: bara.BayesianCallback, or bara.set_progress with num_steps, "
-            "takes only the part "
+            "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
+            "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
+            "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
+            "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
             "(steps - 40) / 80 of it, at least 0 and at most 1."
         },
     )

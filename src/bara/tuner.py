@@ -18,7 +18,7 @@ from bara.elbo import Elbo, ForwardPass
 from bara.errors import BaraError
 from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
-from bara.posteriors.base import Granularity, RankSpace, RowNorm, wide
+from bara.posteriors.base import Granularity, RankSpace
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
@@ -173,21 +173,12 @@ class RankSpaceVariant(LoraVariant):
 
             return flatten(torch.vmap(one)(x, weight))
 
-        def input_norm() -> Tensor:
-            if not convolution:
-                norm: Any = forward.of_input(given, self.layer, "norm", RowNorm.apply)
-                return norm.reshape(*flat.shape[:2], 1)
-            square = wide(x).square()
-            ones = torch.ones_like(lora_a.weight[:1], dtype=square.dtype)
-            return project(square, ones).clamp_min(1e-12).sqrt()  # else no gradient at 0
-
         weights = None if convolution else forward.position_weights(flat.shape[1], rows)
         if weights is None and not convolution and flat.shape[1] > 1:
             self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
         groups = getattr(lora_b, "groups", 1)
         a, b = lora_a.weight, lora_b.weight
-        space = RankSpace(flat, x, a, b, weights, project, half_squared_input, input_norm, groups)
-        return space, restore
+        return RankSpace(flat, x, a, b, weights, project, half_squared_input, groups), restore
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
         if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):

@@ -21,8 +21,8 @@ from bara.posteriors.base import (
     Posterior,
     PosteriorOutput,
     RankSpace,
+    relative_noise_draw,
     rms_normalised,
-    weight_draw,
     wide,
 )
 
@@ -77,4 +77,4 @@ class BaloraPosterior(Posterior):
         return None
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        return weight_draw(a, self._calibrated().sqrt() * wide(a).abs(), noise), None
+        return relative_noise_draw(a, self._calibrated(), noise), None

@@ -1,9 +1,9 @@
 """BaRA: sparse, input-dependent factors (arXiv 2606.29184; the details are design 2.1).
 
-    m_k(x) = z_k * g_k(x) * theta_k(x) * (1 + sqrt(alpha_k) * eps_k),    a_k ~ N(theta_k, s_k^2 I)
+    m_k(x) = z_k * g_k(x) * theta_k(x) * (1 + sqrt(alpha_k) * eps_k),    A ~ N(theta_A, c theta_A^2)
 
 with the task's gates z, the input's gates g, optional intensities theta, the factors' noise, and
-noise on the rows a_k of A, whose variance s_k^2 is a fixed multiple c of the mean of theta_k^2.
+noise of a fixed relative variance c on the elements of A.
 """
 
 from __future__ import annotations
@@ -38,10 +38,8 @@ from bara.posteriors.base import (
     Posterior,
     PosteriorOutput,
     RankSpace,
+    relative_noise_draw,
     rms_normalised,
-    row_noise_std,
-    trailing,
-    weight_draw,
     wide,
 )
 
@@ -91,7 +89,7 @@ class BaraPosterior(Posterior):
 
     @property
     def weight_noise(self) -> float:
-        """The variance of the noise on A in force, relative to the mean square of a row."""
+        """The relative variance of the noise on A in force."""
         assert self.config.weight_noise is not None  # set_by_layers has filled it in
         return self.config.weight_noise * (self.schedule.part if self.schedule else 1.0)
 
@@ -115,7 +113,7 @@ class BaraPosterior(Posterior):
         with torch.autocast(space.u.device.type, enabled=False):
             variables, u = self.variables(space), space.u
             if noise is not None and (variance := self.weight_noise):
-                u = space.row_noise(variance, noise)
+                u = u + space.relative_noise(variance, noise).to(u.dtype)
             if multipliers := self._multipliers(variables, noise):
                 u = u * reduce(torch.mul, multipliers).to(u.dtype)
             if not with_kl:
@@ -299,7 +297,7 @@ class BaraPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         if variance := self.weight_noise:
-            a = weight_draw(a, trailing(row_noise_std(a, variance), a.dim()), noise)
+            a = relative_noise_draw(a, variance, noise)
         return a, self._plain_scale(noise)
 
     def _plain_scale(self, noise: Noise | None) -> Tensor | None:

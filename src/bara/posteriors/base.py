@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,6 @@ class RankSpace:
         project: applies A's operation with another weight to another input, giving (B, T, r); a
             weight with one more dimension in front has a matrix for every input.
         half_squared_input: x^2 in a dtype, in the shape of x, with half of its gradient.
-        input_norm: |x| of every position, of all that A reads there, (B, T, 1), float32.
         groups: groups of a grouped convolution, else 1.
     """
 
@@ -43,7 +41,6 @@ class RankSpace:
     weights: Tensor | None
     project: Callable[[Tensor, Tensor], Tensor]
     half_squared_input: Callable[[torch.dtype], Tensor]
-    input_norm: Callable[[], Tensor]
     groups: int = 1
 
     def squared_columns(self) -> Tensor:
@@ -71,22 +68,6 @@ class RankSpace:
         inputs = signs.unsqueeze(1) if channel == -1 else trailing(signs, x.dim())
         shared = std * torch.randn(shape, device=x.device)
         return self.project(x * inputs, shared) * noise.sign((shape[0],)).unsqueeze(1)
-
-    def row_noise(self, variance: float, noise: Noise) -> Tensor:
-        """A x with noise on A, `row_noise_std` per element.
-
-        One random number per input and factor is shared by the input's positions.
-
-        Args:
-            variance: relative to the mean square of a row of A.
-            noise: the layer's random numbers.
-
-        Returns:
-            (B, T, r), in the dtype of `u`.
-        """
-        std = row_noise_std(self.a, variance) * noise.normal("A", (self.u.shape[-1],))
-        norm, std = self.input_norm().to(self.u.dtype), std.unsqueeze(1).to(self.u.dtype)
-        return torch.addcmul(self.u, norm, std)
 
     def relative_noise(self, variance: Tensor | float, noise: Noise) -> Tensor:
         """What noise on A adds to A x, where an element a of A has variance `variance` * a^2.
@@ -261,30 +242,9 @@ class Posterior(nn.Module):
         return self.calibrated
 
 
-class RowNorm(torch.autograd.Function):
-    """The norm over the last dimension, (..., 1), float32 or wider; autograd's takes longer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        ctx.save_for_backward(x, norm)
-        return norm
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        x, norm = ctx.saved_tensors
-        return x * (gradient / norm.clamp_min(1e-12)).to(x.dtype)
-
-
-def row_noise_std(a: Tensor, variance: float) -> Tensor:
-    """Standard deviation of noise on each row of A, `variance` times its mean square: (r,)."""
-    rows = a.flatten(1)
-    return RowNorm.apply(rows).squeeze(1) * math.sqrt(variance / rows.shape[1])
-
-
-def weight_draw(a: Tensor, std: Tensor, noise: Noise) -> Tensor:
-    """One draw of A whose elements have the standard deviations `std`, in the shape of A."""
+def relative_noise_draw(a: Tensor, variance: Tensor | float, noise: Noise) -> Tensor:
+    """One draw of A whose elements have variance `variance` * a^2, in the shape of A."""
+    std = variance**0.5 * wide(a).abs()
     return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype)
 
 
