@@ -43,6 +43,8 @@ NUM_PREDICT = {"minilm": 64, "smollm2": 8}
 BATCH = {"minilm": 32, "smollm2": 8}
 """Texts in a batch of training: the defaults."""
 MAX_LENGTH = {"minilm": 64, "smollm2": 128}
+STEPS = {"minilm": 17, "smollm2": 9}
+"""Pairs of steps of a run. With those that are not counted, two epochs of MiniLM."""
 BASELINE = "lora"
 REFERENCES = Path("/proc/self/clear_refs")
 NUM_DRAWS = 10
@@ -290,7 +292,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=17, help="17 and 3 are two epochs of MiniLM")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
@@ -303,7 +304,7 @@ def main() -> None:
                 if len(mine) > finished or (model, method) in refused:
                     continue
                 try:
-                    pair = run_pair(model, method, arguments.steps)
+                    pair = run_pair(model, method, STEPS[model])
                 except BaraError as error:
                     refused.add((model, method))
                     print(f"{model}: {method} is left out: {error}", flush=True)
