@@ -265,14 +265,14 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         pairs = {method: mine for method, mine in pairs.items() if mine}
         if not pairs:
             continue
-        numbers = [len(mine) for mine in pairs.values()]
+        runs = min(len(mine) for mine in pairs.values())
         steps = len(next(iter(pairs.values()))[0]["own_steps"])
         lines += [
             "",
             f"## {model}",
             "",
-            f"{min(numbers)} to {max(numbers)} runs of {steps} pairs of steps, of {BATCH[model]} "
-            f"tweets; {NUM_PREDICT[model]} tweets are predicted.",
+            f"{steps} pairs of steps in a run, {BATCH[model]} tweets in a step; at least {runs} run "
+            f"of every method; {NUM_PREDICT[model]} tweets are predicted.",
             "",
             "| | step, ms | step / LoRA | memory, MiB | memory / LoRA | prediction, s | "
             "/ LoRA's passes | / own passes |",
@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
