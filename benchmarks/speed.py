@@ -271,7 +271,7 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
             "",
             f"## {model}",
             "",
-            f"{steps} pairs of steps in a run, {BATCH[model]} tweets in a step; at least {runs} run "
+            f"{steps} pairs of steps a run, {BATCH[model]} tweets a step; at least {runs} run "
             f"of every method; {NUM_PREDICT[model]} tweets are predicted.",
             "",
             "| | step, ms | step / LoRA | memory, MiB | memory / LoRA | prediction, s | "
