@@ -89,10 +89,9 @@ class Turns(TrainerCallback):
 class Runner:
     """A method that is trained and predicts in a process of its own, a step at a time."""
 
-    def __init__(self, model: str, method: str, steps: int) -> None:
-        self.method = method
+    def __init__(self, model: str, method: str) -> None:
         self.connection, other = multiprocessing.Pipe()
-        arguments = (other, model, method, steps)
+        arguments = (other, model, method)
         self.process = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
         self.process.start()
         other.close()
@@ -115,7 +114,7 @@ class Runner:
         self.process.join()
 
 
-def serve(other: Connection, model: str, method: str, steps: int) -> None:
+def serve(other: Connection, model: str, method: str) -> None:
     """What a runner's process does."""
     quieten_libraries()
     splits, turns = load_data(model), Turns(other)
@@ -124,7 +123,7 @@ def serve(other: Connection, model: str, method: str, steps: int) -> None:
         model,
         [TASK],
         [method],
-        training={"max_steps": steps + WARM_UP, "logging_strategy": "no"},
+        training={"max_steps": STEPS[model] + WARM_UP, "logging_strategy": "no"},
         method_options=OPTIONS.get(method, {}),
         max_length=MAX_LENGTH[model],
     )
@@ -149,14 +148,16 @@ def serve(other: Connection, model: str, method: str, steps: int) -> None:
             other.send(timed(draws if request == "draws" else forwards))
 
 
-def run_pair(model: str, method: str, steps: int) -> dict[str, Any]:
+def run_pair(model: str, method: str) -> dict[str, Any]:
     """A method and LoRA in turns: seconds of every step, draw and plain pass, and MiB.
 
     Raises:
         BaraError: the model cannot have this method.
     """
-    runners = {"own": Runner(model, method, steps), "lora": Runner(model, BASELINE, steps)}
+    runners = {"own": Runner(model, method), "lora": Runner(model, BASELINE)}
+    predictions = [("own", "draws"), ("own", "forwards"), ("lora", "forwards")]
     record: dict[str, Any] = {f"{name}_steps": [] for name in runners}
+    record |= {f"{name}_{request}": [] for name, request in predictions}
     try:
         waiting = dict(runners)
         while waiting:
@@ -169,17 +170,14 @@ def run_pair(model: str, method: str, steps: int) -> dict[str, Any]:
                     del waiting[name]
                 else:  # an ensemble takes as many steps again for each of its members
                     record[f"{name}_steps"].append(answer)
-        for what in ("own_draws", "own_forwards", "lora_forwards"):
-            record[what] = []
         for _ in range(NUM_PREDICTIONS):
-            record["own_draws"].append(runners["own"].ask("draws"))
-            record["own_forwards"].append(runners["own"].ask("forwards"))
-            record["lora_forwards"].append(runners["lora"].ask("forwards"))
+            for name, request in predictions:
+                record[f"{name}_{request}"].append(runners[name].ask(request))
     finally:
         for runner in runners.values():
             runner.close()
     for name in runners:
-        record[f"{name}_steps"] = record[f"{name}_steps"][WARM_UP : WARM_UP + steps]
+        record[f"{name}_steps"] = record[f"{name}_steps"][WARM_UP : WARM_UP + STEPS[model]]
     return record
 
 
@@ -228,7 +226,10 @@ def summary(records: list[dict[str, Any]]) -> dict[str, float]:
     def ratio(ours: str, theirs: str) -> float:
         return median(a / b for a, b in zip(values(ours), values(theirs), strict=True))
 
-    own, lora = ([r[f"{name}_memory_mib"] for r in records] for name in ("own", "lora"))
+    def memory(name: str) -> list[float]:  # the file has null for what is not known
+        return [r[f"{name}_memory_mib"] or float("nan") for r in records]
+
+    own, lora = memory("own"), memory("lora")
     return {
         "step_ms": 1e3 * median(values("own_steps")),
         "step_ratio": ratio("own_steps", "lora_steps"),
@@ -304,7 +305,7 @@ def main() -> None:
                 if len(mine) > finished or (model, method) in refused:
                     continue
                 try:
-                    pair = run_pair(model, method, STEPS[model])
+                    pair = run_pair(model, method)
                 except BaraError as error:
                     refused.add((model, method))
                     print(f"{model}: {method} is left out: {error}", flush=True)
