@@ -73,8 +73,8 @@ def test_train_learns_and_evaluate_and_predict_agree(
 ) -> None:
     output = tmp_path / "out"
     # A random encoder learns late: until then the prior would close every gate, and noise hide it.
-    calm = "kl_weight: 0, local_kl_weight: 0, init_noise: 0.05"
-    calm += ", weight_noise: 0" if method == "bara" else ""
+    calm = "kl_weight: 0, local_kl_weight: 0, "
+    calm += "factor_noise: false, weight_noise: 0" if method == "bara" else "init_noise: 0.05"
     gentle = ["--set", f"method_options={{{calm}}}"]
     options = [
         "--method",

@@ -64,7 +64,10 @@ def trained(capsys, base, tmp_path, task, rows, *more):
     table = write_jsonl(tmp_path / "table.jsonl", rows)
     out = tmp_path / "adapter"
     options = ["--epochs", 8, "--learning-rate", 0.03, "--batch-size", 10, *more]
-    options += ["--set", "method_options={kl_weight: 0, local_kl_weight: 0}"]
+    # without a KL nothing would keep the factors' noise from growing
+    free = "kl_weight: 0, local_kl_weight: 0"
+    free += "" if "balora" in more else ", factor_noise: false"
+    options += ["--set", f"method_options={{{free}}}"]
     printed = run(
         capsys, "train", "--model", base, "--task", task, "--data", table, "--output", out, *options
     )
@@ -133,7 +136,7 @@ def test_full_fine_tuning_of_a_language_model_loads(capsys, base, tmp_path, task
     assert loaded.task == task
     saved = load_file(out / "model.safetensors")
     weights = model.state_dict()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+    assert all(torch.equal(weights[name].cpu(), tensor) for name, tensor in saved.items())
     command = "generate" if task == "causal-lm" else "predict"
     answers = tmp_path / "answers.jsonl"
     run(capsys, command, out, "--data", table, "--output", answers)

@@ -111,7 +111,7 @@ def test_an_ensemble_is_its_members_on_one_base(base_dir, ensemble_dir, tmp_path
         model.set_adapter(member_name(index))
         with torch.no_grad():
             batch = tokenizer([text for text, _ in TEXTS], padding=True, return_tensors="pt")
-            expected = model(**batch).logits.log_softmax(-1)
+            expected = model(**batch.to(model.device)).logits.log_softmax(-1).cpu()
         torch.testing.assert_close(together[index, :4], expected, atol=1e-5, rtol=1e-5)
 
 

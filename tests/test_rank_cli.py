@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from bara.batches import to_device
 from bara.cli import main
 from bara.data import TextTask
 from bara.errors import BaraError
@@ -129,7 +130,8 @@ def test_prune_then_export(
     loaded = PeftModel.from_pretrained(base, plain).eval()
     batch = tokenizer(["the film is good", "cold"], padding=True, return_tensors="pt")
     with torch.no_grad():
-        distance = loaded(**batch).logits.softmax(-1) - model(**batch).logits.softmax(-1)
+        original = model(**batch.to(model.device)).logits.cpu()
+        distance = loaded(**batch.to(loaded.device)).logits.cpu().softmax(-1) - original.softmax(-1)
     assert distance.abs().max() < 0.02
     run("evaluate", plain, "--data", table)  # an adapter like any that `bara train` makes
 
@@ -179,7 +181,7 @@ def test_the_documented_mixed_batch_is_the_mean_of_the_draws(
 
 def logits(model: Any, batch: Any) -> Tensor:
     with torch.no_grad():
-        return model(**batch).logits
+        return model(**to_device(batch, model.device)).logits.cpu()
 
 
 @pytest.mark.parametrize("mode", ["mean", "draws", "merged"])

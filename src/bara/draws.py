@@ -77,6 +77,7 @@ class Draws:
             batch_size // self.num_draws
         )
 
+    @torch.compiler.disable  # what is drawn once needs no graph
     def numbers(self, key: str, kind: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """The random numbers called `key` of all draws, (S, *shape), float32."""
         cached = self._cache.get((key, shape, device))

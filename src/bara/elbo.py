@@ -116,7 +116,9 @@ class ForwardPass:
 
         Not beyond the module: what is checkpointed has to compute the same again on its own.
         """
-        if x.is_inference():  # has no version: it may have been changed in place
+        # an inference tensor has no version: it may have been changed in place; and a compiler sees
+        # by itself what is computed twice
+        if torch.compiler.is_compiling() or x.is_inference():
             return make(x)
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         key = (layer.rpartition(".")[0], x._version, needs_grad)
@@ -266,8 +268,10 @@ class Elbo(DrawSource):
     def current(self) -> ForwardPass | None:
         """The open forward pass, or in a backward pass the one that is being differentiated."""
         forward = self.forward
+        if forward is None or forward.open:
+            return forward
         recomputing = torch._C._current_graph_task_id() != -1
-        return forward if forward is not None and (forward.open or recomputing) else None
+        return forward if recomputing else None
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
@@ -301,6 +305,7 @@ class Elbo(DrawSource):
 
     # -- one forward pass ----------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _begin(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -326,6 +331,7 @@ class Elbo(DrawSource):
         self.forward = forward
         return args, kwargs
 
+    @torch.compiler.disable
     def _end(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> Any:

@@ -1,0 +1,121 @@
+"""torch.compile: the same loss, KL and gradients, in one graph."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import Trainer, TrainingArguments
+
+import bara
+from helpers import CONFIGS, adapt, stir, tiny_llama
+
+METHODS = list(CONFIGS)
+BACKEND = "aot_eager"  # traces as the default does, and needs no C++ compiler
+
+
+def texts(rows, length):
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 64, (rows, length), generator=generator)
+    ids[0, -2:] = 0
+    labels = ids.where(ids != 0, -100)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+def model_of(method):
+    model = stir(adapt(tiny_llama(), method), 0.1).train()
+    bara.set_progress(model, 1.0, 100)
+    return model
+
+
+def step(model, call, batch):
+    """Loss, KL terms and gradients of a step whose noise is always the same."""
+    torch.manual_seed(3)
+    loss = call(**batch).loss
+    loss.backward()
+    named = model.named_parameters()
+    gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), bara.kl_terms(model), gradients
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    assert found[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        torch.testing.assert_close(found[2][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def anew():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_step_is_the_eager_one_in_one_graph(method):
+    model = model_of(method)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend=BACKEND)
+    for batch in (texts(3, 7), texts(5, 9)):  # the second compiles for any shape
+        assert_same(step(twin, compiled, batch), step(model, model, batch))
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_and_the_mean_are_the_same_in_a_compiled_model(method):
+    model = model_of(method).eval()
+    compiled = torch.compile(copy.deepcopy(model), backend=BACKEND)
+    batch = texts(4, 7)
+    batch.pop("labels")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+        with bara.sampling(model, num_draws=2, seed=1):
+            expected = model(**batch).logits
+        with bara.sampling(compiled, num_draws=2, seed=1):
+            torch.testing.assert_close(compiled(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["bara", "balora"])
+def test_gradient_checkpointing_in_a_compiled_model(method):
+    model = model_of(method)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    twin = copy.deepcopy(model)
+    found = step(twin, torch.compile(twin, backend=BACKEND), texts(3, 7))
+    assert_same(found, step(model, model, texts(3, 7)))
+
+
+def test_trainer_compiles_with_the_kl(tmp_path):
+    histories = []
+    for compiled in (False, True):
+        model = adapt(tiny_llama(), num_observations=None)
+        rows = [
+            {name: column[0] for name, column in texts(1, 5 + i % 3).items()} for i in range(24)
+        ]
+        arguments = TrainingArguments(
+            tmp_path / "out",
+            num_train_epochs=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            torch_compile=compiled,
+            torch_compile_backend=BACKEND if compiled else None,
+        )
+        callbacks = [bara.BayesianCallback()]
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.train()
+        histories.append([row for row in trainer.state.log_history if "loss" in row])
+    eager, compiled = histories
+    assert len(eager) == len(compiled) == 12
+    assert counters["stats"]["unique_graphs"] >= 1
+    for ours, theirs in zip(compiled, eager, strict=True):
+        for name in ("loss", "kl_global", "kl_local", "effective_rank"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
