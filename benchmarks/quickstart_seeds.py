@@ -76,7 +76,7 @@ def gate_movement(adapter: Path) -> dict[str, float]:
     posteriors = [m for m in model.modules() if isinstance(m, BaraPosterior)]
     if not posteriors:
         return {}
-    logits = torch.cat([posterior.task_variables().z for posterior in posteriors])
+    logits = torch.cat([p.config.logit_scale * p.global_logit for p in posteriors])
     start = posteriors[0].config.init_logit
     opened = torch.sigmoid(open_logit(logits))
     return {

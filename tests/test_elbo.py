@@ -67,7 +67,8 @@ def test_left_alone_neither_kl_nor_noise_grows_with_the_layers(num_layers):
     torch.manual_seed(0)
     base = tiny_llama(num_hidden_layers=num_layers)
     model = adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)
-    alpha = layer_posterior(model)[1].task_variables().log_alpha.exp().tolist()
+    posterior = layer_posterior(model)[1]
+    alpha = torch.exp(posterior.config.logit_scale * posterior.noise_logit.detach()).tolist()
     stir(model).train()
     ids = torch.arange(12).reshape(2, 6) + 1
     with bara.sampling(model, seed=0):

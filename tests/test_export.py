@@ -219,7 +219,8 @@ def test_draws_keep_local_gates_at_their_average(exported):
             b = layer.lora_B["default"].weight
             scale = (weights[f"base_model.model.{name}.lora_B.weight"] / b).mean(0) / average[name]
             # z (1 + sqrt(alpha) eps), where z is 0 ... 1
-            bound = 1 + 5 * posterior.task_variables().log_alpha.exp().sqrt()
+            alpha = torch.exp(posterior.config.logit_scale * posterior.noise_logit)
+            bound = 1 + 5 * alpha.sqrt()
             assert (scale.abs() <= bound).all()
 
 

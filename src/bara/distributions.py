@@ -30,17 +30,19 @@ def logistic_noise(uniform: Tensor) -> Tensor:
     return torch.logit(uniform, eps=tiny)
 
 
-def hard_concrete(logit: Tensor, logistic: Tensor) -> Tensor:
+def hard_concrete(logit: Tensor, logistic: Tensor, scale: float = 1.0) -> Tensor:
     """A draw in [0, 1], with exact zeros and ones, of the hard-concrete distribution.
 
     Args:
-        logit: location of the gate, any shape.
+        logit: location of the gate over `scale`, any shape.
         logistic: standard logistic noise, broadcastable to `logit`.
+        scale: of the location.
 
     Source: Louizos et al. 2018, equations 10 and 11.
     """
     # one operation each: many layers do this on few numbers (clamp's gradient takes 5 times it)
-    concrete = torch.sigmoid(torch.add(logistic / TEMPERATURE, logit, alpha=1 / TEMPERATURE))
+    shifted = torch.add(logistic / TEMPERATURE, logit, alpha=scale / TEMPERATURE)
+    concrete = torch.sigmoid(shifted)
     return F.hardtanh(torch.rsub(concrete, LOW, alpha=LOW - HIGH), 0.0, 1.0)
 
 
@@ -113,7 +115,7 @@ def scale_noise_kl(alpha: Tensor, c: float) -> Tensor:
     Elementwise 0.5 * [(alpha + 1) / c - 1 - log(alpha / c)] (design 2.2).
     """
     constant = 0.5 * (1 / c - 1 + math.log(c))
-    return 0.5 / c * alpha - 0.5 * torch.log(alpha) + constant
+    return torch.sub(0.5 / c * alpha, torch.log(alpha), alpha=0.5) + constant
 
 
 def gaussian_kl(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:

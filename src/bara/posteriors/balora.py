@@ -59,10 +59,9 @@ class BaloraPosterior(Posterior):
         if noise is None and not with_kl:
             return PosteriorOutput(space.u)
         with torch.autocast(space.u.device.type, enabled=False):
-            alpha = self.alpha(space)
-            u = space.u
+            alpha, u = self.alpha(space), space.u
             if noise is not None:
-                u = u + space.relative_noise(alpha, noise).to(u.dtype)
+                u = space.with_relative_noise(alpha, noise).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u)
             self.calibrated = None  # the noise is about to change

@@ -38,6 +38,7 @@ from bara.posteriors.base import (
     Posterior,
     PosteriorOutput,
     RankSpace,
+    mean_of_layers,
     relative_noise_draw,
     rms_normalised,
     wide,
@@ -51,9 +52,10 @@ class Variables(NamedTuple):
     """What the variables are distributed by on one batch; None for those that an adapter lacks.
 
     Attributes:
-        z: location of the task's gates, (r,).
-        log_alpha: logarithm of the factors' variance, relative to their squared mean, (r,).
-        g: location of the input's gates, (B, 1 or T, r).
+        z: location of the task's gates over `logit_scale`, (r,).
+        log_alpha: logarithm of the factors' variance, relative to their squared mean, over
+            `logit_scale`, (r,).
+        g: location of the input's gates over `logit_scale`, (B, 1 or T, r).
         theta: shape (r,) and scale (B, 1 or T, r) of the Weibull intensities.
     """
 
@@ -63,7 +65,7 @@ class Variables(NamedTuple):
     theta: tuple[Tensor, Tensor] | None = None
 
     def gates(self) -> dict[str, Tensor]:
-        """The gates' locations by name."""
+        """The gates' locations over `logit_scale`, by name."""
         return {n: g for n, g in (("z", self.z), ("g", self.g)) if g is not None}
 
 
@@ -111,11 +113,12 @@ class BaraPosterior(Posterior):
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
-            variables, u = self.variables(space), space.u
+            variables, u = self.variables(space), space.wide_u
             if noise is not None and (variance := self.weight_noise):
-                u = u + space.relative_noise(variance, noise).to(u.dtype)
+                u = space.with_relative_noise(variance, noise)
             if multipliers := self._multipliers(variables, noise):
-                u = u * reduce(torch.mul, multipliers).to(u.dtype)
+                u = u * reduce(torch.mul, multipliers)
+            u = u.to(space.u.dtype)
             if not with_kl:
                 return PosteriorOutput(u)
             self.calibrated = None  # the gates are about to change
@@ -135,36 +138,33 @@ class BaraPosterior(Posterior):
 
     def task_variables(self) -> Variables:
         """The part of the posterior that no input changes."""
-        scale = self.config.logit_scale
         return Variables(
-            z=scale * wide(self.global_logit) if self.config.global_gate else None,
-            log_alpha=scale * wide(self.noise_logit) if self.config.factor_noise else None,
+            z=wide(self.global_logit) if self.config.global_gate else None,
+            log_alpha=wide(self.noise_logit) if self.config.factor_noise else None,
         )
 
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:
         """What the maps of the input-dependent parts make of normalised features, by their names.
 
-        `gate` is the location of the input's gates, `intensity` the logarithm of the intensities'
-        mean, which starts at 1; each (B, 1 or T, r).
+        `gate` is the location of the input's gates over `logit_scale`, `intensity` the logarithm of
+        the intensities' mean, which starts at 1; each (B, 1 or T, r).
         """
         if not self.depends_on_input:
             return {}
         features, outputs = rms_normalised(space.pooled(self.granularity)), {}
         if self.config.local_gate:
             weight, bias = wide(self.gate_weight), wide(self.gate_bias)
-            outputs["gate"] = linear(
-                features, weight * self._gate_scale(), bias * self.config.logit_scale
-            )
+            outputs["gate"] = linear(features, weight * self._gate_scale(), bias)
         if self.config.intensity:
             weight, bias = wide(self.intensity_weight), wide(self.intensity_bias)
             outputs["intensity"] = linear(features, weight, bias)
         return outputs
 
     def _gate_scale(self) -> float:
-        """Between `gate_weight` and logits: divided by sqrt(r), because the r weights of a gate
-        move together under Adam, and would otherwise close a gate for all inputs at once long
-        before its factor has learned anything."""
-        return self.config.logit_scale / math.sqrt(self.rank)
+        """On `gate_weight`: 1 / sqrt(r), because the r weights of a gate move together under Adam,
+        and would otherwise close a gate for all inputs at once long before its factor has learned
+        anything."""
+        return 1 / math.sqrt(self.rank)
 
     def _multipliers(self, variables: Variables, noise: Noise | None) -> list[Tensor]:
         """z, 1 + sqrt(alpha) eps, g and theta drawn, or without noise their means.
@@ -176,7 +176,8 @@ class BaraPosterior(Posterior):
             multipliers.append(self._gate("z", variables.z, noise))
         if variables.log_alpha is not None and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            multipliers.append(1 + torch.exp(variables.log_alpha / 2) * eps)
+            std = torch.exp(variables.log_alpha * (self.config.logit_scale / 2))
+            multipliers.append(1 + std * eps)
         if variables.g is not None:
             multipliers.append(self._gate("g", variables.g, noise))
         if variables.theta is not None:
@@ -184,10 +185,11 @@ class BaraPosterior(Posterior):
         return multipliers
 
     def _gate(self, name: str, logit: Tensor, noise: Noise | None) -> Tensor:
+        scale = self.config.logit_scale
         if noise is None:
-            return hard_concrete_mean(logit)
+            return hard_concrete_mean(scale * logit)
         uniform = noise.uniform(name, (self.rank,)).unsqueeze(1)
-        return hard_concrete(logit, logistic_noise(uniform))
+        return hard_concrete(logit, logistic_noise(uniform), scale)
 
     def _intensity(self, shape: Tensor, scale: Tensor, noise: Noise | None) -> Tensor:
         if noise is None:
@@ -206,35 +208,25 @@ class BaraPosterior(Posterior):
         self.calibrated = None
         values = {name: parameter[kept] for name, parameter in self.named_parameters()}
         for name, solution in maps.items():
-            gate = name == "gate"
-            values[f"{name}_weight"] = solution[:, :-1] / (self._gate_scale() if gate else 1)
-            values[f"{name}_bias"] = solution[:, -1] / (self.config.logit_scale if gate else 1)
+            scale = self._gate_scale() if name == "gate" else 1
+            values[f"{name}_weight"] = solution[:, :-1] / scale
+            values[f"{name}_bias"] = solution[:, -1]
         for name, old in list(self.named_parameters()):
             value = values[name].detach().to(old).clone()
             setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
     def _kl_parts(self, space: RankSpace, variables: Variables) -> dict[str, Tensor]:
-        """What belongs to factors, (r,), and to factors of an input, (B, r), averaged over its
-        positions: `local` is the KL of an active factor, `open` the P(g > 0)."""
+        """|b_k|^2 and the variables, by name."""
         z, log_alpha, g, theta = variables
         parts = {"columns": space.squared_columns()}
         if z is not None:
             parts["z"] = z
         if log_alpha is not None:
             parts["log_alpha"] = log_alpha
-        local: list[Tensor] = []
         if g is not None:
-            opened = open_logit(g)
-            probability = torch.sigmoid(opened)
-            assert self.config.local_prior is not None  # the config replaced its None
-            local.append(bernoulli_kl(probability, opened, self.config.local_prior))
-            parts["open"] = space.mean_over_positions(probability.detach())
+            parts |= {"g": g} | space.position_weights(g)
         if theta is not None:
-            a = self.config.intensity_prior  # Gamma(a, rate a) has mean 1
-            kl = weibull_gamma_kl(*theta, a, a)
-            local.append(kl if g is None else kl * probability)
-        if local:
-            parts["local"] = space.mean_over_positions(sum(local[1:], local[0]))
+            parts |= {"shape": theta[0], "scale": theta[1]} | space.position_weights(theta[1])
         return parts
 
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:
@@ -247,7 +239,7 @@ class BaraPosterior(Posterior):
         active = torch.ones_like(columns)
         kl_global: list[Tensor] = []
         if "z" in parts:
-            opened = open_logit(parts["z"])
+            opened = open_logit(config.logit_scale * parts["z"])
             active = torch.sigmoid(opened)
             if config.global_prior_beta is None:
                 assert config.global_prior is not None  # the config replaced its None
@@ -255,27 +247,50 @@ class BaraPosterior(Posterior):
             else:
                 kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
         if "log_alpha" in parts:
-            noise = scale_noise_kl(parts["log_alpha"].exp(), config.noise_prior)
-            kl_global.append((noise * active).sum(-1))
+            alpha = torch.exp(config.logit_scale * parts["log_alpha"])
+            kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum(-1))
         if config.prior_std is not None:
             kl_global.append((columns * active).sum(-1) / (2 * config.prior_std**2))
         per_input = active.unsqueeze(1)  # (L, 1, r)
+        kl_local, opened_by_input = self._local_kl(parts)
         return Kl(
             sum(kl_global[1:], kl_global[0]) if kl_global else None,
-            (parts["local"] * per_input).sum(-1) if "local" in parts else None,
-            parts["open"] * per_input if "open" in parts else active,
+            None if kl_local is None else (kl_local * per_input).sum(-1),
+            active if opened_by_input is None else opened_by_input * per_input,
+        )
+
+    def _local_kl(self, parts: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Of factors of an input, averaged over its positions: the KL of an active factor, and
+        P(g > 0); each (L, B, r), None without what it is of."""
+        local: list[Tensor] = []
+        probability = None
+        if "g" in parts:
+            opened = open_logit(self.config.logit_scale * parts["g"])
+            probability = torch.sigmoid(opened)
+            assert self.config.local_prior is not None  # the config replaced its None
+            local.append(bernoulli_kl(probability, opened, self.config.local_prior))
+        if "shape" in parts:
+            shape, a = parts["shape"][:, None, None], self.config.intensity_prior
+            kl = weibull_gamma_kl(shape, parts["scale"], a, a)  # Gamma(a, rate a) has mean 1
+            local.append(kl if probability is None else kl * probability)
+        return (
+            mean_of_layers(sum(local[1:], local[0]), parts) if local else None,
+            None if probability is None else mean_of_layers(probability.detach(), parts),
         )
 
     def inclusion(self) -> Tensor:
         """P(z_k > 0), (r,); ones without a global gate."""
         z = self.task_variables().z
-        return torch.ones(self.rank) if z is None else torch.sigmoid(open_logit(z))
+        if z is None:
+            return torch.ones(self.rank)
+        return torch.sigmoid(open_logit(self.config.logit_scale * z))
 
     def open_probability(self, space: RankSpace) -> Tensor:
         with torch.autocast(space.u.device.type, enabled=False):
             probability = super().open_probability(space)
             for logit in self.variables(space).gates().values():
-                probability = probability * torch.sigmoid(open_logit(logit))
+                scaled = self.config.logit_scale * logit
+                probability = probability * torch.sigmoid(open_logit(scaled))
             return probability
 
     def open_draw(self, space: RankSpace, noise: Noise) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,8 +70,13 @@ class RankSpace:
         shared = std * torch.randn(shape, device=x.device)
         return self.project(x * inputs, shared) * noise.sign((shape[0],)).unsqueeze(1)
 
-    def relative_noise(self, variance: Tensor | float, noise: Noise) -> Tensor:
-        """What noise on A adds to A x, where an element a of A has variance `variance` * a^2.
+    @cached_property
+    def wide_u(self) -> Tensor:
+        """u in float32 or wider, (B, T, r)."""
+        return wide(self.u)
+
+    def with_relative_noise(self, variance: Tensor | float, noise: Noise) -> Tensor:
+        """A x with noise on A, where an element a of A has variance `variance` * a^2.
 
         One random number per input and factor is shared by the input's positions.
 
@@ -87,14 +93,17 @@ class RankSpace:
         dtype = torch.bfloat16 if half else torch.promote_types(self.u.dtype, torch.float32)
         a = self.a.to(dtype)
         squared = wide(self.project(self.half_squared_input(dtype), a * a.detach()))
-        squared = 2 * squared - squared.detach()  # the other half: cheapest where it is smallest
-        # the root's gradient at 0 (an input of zeros) would be infinite
-        std = (variance * squared).clamp_min(1e-12).sqrt()
-        return std * noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
+        # the root as s / sqrt(s) with a constant below has twice the root's gradient: the other
+        # half; and the root's gradient at 0 (an input of zeros) would be infinite
+        eps = noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
+        constant = squared.detach().clamp_min(1e-12).rsqrt_() * eps
+        if isinstance(variance, Tensor):
+            return torch.addcmul(self.wide_u, squared, variance.sqrt() * constant)
+        return torch.addcmul(self.wide_u, squared, constant, value=variance**0.5)
 
     def pooled(self, granularity: Granularity) -> Tensor:
         """The features a gate reads, float32: (B, 1, r) masked means, or (B, T, r) tokens."""
-        u = wide(self.u)
+        u = self.wide_u
         if granularity == "token" or u.shape[1] == 1:
             return u
         return self.mean_over_positions(u).unsqueeze(1)
@@ -106,6 +115,10 @@ class RankSpace:
         if self.weights is None:
             return values.mean(dim=1)
         return (values * trailing(self.weights.to(values), values.dim())).sum(dim=1)
+
+    def position_weights(self, values: Tensor) -> dict[str, Tensor]:
+        """What `mean_of_layers` needs besides values (B, 1 or T, ...): nothing without padding."""
+        return {} if self.weights is None or values.shape[1] == 1 else {"weights": self.weights}
 
 
 class PosteriorOutput(NamedTuple):
@@ -248,6 +261,20 @@ def relative_noise_draw(a: Tensor, variance: Tensor | float, noise: Noise) -> Te
     return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype)
 
 
+def mean_of_layers(values: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """Averages values (L, B, 1 or T, r) of L layers over the positions: (L, B, r).
+
+    Args:
+        values: of layers alike.
+        parts: what the layers handed up, with that of `RankSpace.position_weights`.
+    """
+    if values.shape[2] == 1:
+        return values.squeeze(2)
+    if "weights" not in parts:
+        return values.mean(dim=2)
+    return (values * parts["weights"].to(values).unsqueeze(-1)).sum(dim=2)
+
+
 def trailing(values: Tensor, dim: int) -> Tensor:
     """Appends dimensions of size 1 until there are `dim`."""
     return values.reshape(*values.shape, *[1] * (dim - values.dim()))
@@ -255,7 +282,9 @@ def trailing(values: Tensor, dim: int) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32 or wider: KL and gates are not to be computed in half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
+    return tensor.float()
 
 
 def rms_normalised(features: Tensor) -> Tensor:
