@@ -18,7 +18,7 @@ from bara.elbo import Elbo, ForwardPass
 from bara.errors import BaraError
 from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
-from bara.posteriors.base import Granularity, RankSpace
+from bara.posteriors.base import Granularity, RankSpace, wide
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
@@ -178,7 +178,8 @@ class RankSpaceVariant(LoraVariant):
             self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
         groups = getattr(lora_b, "groups", 1)
         a, b = lora_a.weight, lora_b.weight
-        return RankSpace(flat, x, a, b, weights, project, half_squared_input, groups), restore
+        space = RankSpace(flat, wide(flat), x, a, b, weights, project, half_squared_input, groups)
+        return space, restore
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
         if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):

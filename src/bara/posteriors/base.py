@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ class RankSpace:
 
     Attributes:
         u: A x, (B, T, r) with T positions (tokens, pixels) per input.
+        wide_u: the same in float32 or wider.
         x: the layer's input, (B, T, d_in) or (B, channels, ...) for a convolution.
         a: the weight of A, (r, d_in) or (r, channels, kernel...).
         b: the weight of B, (d_out, r) or (d_out, r, 1, ...).
@@ -36,6 +36,7 @@ class RankSpace:
     """
 
     u: Tensor
+    wide_u: Tensor
     x: Tensor
     a: Tensor
     b: Tensor
@@ -69,11 +70,6 @@ class RankSpace:
         inputs = signs.unsqueeze(1) if channel == -1 else trailing(signs, x.dim())
         shared = std * torch.randn(shape, device=x.device)
         return self.project(x * inputs, shared) * noise.sign((shape[0],)).unsqueeze(1)
-
-    @cached_property
-    def wide_u(self) -> Tensor:
-        """u in float32 or wider, (B, T, r)."""
-        return wide(self.u)
 
     def with_relative_noise(self, variance: Tensor | float, noise: Noise) -> Tensor:
         """A x with noise on A, where an element a of A has variance `variance` * a^2.

@@ -56,9 +56,9 @@ class CertifiedPosterior(Posterior):
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
             if noise is None:
-                gated, from_b = wide(space.u) * self.logit().sigmoid(), None
+                gated, from_b = space.wide_u * self.logit().sigmoid(), None
             else:
-                gated = wide(space.u) * self._draw_gates(noise).unsqueeze(1)
+                gated = space.wide_u * self._draw_gates(noise).unsqueeze(1)
                 normal = noise.normal("B", tuple(space.b.shape))
                 from_b = torch.einsum("btr,bor->bto", gated, normal * self.log_std().exp())
             kl = {}
