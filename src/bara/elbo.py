@@ -32,11 +32,16 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 class Use(NamedTuple):
-    """What one use of a layer handed up: its name, what its KL is made of, and how."""
+    """What one use of a module handed up: its posterior, what its KL is made of, and how.
 
-    layer: str
+    The uses of a pass are a chain from the latest to the first, and have no names: for a list, or
+    for names, a compiler of single layers would make a graph for each of them.
+    """
+
+    posterior: nn.Module
     parts: Mapping[str, Tensor]
     kl: Callable[[Mapping[str, Tensor]], Kl]
+    before: Use | None
 
     def kind(self) -> tuple[object, ...]:
         """The same for uses whose KL can be computed together."""
@@ -48,22 +53,30 @@ class Use(NamedTuple):
 class Terms:
     """The KL terms of one adapter in one forward pass.
 
-    Layers hand up `uses`, which are reduced when the pass is over: recomputation under gradient
+    Layers hand up their uses, which are reduced when the pass is over: recomputation under gradient
     checkpointing repeats what a layer did, and the reduction must not be part of it. A layer that
     is applied several times (shared weights) has one posterior, and its KL is the mean over its
     uses.
 
     Attributes:
-        uses: until the pass is over.
+        latest: the latest use, until the pass is over.
         kl_global, kl_local: summed over the layers and averaged over the batch, scalars; None
             without such terms.
         activity: P(active) of the factors of layers alike, (L, ..., r).
     """
 
-    uses: list[Use] = field(default_factory=list)
+    latest: Use | None = None
     kl_global: Tensor | None = None
     kl_local: Tensor | None = None
     activity: list[Tensor] = field(default_factory=list)
+
+    def uses(self) -> list[Use]:
+        """All uses of the pass, the first one first."""
+        uses, use = [], self.latest
+        while use is not None:
+            uses.append(use)
+            use = use.before
+        return uses[::-1]
 
 
 @dataclass
@@ -175,7 +188,7 @@ class ForwardPass:
     def add(
         self,
         adapter: str,
-        layer: str,
+        posterior: nn.Module,
         parts: Mapping[str, Tensor],
         kl: Callable[[Mapping[str, Tensor]], Kl],
     ) -> None:
@@ -184,22 +197,23 @@ class ForwardPass:
             return
         self.asked = True
         if parts:  # else a family without KL
-            self.terms.setdefault(adapter, Terms()).uses.append(Use(layer, parts, kl))
+            terms = self.terms.setdefault(adapter, Terms())
+            terms.latest = Use(posterior, parts, kl, terms.latest)
 
     def reduce(self) -> None:
         """Computes the terms of what the layers have handed up, layers alike together."""
         for terms in self.terms.values():
-            counts = Counter(use.layer for use in terms.uses)
+            every, terms.latest = terms.uses(), None
+            counts = Counter(use.posterior for use in every)
             alike: dict[tuple[object, ...], list[Use]] = {}
-            for use in terms.uses:
+            for use in every:
                 alike.setdefault(use.kind(), []).append(use)
-            terms.uses = []
             for uses in alike.values():
                 parts = {
                     name: torch.stack([use.parts[name].to(part.device) for use in uses])
                     for name, part in uses[0].parts.items()
                 }
-                share = torch.tensor([1 / counts[use.layer] for use in uses])
+                share = torch.tensor([1 / counts[use.posterior] for use in uses])
                 device = next(iter(parts.values())).device.type
                 with torch.autocast(device, enabled=False):
                     kl = uses[0].kl(parts)

@@ -109,7 +109,7 @@ class GaussianHead(nn.Module, BaseTunerLayer):
             return head(x, None).to(x.dtype)
         if head.training and torch.is_grad_enabled() and head.mean_weight.requires_grad:
             forward.trainable = True
-            forward.add(adapter, self.name, {"parameters": head.kl()}, Kl.of)
+            forward.add(adapter, head, {"parameters": head.kl()}, Kl.of)
         noise = forward.noise(self.name, None, x.shape[0], x.device, head.training)
         return head(x, noise).to(x.dtype)
 

@@ -87,7 +87,7 @@ class RankSpaceVariant(LoraVariant):
         )
         output = posterior(space, noise, with_kl=with_kl)
         if with_kl:
-            forward.add(active_adapter, self.layer, output.kl, posterior.kl)
+            forward.add(active_adapter, posterior, output.kl, posterior.kl)
         for observe in self.elbo.observers:
             observe(self.layer, posterior, space)
         lora_b, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]

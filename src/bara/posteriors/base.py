@@ -102,7 +102,9 @@ class RankSpace:
         u = self.wide_u
         if granularity == "token" or u.shape[1] == 1:
             return u
-        return self.mean_over_positions(u).unsqueeze(1)
+        if self.weights is None:
+            return u.mean(dim=1, keepdim=True)
+        return self.weights.to(u).unsqueeze(1) @ u
 
     def mean_over_positions(self, values: Tensor) -> Tensor:
         """Averages values (B, 1 or T, ...) over the positions that are not padding: (B, ...)."""
