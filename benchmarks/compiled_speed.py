@@ -3,8 +3,9 @@
     python benchmarks/compiled_speed.py            # on the GPU where there is one
     python benchmarks/compiled_speed.py --device cpu --models minilm
 
-All adapters of a model are trained side by side in one process and take turns, one step each, eager
-and compiled ones alike, in bfloat16 autocast. The models have random weights, which are nothing to
+All adapters of a model are trained side by side in one process and take turns, one step each: eager
+ones, some whose blocks are compiled, one graph for all, and some that are compiled as a whole. All
+are in bfloat16 autocast. The models have random weights, which are nothing to
 their speed, in the sizes of real ones. Every model's row is written to
 benchmarks/results/compiled_speed.jsonl when it is finished; the tables go to
 docs/compiled-speed.md.
@@ -43,7 +44,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/compiled_speed.jsonl"
 PAGE = ROOT / "docs/compiled-speed.md"
 COMPARED = ("lora", "bara", "balora", "blob", "scalabl", "rankwise", "mc-dropout")
-MODES = ("eager", "compiled")
+MODES = ("eager", "blocks", "compiled")
 CLASSES = 3
 NUM_DRAWS = 10
 WARM_UP = 4
@@ -56,6 +57,7 @@ class Size:
 
     Attributes:
         make: makes the model, with random weights.
+        blocks: the model's blocks.
         targets: the layers that are adapted.
         vocabulary: number of tokens.
         batch: texts in a batch.
@@ -64,6 +66,7 @@ class Size:
     """
 
     make: Callable[[], nn.Module]
+    blocks: Callable[[Any], Any]
     targets: list[str]
     vocabulary: int
     batch: int
@@ -99,6 +102,7 @@ def llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: i
 SIZES = {
     "minilm": Size(
         partial(bert, 384, 6),
+        lambda model: model.bert.encoder.layer,
         ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
         30522,
         batch=32,
@@ -107,6 +111,7 @@ SIZES = {
     ),
     "llama-1b": Size(
         partial(llama, 2048, 16, 32, 8192, 128256),
+        lambda model: model.model.layers,
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         128256,
         batch=8,
@@ -120,7 +125,7 @@ SIZES = {
 class Adapted:
     """One method's adapter on a model of its own, and how a step of it is trained."""
 
-    def __init__(self, method: str, size: Size, device: str, compiled: bool, steps: int) -> None:
+    def __init__(self, method: str, size: Size, device: str, mode: str, steps: int) -> None:
         torch.manual_seed(0)
         options: dict[str, Any] = {"r": size.rank, "lora_alpha": 2 * size.rank}
         if method == "bara":
@@ -136,7 +141,12 @@ class Adapted:
         self.bayesian = method != "lora"
         self.device = device
         self.steps = steps
-        self.call = torch.compile(self.model) if compiled else self.model
+        self.call: Any = self.model
+        if mode == "blocks":
+            for block in size.blocks(self.model.get_base_model()):
+                block.compile()
+        elif mode == "compiled":
+            self.call = torch.compile(self.model)
         trained = (p for p in self.model.parameters() if p.requires_grad)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
 
@@ -181,7 +191,7 @@ def measure(
     size = SIZES[name]
     total = WARM_UP + steps
     adapted = {
-        (method, mode): Adapted(method, size, device, mode == "compiled", total)
+        (method, mode): Adapted(method, size, device, mode, total)
         for method in methods
         for mode in modes
     }
@@ -246,8 +256,10 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         "Made by `python benchmarks/compiled_speed.py` from "
         "`benchmarks/results/compiled_speed.jsonl`; do not edit.",
         "",
-        "Adapters of one model in one process take turns, one step each, in bfloat16 autocast; a "
-        "ratio is the median over the turns. The models have the sizes of real ones and random "
+        "Adapters of one model in one process take turns, one step each, in bfloat16 autocast: "
+        "eager, with compiled blocks (`block.compile()` for every block of the model), or compiled "
+        "as a whole (`torch.compile(model)`). A ratio is the median over the turns. The models have "
+        "the sizes of real ones and random "
         f"weights; texts have one half to all of the longest's length. The first {WARM_UP} steps, "
         "which compile, are not in the medians. / LoRA is against LoRA in the same mode. Memory is "
         "what a step takes above the models at its peak (GPU only). Predictions are eager: "

@@ -23,7 +23,7 @@ def texts(rows, length):
 
 
 def model_of(method):
-    model = stir(adapt(tiny_llama(), method), 0.1).train()
+    model = stir(adapt(tiny_llama(num_hidden_layers=1), method), 0.1).train()
     bara.set_progress(model, 1.0, 100)
     return model
 
@@ -65,7 +65,20 @@ def test_a_compiled_step_is_the_eager_one_in_one_graph(method):
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["bara", "balora"])
+def test_compiled_blocks_share_their_graphs(method):
+    """One for the first block, whose input has no gradient, and one for the others."""
+    model = adapt(tiny_llama(num_hidden_layers=5, use_cache=False), method).train()
+    bara.set_progress(model, 1.0, 100)
+    twin = copy.deepcopy(model)
+    for block in twin.get_base_model().model.layers:
+        block.compile(backend=BACKEND)
+    assert_same(step(twin, twin, texts(3, 7)), step(model, model, texts(3, 7)))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+@pytest.mark.parametrize("method", ["bara", "balora", "blob"])
 def test_draws_and_the_mean_are_the_same_in_a_compiled_model(method):
     model = model_of(method).eval()
     compiled = torch.compile(copy.deepcopy(model), backend=BACKEND)
