@@ -258,8 +258,8 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         "",
         "Adapters of one model in one process take turns, one step each, in bfloat16 autocast: "
         "eager, with compiled blocks (`block.compile()` for every block of the model), or compiled "
-        "as a whole (`torch.compile(model)`). A ratio is the median over the turns. The models have "
-        "the sizes of real ones and random "
+        "as a whole (`torch.compile(model)`). A ratio is the median over the turns. The models "
+        "have the sizes of real ones and random "
         f"weights; texts have one half to all of the longest's length. The first {WARM_UP} steps, "
         "which compile, are not in the medians. / LoRA is against LoRA in the same mode. Memory is "
         "what a step takes above the models at its peak (GPU only). Predictions are eager: "
