@@ -272,8 +272,8 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Where the logits of the local gates start. None stands for init_logit up to "
-            "r = 8, and beyond it for gates that are open with P = 13 / (r + 5), so that the rank "
-            "in use does not follow the maximum rank."
+            "r = 11, and beyond it for gates that are open with P = 11 / r, so that the rank in "
+            "use does not follow the maximum rank."
         },
     )
     logit_scale: float = field(

@@ -44,8 +44,8 @@ from bara.posteriors.base import (
     wide,
 )
 
-ALL_OPEN, MOST_OPEN = 8, 13
-"""Factors of a layer up to which all are open at the start, and how many are at most."""
+MOST_OPEN = 11
+"""Factors of a layer that an input starts with, at most."""
 
 
 class Variables(NamedTuple):
@@ -100,9 +100,9 @@ class BaraPosterior(Posterior):
         usual, rank = self.config.init_logit, self.rank
         if self.config.init_local_logit is not None:
             return self.config.init_local_logit
-        if rank <= ALL_OPEN:
+        if rank <= MOST_OPEN:
             return usual
-        odds = MOST_OPEN / (rank - ALL_OPEN)
+        odds = MOST_OPEN / (rank - MOST_OPEN)
         return min(usual, math.log(odds) - OPEN_SHIFT)
 
     def start_values(self) -> None:
