@@ -401,7 +401,9 @@ def test_balora_convolution_noise_has_the_variance_of_sampled_weights():
     torch.testing.assert_close(sampled.var(0), exact, rtol=0.25, atol=1e-3)
 
 
-@pytest.mark.parametrize(("r", "probability"), [(4, None), (11, None), (16, 11 / 16), (64, 11 / 64)])
+@pytest.mark.parametrize(
+    ("r", "probability"), [(4, None), (11, None), (16, 11 / 16), (64, 11 / 64)]
+)
 def test_of_many_factors_bara_starts_with_some(r, probability):
     _, posterior = layer_posterior(adapt(TinyNet(), r=r, target_modules=["layer"]))
     logit = torch.tensor([3.0, 20 * posterior.gate_bias.mean().item()])
