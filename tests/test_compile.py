@@ -105,7 +105,7 @@ def test_gradient_checkpointing_in_a_compiled_model(method):
 def test_trainer_compiles_with_the_kl(tmp_path):
     histories = []
     for compiled in (False, True):
-        model = adapt(tiny_llama(), num_observations=None)
+        model = adapt(tiny_llama(), num_observations=None, weight_noise=0.5)
         rows = [
             {name: column[0] for name, column in texts(1, 5 + i % 3).items()} for i in range(24)
         ]
@@ -128,7 +128,7 @@ def test_trainer_compiles_with_the_kl(tmp_path):
         histories.append([row for row in trainer.state.log_history if "loss" in row])
     eager, compiled = histories
     assert len(eager) == len(compiled) == 12
-    assert counters["stats"]["unique_graphs"] >= 1
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3  # one at first, then for any length
     for ours, theirs in zip(compiled, eager, strict=True):
         for name in ("loss", "kl_global", "kl_local", "effective_rank"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name

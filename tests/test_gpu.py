@@ -75,8 +75,9 @@ def test_loss_and_gradients_of_a_draw_are_those_of_the_cpu(method, make, batch):
         loss.backward()
         losses.append(loss.detach().cpu())
     torch.testing.assert_close(losses[1], losses[0], atol=1e-4, rtol=1e-4)
-    expected = gradients(models[0])
-    for name, gradient in gradients(models[1]).items():
+    expected, found = map(gradients, models)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
         scale = expected[name].abs().max()
         assert (gradient - expected[name]).abs().max() <= 1e-3 * scale + 1e-6, name
 
@@ -95,6 +96,7 @@ def test_gradient_checkpointing_repeats_the_noise_of_the_gpu(method):
         loss.backward()
         found.append((loss.detach().cpu(), gradients(model)))
     torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-3)
 

@@ -172,9 +172,9 @@ def test_a_saved_adapter_comes_back(encoder_dir, tmp_path, method):
     base = loaded if method == "full" else loaded.get_base_model()
     assert isinstance(base, SentenceClassifier)
     expected = bara.predict(model, inputs(), num_draws=3)
-    torch.testing.assert_close(
-        bara.predict(loaded, inputs(), num_draws=3).probs, expected.probs, rtol=1e-6, atol=0
-    )
+    rtol = 1e-6 if torch.cuda.is_available() else 0  # a GPU may add up in another order
+    found = bara.predict(loaded, inputs(), num_draws=3)
+    torch.testing.assert_close(found.probs, expected.probs, rtol=rtol, atol=0)
 
 
 def test_a_fully_tuned_model_needs_no_base_and_must_be_whole(encoder_dir, tmp_path):

@@ -88,8 +88,10 @@ class RankSpaceVariant(LoraVariant):
         output = posterior(space, noise, with_kl=with_kl)
         if with_kl:
             forward.add(active_adapter, posterior, output.kl, posterior.kl)
-        for observe in self.elbo.observers:
-            observe(self.layer, posterior, space)
+        if self.elbo.observers:
+            with torch.autocast(x.device.type, enabled=False):
+                for observe in self.elbo.observers:
+                    observe(self.layer, posterior, space)
         lora_b, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
         if lora_b.bias is None:
             update = lora_b(restore(output.u * scaling))  # in rank space it costs least

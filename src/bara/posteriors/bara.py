@@ -216,7 +216,7 @@ class BaraPosterior(Posterior):
             setattr(self, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
     def _kl_parts(self, space: RankSpace, variables: Variables) -> dict[str, Tensor]:
-        """|b_k|^2 and the variables, by name."""
+        """|b_k|^2, the variables and the weights of the positions, by name."""
         z, log_alpha, g, theta = variables
         parts = {"columns": space.squared_columns()}
         if z is not None:

@@ -81,7 +81,7 @@ class RankSpace:
             noise: the layer's random numbers.
 
         Returns:
-            (B, T, r), float32.
+            (B, T, r), float32 or wider.
         """
         # bfloat16 has the range of float32 and rounds a std by less than 1%; the square of
         # an activation can be too large for float16
@@ -89,10 +89,10 @@ class RankSpace:
         dtype = torch.bfloat16 if half else torch.promote_types(self.u.dtype, torch.float32)
         a = self.a.to(dtype)
         squared = wide(self.project(self.half_squared_input(dtype), a * a.detach()))
-        # the root as s / sqrt(s) with a constant below has twice the root's gradient: the other
-        # half; and the root's gradient at 0 (an input of zeros) would be infinite
+        # the root as s / sqrt(s) with a detached denominator has twice the root's gradient, which
+        # makes up for the half that s carries, and clamped it is finite at 0 (an input of zeros)
         eps = noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
-        constant = squared.detach().clamp_min(1e-12).rsqrt_() * eps
+        constant = squared.detach().clamp_min(1e-24).rsqrt_() * eps
         if isinstance(variance, Tensor):
             return torch.addcmul(self.wide_u, squared, variance.sqrt() * constant)
         return torch.addcmul(self.wide_u, squared, constant, value=variance**0.5)
@@ -186,7 +186,7 @@ class Posterior(nn.Module):
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:
         """The KL of L layers alike, of which this is one.
 
-        What is small is computed once for all layers: for r numbers the time goes into the calls.
+        Computed once for all layers: for few numbers the time goes into the calls.
 
         Args:
             parts: the layers' `PosteriorOutput.kl`, stacked along a new first dimension.
