@@ -5,10 +5,9 @@
 
 All adapters of a model are trained side by side in one process and take turns, one step each: eager
 ones, some whose blocks are compiled, one graph for all, and some that are compiled as a whole. All
-are in bfloat16 autocast. The models have random weights, which are nothing to
-their speed, in the sizes of real ones. Every model's row is written to
-benchmarks/results/compiled_speed.jsonl when it is finished; the tables go to
-docs/compiled-speed.md.
+are in bfloat16 autocast. The models have random weights, which are nothing to their speed, in the
+sizes of real ones. Every model's row is written to benchmarks/results/compiled_speed.jsonl when it
+is finished; the tables go to docs/compiled-speed.md.
 """
 
 from __future__ import annotations
@@ -132,15 +131,15 @@ class Adapted:
         options: dict[str, Any] = {"r": size.rank, "lora_alpha": 2 * size.rank}
         if method == "bara":
             options["weight_noise"] = 1.0  # so few steps would have none; its size is no matter
-        if METHODS[method].config is not LoraConfig:
-            options["num_observations"] = 1000
         config = METHODS[method].config
         assert config is not None
+        self.bayesian = config is not LoraConfig
+        if self.bayesian:
+            options["num_observations"] = 1000
         with torch.device(device):
             model = size.make()
         config = config(target_modules=size.targets, task_type="SEQ_CLS", **options)
         self.model = get_peft_model(model, config).train()
-        self.bayesian = method != "lora"
         self.device = device
         self.steps = steps
         self.call: Any = self.model
@@ -172,6 +171,19 @@ def text_batch(size: Size, device: str, generator: torch.Generator) -> dict[str,
     labels = torch.randint(CLASSES, (size.batch,), generator=generator)
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def draws(model: nn.Module, batch: dict[str, Tensor], device: str) -> None:
+    """A prediction with all draws."""
+    with torch.autocast(device, torch.bfloat16):
+        bara.predict(model, batch, num_draws=NUM_DRAWS, progress=False)
+
+
+def passes(model: nn.Module, batch: dict[str, Tensor], device: str) -> None:
+    """As many predictions with the mean."""
+    with torch.autocast(device, torch.bfloat16):
+        for _ in range(NUM_DRAWS):
+            bara.predict(model, batch, deterministic=True, progress=False)
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -219,21 +231,9 @@ def measure(
     for _ in range(NUM_PREDICTIONS + 1 if "eager" in modes else 0):
         for method in methods:
             model = adapted[method, "eager"].model
-            for kind, count in (("draws", NUM_DRAWS), ("passes", 1)):
-
-                def predictions_of(model: nn.Module = model, count: int = count) -> None:
-                    with torch.autocast(device, torch.bfloat16):
-                        for _ in range(NUM_DRAWS // count):
-                            bara.predict(
-                                model,
-                                batch,
-                                num_draws=count,
-                                deterministic=count == 1,
-                                progress=False,
-                            )
-
-                key = f"{method} {kind}"
-                predictions.setdefault(key, []).append(timed(predictions_of, device))
+            for kind, call in (("draws", draws), ("passes", passes)):
+                times = predictions.setdefault(f"{method} {kind}", [])
+                times.append(timed(partial(call, model, batch, device), device))
     return {
         "model": name,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -261,8 +261,8 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         "Adapters of one model in one process take turns, one step each, in bfloat16 autocast: "
         "eager, with compiled blocks (`block.compile()` for every block of the model), or compiled "
         "as a whole (`torch.compile(model)`). A ratio is the median over the turns. The models "
-        "have the sizes of real ones and random "
-        f"weights; texts have one half to all of the longest's length. The first {WARM_UP} steps, "
+        "have the sizes of real ones and random weights; texts have one half to all of the "
+        f"longest's length. The first {WARM_UP} steps, "
         "which compile, are not in the medians. / LoRA is against LoRA in the same mode. Memory is "
         "what a step takes above the models at its peak (GPU only). Predictions are eager: "
         f"`bara.predict` with {NUM_DRAWS} draws against {NUM_DRAWS} passes of LoRA.",
@@ -287,7 +287,7 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         ]
         for key, values in steps.items():
             method, mode = key.split()
-            lora, draws = f"lora {mode}", f"{method} draws"
+            lora = f"lora {mode}"
             columns = [
                 key,
                 f"{1e3 * median(values):.1f}",
@@ -295,7 +295,7 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
                 f"{ratio(steps, key, 'lora eager'):.2f}" if "lora eager" in steps else "",
                 f"{first[key]:.0f}",
                 f"{memory[key] / memory[lora]:.2f}" if memory else "",
-                f"{ratio(record['predictions'], draws, 'lora passes'):.2f}"
+                f"{ratio(record['predictions'], f'{method} draws', 'lora passes'):.2f}"
                 if method != "lora" and mode == "eager"
                 else "",
             ]

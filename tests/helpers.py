@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from bara import (
     BaloraConfig,
     BaraConfig,
+    BayesianCallback,
     BlobConfig,
     McDropoutConfig,
     RankwiseConfig,
@@ -115,6 +124,28 @@ def stir(model: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the gradients that there are, by parameter, on the CPU."""
+    named = model.named_parameters()
+    return {name: p.grad.clone().cpu() for name, p in named if p.grad is not None}
+
+
+def train_log(model: nn.Module, rows: Any, folder: Path, **options: Any) -> list[dict[str, float]]:
+    """Trains with `Trainer` and the callback; what was logged in every step."""
+    arguments = TrainingArguments(
+        str(folder),
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[BayesianCallback()])
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def layer_posterior(model: nn.Module) -> tuple[Any, Any]:

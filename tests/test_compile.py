@@ -5,10 +5,9 @@ import copy
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import Trainer, TrainingArguments
 
 import bara
-from helpers import CONFIGS, adapt, stir, tiny_llama
+from helpers import CONFIGS, adapt, gradients, stir, tiny_llama, train_log
 
 METHODS = list(CONFIGS)
 BACKEND = "aot_eager"  # traces as the default does, and needs no C++ compiler
@@ -33,10 +32,9 @@ def step(model, call, batch):
     torch.manual_seed(3)
     loss = call(**batch).loss
     loss.backward()
-    named = model.named_parameters()
-    gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    found = gradients(model)
     model.zero_grad()
-    return loss.detach(), bara.kl_terms(model), gradients
+    return loss.detach(), bara.kl_terms(model), found
 
 
 def assert_same(found, expected):
@@ -109,23 +107,17 @@ def test_trainer_compiles_with_the_kl(tmp_path):
         rows = [
             {name: column[0] for name, column in texts(1, 5 + i % 3).items()} for i in range(24)
         ]
-        arguments = TrainingArguments(
+        logged = train_log(
+            model,
+            rows,
             tmp_path / "out",
             num_train_epochs=2,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
             torch_compile=compiled,
             torch_compile_backend=BACKEND if compiled else None,
         )
-        callbacks = [bara.BayesianCallback()]
-        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
-        trainer.train()
-        histories.append([row for row in trainer.state.log_history if "loss" in row])
+        histories.append(logged)
     eager, compiled = histories
     assert len(eager) == len(compiled) == 12
     assert 1 <= counters["stats"]["unique_graphs"] <= 3  # one at first, then for any length

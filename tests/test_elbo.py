@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import bara
-from helpers import CONFIGS, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import CONFIGS, TinyNet, adapt, gradients, layer_posterior, stir, tiny_gpt2, tiny_llama
 
 METHODS = list(CONFIGS)
 WITH_KL = [method for method in METHODS if method != "mc-dropout"]
@@ -33,10 +33,6 @@ def net(method="bara", **options):
     torch.manual_seed(0)
     model = adapt(TinyNet(), method, target_modules=["layer"], **options)
     return stir(model).train()
-
-
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(first, second, **tolerance):

@@ -6,11 +6,20 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertForSequenceClassification
 
 import bara
 from conftest import tiny_bert_config
-from helpers import CONFIGS, TinyConv, adapt, layer_posterior, stir, tiny_llama
+from helpers import (
+    CONFIGS,
+    TinyConv,
+    adapt,
+    gradients,
+    layer_posterior,
+    stir,
+    tiny_llama,
+    train_log,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -42,10 +51,6 @@ def pair(method, make, **options):
     targets = {} if make is tiny_llama else {"target_modules": ["conv"]}
     model = stir(adapt(make(), method, **targets, **options))
     return model, copy.deepcopy(model).to(DEVICE)
-
-
-def gradients(model):
-    return {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(("method", "make", "batch"), CASES)
@@ -116,20 +121,8 @@ def test_trainer_in_half_precision_logs_the_kl(method, precision, tmp_path):
             "labels": [i % 3 for i in range(24)],
         }
     )
-    arguments = TrainingArguments(
-        tmp_path / "out",
-        num_train_epochs=3,
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **{precision: True},
-    )
-    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[bara.BayesianCallback()])
-    trainer.train()
-    logged = [row for row in trainer.state.log_history if "loss" in row]
+    options = {"num_train_epochs": 3, "per_device_train_batch_size": 8, precision: True}
+    logged = train_log(model, rows, tmp_path / "out", **options)
     assert all(torch.tensor(row["loss"]).isfinite() for row in logged)
     if method != "mc-dropout":
         assert "kl_global" in logged[-1]

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 import bara
 from bara.loading import load_adapter
 from conftest import write_jsonl
-from helpers import adapt, stir, tiny_llama
+from helpers import adapt, gradients, stir, tiny_llama
 from language_models import word_tokenizer, words
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -75,10 +75,6 @@ def adapted(method, bits, **options):
 def names_of(model):
     """The adapted layers."""
     return [n for n, m in model.named_modules() if hasattr(m, "lora_posterior")]
-
-
-def gradients(model):
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize(("method", "bits"), MODES)

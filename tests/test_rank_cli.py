@@ -129,9 +129,7 @@ def test_prune_then_export(
     )
     loaded = PeftModel.from_pretrained(base, plain).eval()
     batch = tokenizer(["the film is good", "cold"], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        original = model(**batch.to(model.device)).logits.cpu()
-        distance = loaded(**batch.to(loaded.device)).logits.cpu().softmax(-1) - original.softmax(-1)
+    distance = logits(loaded, batch).softmax(-1) - logits(model, batch).softmax(-1)
     assert distance.abs().max() < 0.02
     run("evaluate", plain, "--data", table)  # an adapter like any that `bara train` makes
 

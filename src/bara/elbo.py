@@ -299,7 +299,8 @@ class Elbo(DrawSource):
 
     @contextmanager
     def observing(self, observe: Callable[[str, Posterior, RankSpace], None]) -> Iterator[None]:
-        """Every adapted layer's forward pass inside calls `observe(layer, posterior, space)`."""
+        """Every adapted layer's forward pass inside calls `observe(layer, posterior, space)`, with
+        autocast off."""
         self.observers.append(observe)
         try:
             yield

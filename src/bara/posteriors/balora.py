@@ -69,8 +69,7 @@ class BaloraPosterior(Posterior):
             return PosteriorOutput(u, {"parameters": space.mean_over_positions(kl)})
 
     def input_dependence(self, space: RankSpace) -> Tensor | None:
-        with torch.autocast(space.u.device.type, enabled=False):
-            return space.mean_over_positions(self.alpha(space)).mean(dim=0)
+        return space.mean_over_positions(self.alpha(space)).mean(dim=0)
 
     def mean_scale(self) -> Tensor | None:
         return None

@@ -38,7 +38,7 @@ from bara.posteriors.base import (
     Posterior,
     PosteriorOutput,
     RankSpace,
-    mean_of_layers,
+    position_mean,
     relative_noise_draw,
     rms_normalised,
     wide,
@@ -224,9 +224,11 @@ class BaraPosterior(Posterior):
         if log_alpha is not None:
             parts["log_alpha"] = log_alpha
         if g is not None:
-            parts |= {"g": g} | space.position_weights(g)
+            parts["g"] = g
         if theta is not None:
-            parts |= {"shape": theta[0], "scale": theta[1]} | space.position_weights(theta[1])
+            parts |= {"shape": theta[0], "scale": theta[1]}
+        if self.granularity == "token" and self.depends_on_input and space.weights is not None:
+            parts["weights"] = space.weights
         return parts
 
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:
@@ -239,7 +241,7 @@ class BaraPosterior(Posterior):
         active = torch.ones_like(columns)
         kl_global: list[Tensor] = []
         if "z" in parts:
-            opened = open_logit(config.logit_scale * parts["z"])
+            opened = self._open_logit(parts["z"])
             active = torch.sigmoid(opened)
             if config.global_prior_beta is None:
                 assert config.global_prior is not None  # the config replaced its None
@@ -263,9 +265,9 @@ class BaraPosterior(Posterior):
         """Of factors of an input, averaged over its positions: the KL of an active factor, and
         P(g > 0); each (L, B, r), None without what it is of."""
         local: list[Tensor] = []
-        probability = None
+        probability, weights = None, parts.get("weights")
         if "g" in parts:
-            opened = open_logit(self.config.logit_scale * parts["g"])
+            opened = self._open_logit(parts["g"])
             probability = torch.sigmoid(opened)
             assert self.config.local_prior is not None  # the config replaced its None
             local.append(bernoulli_kl(probability, opened, self.config.local_prior))
@@ -274,31 +276,32 @@ class BaraPosterior(Posterior):
             kl = weibull_gamma_kl(shape, parts["scale"], a, a)  # Gamma(a, rate a) has mean 1
             local.append(kl if probability is None else kl * probability)
         return (
-            mean_of_layers(sum(local[1:], local[0]), parts) if local else None,
-            None if probability is None else mean_of_layers(probability.detach(), parts),
+            position_mean(sum(local[1:], local[0]), weights, dim=2) if local else None,
+            None if probability is None else position_mean(probability.detach(), weights, dim=2),
         )
+
+    def _open_logit(self, logit: Tensor) -> Tensor:
+        """Log-odds that a gate is open, from its location over `logit_scale`."""
+        return open_logit(self.config.logit_scale * logit)
 
     def inclusion(self) -> Tensor:
         """P(z_k > 0), (r,); ones without a global gate."""
         z = self.task_variables().z
         if z is None:
             return torch.ones(self.rank)
-        return torch.sigmoid(open_logit(self.config.logit_scale * z))
+        return torch.sigmoid(self._open_logit(z))
 
     def open_probability(self, space: RankSpace) -> Tensor:
-        with torch.autocast(space.u.device.type, enabled=False):
-            probability = super().open_probability(space)
-            for logit in self.variables(space).gates().values():
-                scaled = self.config.logit_scale * logit
-                probability = probability * torch.sigmoid(open_logit(scaled))
-            return probability
+        probability = super().open_probability(space)
+        for logit in self.variables(space).gates().values():
+            probability = probability * torch.sigmoid(self._open_logit(logit))
+        return probability
 
     def open_draw(self, space: RankSpace, noise: Noise) -> Tensor:
-        with torch.autocast(space.u.device.type, enabled=False):
-            opened = super().open_draw(space, noise)
-            for name, logit in self.variables(space).gates().items():
-                opened = opened & (self._gate(name, logit, noise) > 0)
-            return opened
+        opened = super().open_draw(space, noise)
+        for name, logit in self.variables(space).gates().items():
+            opened = opened & (self._gate(name, logit, noise) > 0)
+        return opened
 
     def input_dependence(self, space: RankSpace) -> Tensor | None:
         if not self.depends_on_input:

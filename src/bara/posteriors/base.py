@@ -102,21 +102,11 @@ class RankSpace:
         u = self.wide_u
         if granularity == "token" or u.shape[1] == 1:
             return u
-        if self.weights is None:
-            return u.mean(dim=1, keepdim=True)
-        return self.weights.to(u).unsqueeze(1) @ u
+        return self.mean_over_positions(u).unsqueeze(1)
 
     def mean_over_positions(self, values: Tensor) -> Tensor:
         """Averages values (B, 1 or T, ...) over the positions that are not padding: (B, ...)."""
-        if values.shape[1] == 1:
-            return values[:, 0]
-        if self.weights is None:
-            return values.mean(dim=1)
-        return (values * trailing(self.weights.to(values), values.dim())).sum(dim=1)
-
-    def position_weights(self, values: Tensor) -> dict[str, Tensor]:
-        """What `mean_of_layers` needs besides values (B, 1 or T, ...): nothing without padding."""
-        return {} if self.weights is None or values.shape[1] == 1 else {"weights": self.weights}
+        return position_mean(values, self.weights)
 
 
 class PosteriorOutput(NamedTuple):
@@ -259,18 +249,20 @@ def relative_noise_draw(a: Tensor, variance: Tensor | float, noise: Noise) -> Te
     return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype)
 
 
-def mean_of_layers(values: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """Averages values (L, B, 1 or T, r) of L layers over the positions: (L, B, r).
+def position_mean(values: Tensor, weights: Tensor | None, dim: int = 1) -> Tensor:
+    """Averages values over the dimension `dim`, of 1 or T positions.
 
     Args:
-        values: of layers alike.
-        parts: what the layers handed up, with that of `RankSpace.position_weights`.
+        values: (B, 1 or T, ...), or with more dimensions in front.
+        weights: what each position counts, (B, T) with the same dimensions in front; None for all
+            alike.
+        dim: the dimension of the positions.
     """
-    if values.shape[2] == 1:
-        return values.squeeze(2)
-    if "weights" not in parts:
-        return values.mean(dim=2)
-    return (values * parts["weights"].to(values).unsqueeze(-1)).sum(dim=2)
+    if values.shape[dim] == 1:
+        return values.squeeze(dim)
+    if weights is None:
+        return values.mean(dim=dim)
+    return (values * trailing(weights.to(values), values.dim())).sum(dim=dim)
 
 
 def trailing(values: Tensor, dim: int) -> Tensor:
