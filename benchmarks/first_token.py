@@ -47,6 +47,7 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "BaRA": ({}, 1e-3),
     "BaRA, no noise on A": ({"weight_noise": 0.0}, 1e-3),
     "BaRA, warm-up 0.9": ({"warmup": 0.9}, 1e-3),
+    "BaRA, KL 0.1, local 0.0003": ({"kl_weight": 0.1, "local_kl_weight": 0.0003}, 1e-3),
     "BaRA, explained 0.2 to 0.5": ({"explained": (0.2, 0.5)}, 1e-3),
     "BaRA, learning rate 3e-3": ({}, 3e-3),
 }
