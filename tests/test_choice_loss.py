@@ -17,6 +17,7 @@ from bara.language.choice_loss import (
 from bara.language.multiple_choice import Question
 from bara.language.tasks import LanguageTask
 from bara.trainers import AdapterTrainer
+from helpers import gradients
 from language_models import adapted_lm, word_tokenizer, words
 
 RECORDS = [
@@ -102,14 +103,14 @@ def test_gradients_are_those_of_separate_passes(tokenizer):
     batch = packed(tokenizer)
     logits = forward(model, batch).logits
     choice_nll(logits, batch["input_ids"], batch["segments"], batch["labels"]).backward()
-    ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    ours = gradients(model)
     model.zero_grad()
     losses = [
         cross_entropy(scores_by_hand(model, tokenizer, r).unsqueeze(0), torch.tensor([r["answer"]]))
         for r in RECORDS
     ]
     torch.stack(losses).mean().backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    expected = gradients(model)
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-3)

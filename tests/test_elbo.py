@@ -475,7 +475,8 @@ def test_a_copied_or_pickled_model_trains_on_its_own(tmp_path):
 DDP = """
 import os, sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from test_elbo import batch, gradients, net
+from helpers import gradients
+from test_elbo import batch, net
 import bara
 rank = int(sys.argv[3])
 meeting = f"file://{sys.argv[2]}.rendezvous"

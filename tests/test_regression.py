@@ -15,8 +15,8 @@ from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.recipe import TrainRecipe
 from conftest import tiny_bert_config, write_jsonl
-from helpers import adapt, stir
-from test_elbo import GradientRecorder, assert_same, gradients
+from helpers import adapt, gradients, stir
+from test_elbo import GradientRecorder, assert_same
 
 
 def two_outputs(logits):

@@ -17,7 +17,7 @@ from bara.methods import METHODS
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
 from conftest import VOCABULARY, tiny_bert_config, write_jsonl
-from helpers import adapt, stir
+from helpers import adapt, gradients, stir
 
 TASK = TextTask(label_names=("neg", "pos"))
 
@@ -135,9 +135,9 @@ def test_gradient_checkpointing_changes_nothing(encoder_dir, method):
         torch.manual_seed(5)
         loss = model(**batch).loss
         loss.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        assert any("classifier" in name for name in gradients)
-        results.append((loss.detach(), gradients))
+        found = gradients(model)
+        assert any("classifier" in name for name in found)
+        results.append((loss.detach(), found))
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
