@@ -16,6 +16,7 @@ from bara.errors import BaraError
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+from bara.errors import first_line
 
 TaskType = Literal["classification", "regression"]
 
@@ -163,11 +164,6 @@ def _load_from_hub(name: str, split: str) -> Dataset:
             f"{name!r} is neither a file here ({', '.join(FILE_SUFFIXES)}) nor a hub data set with "
             f"a split {split!r} that can be loaded: {first_line(error)}"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from transformers import (
 from bara import abstention
 from bara.certified import prepare
 from bara.configs import BayesianConfig, CertifiedConfig
-from bara.data import TextTask, first_line, load_table
+from bara.data import TextTask, load_table
 from bara.draws import attach_draws, draw_source
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, is_multiple_choice

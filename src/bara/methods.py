@@ -18,8 +18,7 @@ from bara.configs import (
     RankwiseConfig,
     ScalablConfig,
 )
-from bara.data import first_line
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
 from bara.posthoc.ensemble import EnsembleOptions
 from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from bara.data import first_line
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from bara.data import first_line
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

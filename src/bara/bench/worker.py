@@ -36,8 +36,7 @@ def main() -> None:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    from bara.data import first_line
-    from bara.errors import BaraError
+    from bara.errors import BaraError, first_line
 
     name = "" if isinstance(error, BaraError) else f"{type(error).__name__}: "
     return name + first_line(error)

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from bara.batches import to_device
-from bara.data import first_line
 from bara.draws import Draws, draw_source
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 from bara.language.prompts import (
     Prompt,
     context,

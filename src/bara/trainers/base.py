@@ -18,8 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bara.data import first_line
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 from bara.language.choice_loss import choice_nll
 from bara.prediction import get_temperature
 from bara.training import elbo_loss
