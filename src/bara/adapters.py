@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -91,39 +89,6 @@ def rank_fields(layers: Mapping[str, tuple[int, float]], use_rslora: bool) -> di
         "rank_pattern": {f"^{name}": rank for name, (rank, _) in layers.items() if rank != r},
         "alpha_pattern": {f"^{name}": value for name, value in alphas.items() if value != usual},
     }
-
-
-def require_new(folder: str | Path, overwrite: bool) -> None:
-    """Refuses a folder that holds something.
-
-    Raises:
-        BaraError: it does, and `overwrite` is not set.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise BaraError(f"{path} is a file; give a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise BaraError(
-            f"{path} exists and is not empty: give another folder, or --force (overwrite=True) to "
-            "replace its files"
-        )
-
-
-def require_space(folder: str | Path, size: int, what: str) -> None:
-    """Refuses to write more bytes than the disk of the folder has free.
-
-    Raises:
-        BaraError: there is too little space.
-    """
-    place = Path(folder).resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if size > free:
-        raise BaraError(
-            f"{what} would take {size / 1e6:,.1f} MB, but the disk of {folder} has "
-            f"{free / 1e6:,.1f} MB free: ask for less, or give another disk"
-        )
 
 
 def _whole(value: float) -> float:

@@ -22,8 +22,6 @@ from bara.adapters import (
     bayesian_adapter,
     copy_sharing_base,
     num_bytes,
-    require_new,
-    require_space,
     trained_heads,
 )
 from bara.batches import Collate
@@ -31,7 +29,7 @@ from bara.card import write_export_card, write_merged_card
 from bara.difference import Difference, difference
 from bara.draws import Draws, FixedNoise
 from bara.errors import BaraError
-from bara.files import atomic_directory
+from bara.files import atomic_directory, require_new, require_space
 from bara.loading import WEIGHTS_FILE
 from bara.posteriors.base import Posterior
 from bara.posthoc.temperature import fold_temperature, output_layer

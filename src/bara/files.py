@@ -120,3 +120,36 @@ def _exchange(new: Path, target: Path, drop: Collection[str]) -> None:
 def _cannot_write(path: str | os.PathLike[str], error: Exception) -> BaraError:
     reason = getattr(error, "strerror", None) or error
     return BaraError(f"cannot write {path}: {reason}")
+
+
+def require_new(folder: str | Path, overwrite: bool) -> None:
+    """Refuses a folder that holds something.
+
+    Raises:
+        BaraError: it does, and `overwrite` is not set.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise BaraError(f"{path} is a file; give a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise BaraError(
+            f"{path} exists and is not empty: give another folder, or --force (overwrite=True) to "
+            "replace its files"
+        )
+
+
+def require_space(folder: str | Path, size: int, what: str) -> None:
+    """Refuses to write more bytes than the disk of the folder has free.
+
+    Raises:
+        BaraError: there is too little space.
+    """
+    place = Path(folder).resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise BaraError(
+            f"{what} would take {size / 1e6:,.1f} MB, but the disk of {folder} has "
+            f"{free / 1e6:,.1f} MB free: ask for less, or give another disk"
+        )

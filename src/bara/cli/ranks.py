@@ -26,9 +26,10 @@ def ranks(
     from rich.console import Console
     from rich.table import Table
 
-    from bara.adapters import bayesian_adapter, require_new
+    from bara.adapters import bayesian_adapter
     from bara.cli.terminal import quieten_libraries, update_card
     from bara.data import load_table
+    from bara.files import require_new
     from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter, model_inputs
     from bara.prediction import predict

@@ -27,8 +27,8 @@ def quieten_libraries() -> None:
 
 def require_output(output: Path, adapter: Path, force: bool) -> None:
     """Refuses to write over the adapter itself, or without --force over anything."""
-    from bara.adapters import require_new
     from bara.errors import BaraError
+    from bara.files import require_new
 
     if output.resolve() == adapter.resolve():
         raise BaraError(f"{output} is the adapter itself; give another --output")
