@@ -21,14 +21,14 @@ from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.certificate import certify
 from bara.certified import certification_rows
-from bara.cli.terminal import quieten_libraries
 from bara.data import tokenise
 from bara.examples_data import minilm_path
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
+from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.prediction import evaluate
-from bara.quickstart import MAX_LENGTH, fast_bfloat16, versions
+from bara.quickstart import MAX_LENGTH
 from bara.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent

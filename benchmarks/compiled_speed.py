@@ -34,10 +34,9 @@ from transformers import (
 
 import bara
 from bara.bench.results import append_row, read_lines
-from bara.cli.terminal import quieten_libraries
 from bara.files import atomic_write_text
+from bara.machine import quieten_libraries, versions
 from bara.methods import METHODS
-from bara.quickstart import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/compiled_speed.jsonl"

@@ -19,12 +19,11 @@ import torch
 from peft import get_peft_model
 
 import bara
-from bara.cli.terminal import quieten_libraries
 from bara.files import atomic_write_text
 from bara.finetune import attention_projections
 from bara.language.gguf import smollm2_path
 from bara.loading import load_causal_lm, load_tokenizer
-from bara.quickstart import versions
+from bara.machine import quieten_libraries, versions
 
 RESULTS = Path(__file__).parent / "results/decoding_speed.json"
 PROMPT = [{"role": "user", "content": "Explain in a few sentences why the sky is blue."}]

@@ -31,8 +31,8 @@ from bara.bench.tasks import load_task
 from bara.data import TextTask, tokenise
 from bara.examples_data import minilm_path
 from bara.files import atomic_write_text
+from bara.machine import fast_bfloat16, versions
 from bara.metrics import classification_metrics
-from bara.quickstart import fast_bfloat16, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/first_token.jsonl"

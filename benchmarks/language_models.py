@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from bara.bench.results import append_row, read_lines
-from bara.cli.terminal import quieten_libraries
 from bara.data import load_table
 from bara.files import atomic_write_text
 from bara.finetune import finetune
@@ -28,8 +27,8 @@ from bara.language.gguf import smollm2_path
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import LanguageTask, questions
 from bara.loading import load_adapter, load_causal_lm, load_tokenizer
+from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.metrics import classification_metrics
-from bara.quickstart import fast_bfloat16, versions
 from bara.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from bara.data import tokenise
 from bara.examples_data import load_sentiment
 from bara.files import atomic_write_text
 from bara.loading import load_adapter
-from bara.quickstart import versions
+from bara.machine import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/prune_export.json"

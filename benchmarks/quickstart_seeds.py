@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from bara.bench.results import append_row, read_lines
-from bara.cli.terminal import quieten_libraries
 from bara.distributions import open_logit
 from bara.examples_data import load_news, load_sentiment
 from bara.files import atomic_write_text
 from bara.loading import load_adapter
+from bara.machine import quieten_libraries, versions
 from bara.posteriors.bara import BaraPosterior
-from bara.quickstart import METHODS, run_method, versions
+from bara.quickstart import METHODS, run_method
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/quickstart_seeds.jsonl"

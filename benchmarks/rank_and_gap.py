@@ -23,15 +23,15 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from bara.bench.results import append_row, read_lines
-from bara.cli.terminal import quieten_libraries
 from bara.data import tokenise
 from bara.examples_data import load_sentiment, minilm_path
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
+from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.plots import LIGHT, save_figure
 from bara.prediction import evaluate
-from bara.quickstart import MAX_LENGTH, fast_bfloat16, versions
+from bara.quickstart import MAX_LENGTH
 from bara.ranks import effective_rank
 from bara.recipe import TrainRecipe
 

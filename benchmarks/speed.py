@@ -28,11 +28,10 @@ from bara.bench.models import MODELS, fit
 from bara.bench.results import append_row, read_lines
 from bara.bench.spec import Benchmark
 from bara.bench.tasks import Splits, load_task
-from bara.cli.terminal import quieten_libraries
 from bara.errors import BaraError
 from bara.files import atomic_write_text
+from bara.machine import quieten_libraries, versions
 from bara.methods import METHODS
-from bara.quickstart import versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/speed.jsonl"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from bara.examples_data import load_news, load_sentiment, minilm_path
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter, read_shapes, text_task
+from bara.machine import fast_bfloat16, versions
 from bara.metrics import Evaluation
 from bara.plots import (
     effective_rank_heatmap,
@@ -198,25 +197,6 @@ def run_quickstart(
     }
     atomic_write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def fast_bfloat16() -> bool:
-    """Whether this machine computes in bfloat16 faster than in float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def versions() -> dict[str, str]:
-    """What numbers depend on: the packages' versions and the machine."""
-    packages = ("bara-peft", "torch", "transformers", "peft")
-    return {
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "precision": "bfloat16 autocast" if fast_bfloat16() else "float32",
-    }
 
 
 def choose_examples(

@@ -29,13 +29,13 @@ from bara.bench.spec import Cell
 from bara.bench.tasks import Splits, first, load_task
 from bara.draws import draw_source
 from bara.errors import BaraError
+from bara.machine import versions
 from bara.metrics import classification_metrics
 from bara.posthoc.temperature import fit_temperature
 from bara.predictive import ClassificationPredictive, Predictive
-from bara.quickstart import versions
 
 PACKAGES = ("datasets", "accelerate", "scikit-learn", "numpy")
-"""Besides those of `bara.quickstart.versions`, for the record."""
+"""Besides those of `bara.machine.versions`, for the record."""
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:

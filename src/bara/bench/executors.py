@@ -136,7 +136,7 @@ def run_ray(cells: Sequence[Cell], *, address: str | None = None, **options: Any
 def _run_here(cell: Cell) -> Row:
     from bara.bench.cell import run_cell
     from bara.bench.worker import describe
-    from bara.cli.terminal import quieten_libraries
+    from bara.machine import quieten_libraries
 
     quieten_libraries()
     start = time.perf_counter()

@@ -18,9 +18,9 @@ from bara.bench.spec import Cell, recipe_of
 from bara.bench.tasks import Splits
 from bara.elbo import Elbo
 from bara.examples_data import minilm_path
+from bara.machine import fast_bfloat16
 from bara.prediction import predict
 from bara.predictive import Predictive
-from bara.quickstart import fast_bfloat16
 from bara.ranks import EffectiveRank, effective_rank
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     try:
         from bara.bench.cell import run_cell
         from bara.bench.spec import Cell
-        from bara.cli.terminal import quieten_libraries
+        from bara.machine import quieten_libraries
 
         quieten_libraries()
         row = run_cell(Cell.from_dict(values))

@@ -51,8 +51,8 @@ def bench(
     from bara.bench.run import finished, only_writer, pending, run_cells
     from bara.bench.spec import Benchmark
     from bara.bench.summary import overview
-    from bara.cli.terminal import quieten_libraries
     from bara.errors import BaraError
+    from bara.machine import quieten_libraries
 
     quieten_libraries()
     benchmarks = [Benchmark.load(file) for file in files]

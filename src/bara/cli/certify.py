@@ -52,11 +52,11 @@ def certify(
 
     from bara.certificate import certify as certify_inputs
     from bara.certified import certification_rows
-    from bara.cli.terminal import quieten_libraries
     from bara.data import TextTask, load_table, tokenise
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import TASK_FILE, load_adapter, read_config, text_task
+    from bara.machine import quieten_libraries
 
     quieten_libraries()
     if output is not None and output.exists() and not force:

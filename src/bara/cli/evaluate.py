@@ -54,12 +54,13 @@ def evaluate(
 
     from bara.abstention import calibrate_threshold, save_threshold
     from bara.cli.generate import decoding_options
-    from bara.cli.terminal import quieten_libraries, update_card
+    from bara.cli.terminal import update_card
     from bara.data import load_table
     from bara.draws import draw_source
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
+    from bara.machine import quieten_libraries
 
     quieten_libraries()
     table = load_table(data, split=split)

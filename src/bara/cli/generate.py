@@ -47,9 +47,9 @@ def generate(
 ) -> None:
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
     from bara.abstention import load_threshold
-    from bara.cli.terminal import quieten_libraries
     from bara.errors import BaraError
     from bara.loading import load_adapter
+    from bara.machine import quieten_libraries
 
     quieten_libraries()
     if prompt is not None and data is not None:

@@ -33,11 +33,11 @@ def predict(
     from tqdm.auto import tqdm
 
     from bara.abstention import load_threshold
-    from bara.cli.terminal import quieten_libraries
     from bara.data import table_from_records
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter, predict_table
+    from bara.machine import quieten_libraries
 
     quieten_libraries()
     options: dict[str, Any] = {

@@ -34,8 +34,8 @@ def quickstart(
     """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
     from rich.console import Console
 
-    from bara.cli.terminal import quieten_libraries
     from bara.examples_data import minilm_path
+    from bara.machine import quieten_libraries
     from bara.quickstart import run_quickstart
 
     quieten_libraries()

@@ -27,11 +27,12 @@ def ranks(
     from rich.table import Table
 
     from bara.adapters import bayesian_adapter
-    from bara.cli.terminal import quieten_libraries, update_card
+    from bara.cli.terminal import update_card
     from bara.data import load_table
     from bara.files import require_new
     from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter, model_inputs
+    from bara.machine import quieten_libraries
     from bara.prediction import predict
     from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report
     from bara.ranks import effective_rank
