@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from bara.draws import attach_draws
+from bara.draws.draws import attach_draws
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from helpers import SIZES, adapt, stir, tiny_gpt2, tiny_llama
 

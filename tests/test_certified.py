@@ -18,7 +18,7 @@ from bara.bounds import mean_bound, pac_bayes_kl_bound
 from bara.certificate import NUM_PRIORS
 from bara.certified import start_from_prior
 from bara.cli import main
-from bara.draws import Draws, FixedNoise
+from bara.draws.draws import Draws, FixedNoise
 from bara.finetune import finetune
 from bara.recipe import TrainRecipe
 from conftest import tiny_bert_config, write_jsonl

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bara import BaraError
-from bara.draws import Draws
+from bara.draws.draws import Draws
 
 CPU = torch.device("cpu")
 

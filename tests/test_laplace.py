@@ -98,7 +98,7 @@ def test_draws_of_the_adapter_are_linearised(structure):
     predicted = bara.predict(model, data, num_draws=3, seed=4, batch_size=2)
     mean = bara.predict(model, data, deterministic=True).log_probs_draws[0]
     for d in range(3):
-        draws = bara.draws.Draws(1, seed=4, first=d // 2)
+        draws = bara.draws.draws.Draws(1, seed=4, first=d // 2)
         delta = []
         for name in names:
             parameter = source.parameters[name]
@@ -138,7 +138,7 @@ def test_saved_noise_keeps_its_kind(tmp_path):
     loaded = WeightDraws.load(other, tmp_path)
     assert loaded.linearised
     before = bara.predict(model, data, num_draws=2).log_probs_draws
-    bara.draws.attach_draws(other, loaded)
+    bara.draws.draws.attach_draws(other, loaded)
     after = bara.predict(other, data, num_draws=2).log_probs_draws
     torch.testing.assert_close(before, after)
 

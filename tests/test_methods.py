@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification
 
 import bara
 from bara.data import tokenise
-from bara.draws import draw_source
+from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.finetune import finetune
 from bara.loading import load_adapter

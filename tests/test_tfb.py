@@ -80,7 +80,7 @@ def test_sigma_is_that_of_an_exhaustive_search(tolerance):
     layer = layer_of(model)
     a, b = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
     _, d, vt = torch.linalg.svd(b, full_matrices=False)
-    draws = bara.draws.Draws(5, seed=0)
+    draws = bara.draws.draws.Draws(5, seed=0)
     name = next(n for n, _ in model.named_parameters() if "lora_A" in n)
     eps = draws.numbers(name, "normal", tuple(a.shape), torch.device("cpu"))
 

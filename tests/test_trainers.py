@@ -7,7 +7,7 @@ from peft import LoraConfig, PveraConfig, get_peft_model
 from transformers import TrainingArguments
 
 import bara
-from bara.draws import attach_draws
+from bara.draws.draws import attach_draws
 from bara.methods import METHODS
 from bara.posthoc import WeightDraws
 from bara.trainers import AdapterTrainer
@@ -98,7 +98,7 @@ def test_ivon_draws_have_the_optimisers_variance(tmp_path):
     mean = parameter.detach().clone()
     draws = []
     for d in range(1000):
-        with source.drawing(bara.draws.Draws(1, 0, first=d)):
+        with source.drawing(bara.draws.draws.Draws(1, 0, first=d)):
             draws.append(parameter.detach().clone())
     torch.testing.assert_close(parameter.detach(), mean)
     group = trainer._ivon().param_groups[0]

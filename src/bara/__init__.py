@@ -12,6 +12,7 @@ from bara.configs import (
     RankwiseConfig,
     ScalablConfig,
 )
+from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.export import export_lora
 from bara.language.generation import Generation, generate
@@ -21,7 +22,6 @@ from bara.prediction import evaluate, predict
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
-from bara.sampling import sampling
 from bara.trainers.kl_mixin import KLMixin
 from bara.training import (
     BayesianCallback,

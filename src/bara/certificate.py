@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bara.batches import Collate, batches, repeat_rows, to_device
 from bara.bounds import MONTE_CARLO_SHARE, complexity_term, mean_bound, pac_bayes_kl_bound
 from bara.configs import PRIOR_STDS, CertifiedConfig
-from bara.draws import Draws
+from bara.draws.draws import Draws
 from bara.errors import BaraError
 from bara.heads import GaussianLinear
 from bara.posteriors.certified import CertifiedPosterior

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.configs import BayesianConfig
-from bara.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
+from bara.draws.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Kl, Posterior, RankSpace
 from bara.schedule import LossSchedule, rise

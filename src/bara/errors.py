@@ -1,4 +1,4 @@
-"""The one error type a user of `bara` has to know."""
+"""The one error type a user of `bara` has to know, and how others' errors are told."""
 
 
 class BaraError(ValueError):

@@ -27,7 +27,7 @@ from bara.adapters import (
 from bara.batches import Collate
 from bara.card import write_export_card, write_merged_card
 from bara.difference import Difference, difference
-from bara.draws import Draws, FixedNoise
+from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.files import atomic_directory, require_new, require_space
 from bara.loading import WEIGHTS_FILE

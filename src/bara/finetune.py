@@ -24,7 +24,7 @@ from bara import abstention
 from bara.certified import prepare
 from bara.configs import BayesianConfig, CertifiedConfig
 from bara.data import TextTask, load_table
-from bara.draws import attach_draws, draw_source
+from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError, first_line
 from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices

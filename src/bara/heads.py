@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import linear
 
 from bara.configs import CertifiedConfig
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.elbo import Elbo
 from bara.errors import BaraError
 from bara.posteriors.base import Kl, wide

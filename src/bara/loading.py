@@ -23,7 +23,7 @@ from transformers import (
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data import TextTask, tokenise
-from bara.draws import attach_draws
+from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.language.gguf import load_gguf, source
 from bara.language.multiple_choice import multiple_choice

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.batches import Collate, batches, num_rows, repeat_rows, to_device
-from bara.draws import Draws, DrawSource, draw_source
+from bara.draws.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
 from bara.metrics import Evaluation, measure
 from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive

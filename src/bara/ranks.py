@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
-from bara.draws import Draws, FixedNoise
+from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
 from bara.training import elbo_of

@@ -27,7 +27,7 @@ from bara.bench.measure import (
 from bara.bench.models import Fitted, fit
 from bara.bench.spec import Cell
 from bara.bench.tasks import Splits, first, load_task
-from bara.draws import draw_source
+from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.machine import versions
 from bara.metrics import classification_metrics

@@ -56,7 +56,7 @@ def evaluate(
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import update_card
     from bara.data import load_table
-    from bara.draws import draw_source
+    from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.batches import batches, repeat_rows, to_device
-from bara.draws import Draws, draw_source
+from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.generation import generate
 from bara.language.tasks import reference, row_prompt

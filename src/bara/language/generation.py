@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.batches import to_device
-from bara.draws import Draws, draw_source
+from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError, first_line
 from bara.language.prompts import (
     Prompt,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from bara.batches import repeat_rows, to_device
-from bara.draws import Draws, draw_source
+from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
 from bara.prediction import get_temperature

@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from bara.configs import BaloraConfig
 from bara.distributions import scale_noise_kl
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.posteriors.base import (
     Granularity,
     Posterior,

@@ -31,7 +31,7 @@ from bara.distributions import (
     weibull_mean,
     weibull_sample,
 )
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.posteriors.base import (
     Granularity,
     Kl,

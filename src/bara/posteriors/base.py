@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from bara.draws import FreshNoise, Noise
+from bara.draws.draws import FreshNoise, Noise
 from bara.errors import BaraError
 from bara.schedule import LossSchedule
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bara.configs import BlobConfig
 from bara.distributions import gaussian_kl
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
 
 

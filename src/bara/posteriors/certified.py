@@ -15,7 +15,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from bara.configs import CertifiedConfig
 from bara.distributions import TEMPERATURE, logistic_noise
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bara.configs import McDropoutConfig
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, trailing
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bara.configs import RankwiseConfig
 from bara.distributions import log_uniform_kl
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.posteriors.base import (
     Granularity,
     Posterior,

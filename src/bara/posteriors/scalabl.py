@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bara.configs import ScalablConfig
 from bara.distributions import gaussian_kl
-from bara.draws import Noise
+from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.base import Granularity, Kl, Posterior, PosteriorOutput, RankSpace, wide
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from bara.draws import Draws, DrawSource
+from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
 
 

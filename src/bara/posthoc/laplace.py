@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bara.batches import pad_rows, to_device
-from bara.draws import attach_draws, draw_source
+from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.posthoc.weights import Factors, WeightDraws
 from bara.trainers.base import AdapterTrainer

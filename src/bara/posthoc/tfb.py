@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from bara.draws import attach_draws, draw_source
+from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.posthoc.temperature import negative_log_likelihood
 from bara.posthoc.weights import Factors, WeightDraws

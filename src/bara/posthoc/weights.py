@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bara.draws import Draws, DrawSource
+from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
 
 NOISE_FILE = "weight_noise.safetensors"
@@ -53,7 +53,7 @@ class WeightDraws(DrawSource):
     """Draws of some of a model's parameters, independent between parameters.
 
     A draw is one set of weights for all inputs. It depends on the seed, the parameters' names and
-    its number alone, as those of `bara.draws.Draws` do.
+    its number alone, as those of `bara.draws.draws.Draws` do.
 
     Args:
         model: the model whose weights are the mean.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bara.draws import attach_draws
+from bara.draws.draws import attach_draws
 from bara.errors import BaraError
 from bara.posthoc.weights import Factors, WeightDraws
 from bara.trainers.base import AdapterTrainer

@@ -11,7 +11,7 @@ from peft.helpers import MontecloraTrainerMixin
 from peft.tuners.pvera.layer import PveraLayer
 from torch import nn
 
-from bara.draws import Draws, DrawSource, attach_draws, generator
+from bara.draws.draws import Draws, DrawSource, attach_draws, generator
 from bara.trainers.base import AdapterTrainer
 
 

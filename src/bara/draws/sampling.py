@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from bara.draws import Draws, draw_source
+from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 
 

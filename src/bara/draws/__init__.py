@@ -1,0 +1,1 @@
+"""Where random numbers come from, and the contexts that use them."""
