@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bara.bench.results import append_row, read_lines
-from bara.data import load_table
+from bara.data.tables import load_table
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.language.gguf import smollm2_path

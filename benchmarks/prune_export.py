@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import bara
-from bara.data import tokenise
-from bara.examples_data import load_sentiment
+from bara.data.examples import load_sentiment
+from bara.data.tables import tokenise
 from bara.files import atomic_write_text
 from bara.loading import load_adapter
 from bara.machine import versions

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from bara.bench.results import append_row, read_lines
+from bara.data.examples import load_news, load_sentiment
 from bara.distributions import open_logit
-from bara.examples_data import load_news, load_sentiment
 from bara.files import atomic_write_text
 from bara.loading import load_adapter
 from bara.machine import quieten_libraries, versions

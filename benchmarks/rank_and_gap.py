@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from bara.bench.results import append_row, read_lines
-from bara.data import tokenise
-from bara.examples_data import load_sentiment, minilm_path
+from bara.data.examples import load_sentiment, minilm_path
+from bara.data.tables import tokenise
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter

@@ -12,8 +12,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from bara import BaraError
-from bara.data import TextTask, load_table, split_dataset, tokenise
-from bara.examples_data import canonical_text, load_news, load_sentiment, minilm_path
+from bara.data.examples import canonical_text, load_news, load_sentiment, minilm_path
+from bara.data.tables import TextTask, load_table, split_dataset, tokenise
 from conftest import write_jsonl
 
 ROWS = [
@@ -254,6 +254,6 @@ def test_bundled_news_and_model() -> None:
 
 
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bara.examples_data.find_spec", lambda name: None)
+    monkeypatch.setattr("bara.data.examples.find_spec", lambda name: None)
     with pytest.raises(BaraError, match=r'pip install "bara-peft\[quickstart\]"'):
         minilm_path()

@@ -7,7 +7,7 @@ import torch
 
 from bara import BaraError
 from bara.cli import main
-from bara.examples_data import load_sentiment
+from bara.data.examples import load_sentiment
 from bara.loading import load_adapter
 from bara.metrics import Evaluation
 from bara.predictive import ClassificationPredictive

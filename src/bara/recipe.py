@@ -52,11 +52,11 @@ class TrainRecipe:
 
     Attributes:
         model: folder or hub name of the base model.
-        data, validation: what `bara.data.load_table` reads; validation is optional.
+        data, validation: what `bara.data.tables.load_table` reads; validation is optional.
         split, validation_split: splits of hub data sets.
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
-            `bara.data.TextTask.infer`. For `task` causal-lm or multiple-choice see
+            `bara.data.tables.TextTask.infer`. For `task` causal-lm or multiple-choice see
             `bara.language.tasks.LanguageTask`, which has fixed columns.
         scoring: for multiple choice, `text` or `letter`.
         method: a name of `bara.methods.METHODS`, with the suffix `+temperature` for a temperature

@@ -16,8 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bara.bench.spec import Cell, recipe_of
 from bara.bench.tasks import Splits
+from bara.data.examples import minilm_path
 from bara.elbo import Elbo
-from bara.examples_data import minilm_path
 from bara.machine import fast_bfloat16
 from bara.prediction import predict
 from bara.predictive import Predictive

@@ -125,7 +125,7 @@ def task_version(name: str, data: str | Path = ".") -> str:
 
 
 def _load_files(folder: Path) -> Splits:
-    from bara.data import load_table
+    from bara.data.tables import load_table
 
     tables = {
         split: load_table(folder / f"{split}.jsonl")
@@ -163,7 +163,7 @@ def _with_classes(tables: dict[str, Dataset]) -> dict[str, Dataset]:
 
 
 def _tweet_sentiment() -> Splits:
-    from bara.examples_data import load_sentiment
+    from bara.data.examples import load_sentiment
 
     sentiment = load_sentiment(5000, 1000, num_validation=1000, seed=SPLIT_SEED)
     tables = {
@@ -174,7 +174,7 @@ def _tweet_sentiment() -> Splits:
 
 
 def _bbc_news() -> Splits:
-    from bara.examples_data import load_news
+    from bara.data.examples import load_news
 
     news = load_news(2225, seed=SPLIT_SEED).rename_column("topic", "label")
     seen: set[str] = set()

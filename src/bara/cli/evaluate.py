@@ -55,7 +55,7 @@ def evaluate(
     from bara.abstention import calibrate_threshold, save_threshold
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import update_card
-    from bara.data import load_table
+    from bara.data.tables import load_table
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.files import atomic_write_text

@@ -86,7 +86,7 @@ def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> d
 
 
 def _rows(prompt: str | None, data: str | None, chat: bool) -> Iterable[dict[str, Any]]:
-    from bara.data import load_table, read_jsonl
+    from bara.data.tables import load_table, read_jsonl
 
     if prompt is not None:
         asked = [{"role": "user", "content": prompt}]

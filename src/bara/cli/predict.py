@@ -33,7 +33,7 @@ def predict(
     from tqdm.auto import tqdm
 
     from bara.abstention import load_threshold
-    from bara.data import table_from_records
+    from bara.data.tables import table_from_records
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import load_adapter, predict_table
@@ -100,7 +100,7 @@ def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> 
 
 
 def _read(data: str, split: str | None, files: ExitStack) -> Iterable[dict[str, Any]]:
-    from bara.data import load_table, read_jsonl
+    from bara.data.tables import load_table, read_jsonl
 
     if data == "-":
         return read_jsonl(sys.stdin, "standard input")

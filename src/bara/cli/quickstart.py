@@ -34,7 +34,7 @@ def quickstart(
     """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
     from rich.console import Console
 
-    from bara.examples_data import minilm_path
+    from bara.data.examples import minilm_path
     from bara.machine import quieten_libraries
     from bara.quickstart import run_quickstart
 

@@ -28,7 +28,7 @@ def ranks(
 
     from bara.adapters import bayesian_adapter
     from bara.cli.terminal import update_card
-    from bara.data import load_table
+    from bara.data.tables import load_table
     from bara.files import require_new
     from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter, model_inputs

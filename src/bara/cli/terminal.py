@@ -23,7 +23,7 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     Raises:
         BaraError: a table cannot be read, or there are fewer than two texts to share out.
     """
-    from bara.data import load_table
+    from bara.data.tables import load_table
     from bara.errors import BaraError
     from bara.loading import model_inputs
 
