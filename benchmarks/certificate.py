@@ -22,7 +22,7 @@ from bara.bench.tasks import load_task
 from bara.certificate import certify
 from bara.certified import certification_rows
 from bara.data.examples import minilm_path
-from bara.data.tables import tokenise
+from bara.data.text_task import tokenise
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter

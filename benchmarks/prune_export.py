@@ -22,7 +22,7 @@ import torch
 
 import bara
 from bara.data.examples import load_sentiment
-from bara.data.tables import tokenise
+from bara.data.text_task import tokenise
 from bara.files import atomic_write_text
 from bara.loading import load_adapter
 from bara.machine import versions

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 
 from bara.bench.results import append_row, read_lines
 from bara.data.examples import load_sentiment, minilm_path
-from bara.data.tables import tokenise
+from bara.data.text_task import tokenise
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from bara import BaraError
-from bara.data.tables import load_table, tokenise
+from bara.data.tables import load_table
+from bara.data.text_task import tokenise
 from bara.finetune import finetune, newest_checkpoint
 from bara.loading import load_adapter
 from bara.prediction import predict

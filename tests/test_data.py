@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from bara import BaraError
 from bara.data.examples import canonical_text, load_news, load_sentiment, minilm_path
-from bara.data.tables import TextTask, load_table, split_dataset, tokenise
+from bara.data.tables import load_table
+from bara.data.text_task import TextTask, split_dataset, tokenise
 from conftest import write_jsonl
 
 ROWS = [

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import BertForSequenceClassification
 
 import bara
-from bara.data.tables import tokenise
+from bara.data.text_task import tokenise
 from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.finetune import finetune

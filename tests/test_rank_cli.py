@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from bara.batches import to_device
 from bara.cli import main
-from bara.data.tables import TextTask
+from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.export import export_lora
 from bara.finetune import build_model, save_adapter

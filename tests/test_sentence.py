@@ -10,7 +10,8 @@ from transformers import BertModel
 
 import bara
 from bara.cli import main
-from bara.data.tables import TextTask, load_table, tokenise
+from bara.data.tables import load_table
+from bara.data.text_task import TextTask, tokenise
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter, load_base
 from bara.methods import METHODS

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bara.certificate import fitted, not_certified
 from bara.configs import CertifiedConfig
-from bara.data.tables import TextTask, split_dataset
+from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
 from bara.loading import RECIPE_FILE, WEIGHTS_FILE, read_config
 from bara.recipe import TrainRecipe

@@ -23,7 +23,8 @@ from transformers import (
 from bara import abstention
 from bara.certified import prepare
 from bara.configs import BayesianConfig, CertifiedConfig
-from bara.data.tables import TextTask, load_table
+from bara.data.tables import load_table
+from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError, first_line
 from bara.files import atomic_directory

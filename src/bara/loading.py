@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
-from bara.data.tables import TextTask, tokenise
+from bara.data.text_task import TextTask, tokenise
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.language.gguf import load_gguf, source
@@ -206,7 +206,7 @@ def model_inputs(
         labels: keep the labels; a language model's inputs always have theirs.
 
     Raises:
-        BaraError: see `bara.data.tables.tokenise` and `bara.language.tasks.tokenise_language`.
+        BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
     """
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from bara.data.examples import load_news, load_sentiment, minilm_path
-from bara.data.tables import TextTask, tokenise
+from bara.data.text_task import TextTask, tokenise
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter, read_shapes, text_task

@@ -56,7 +56,7 @@ class TrainRecipe:
         split, validation_split: splits of hub data sets.
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
-            `bara.data.tables.TextTask.infer`. For `task` causal-lm or multiple-choice see
+            `bara.data.text_task.TextTask.infer`. For `task` causal-lm or multiple-choice see
             `bara.language.tasks.LanguageTask`, which has fixed columns.
         scoring: for multiple choice, `text` or `letter`.
         method: a name of `bara.methods.METHODS`, with the suffix `+temperature` for a temperature

@@ -52,7 +52,8 @@ def certify(
 
     from bara.certificate import certify as certify_inputs
     from bara.certified import certification_rows
-    from bara.data.tables import TextTask, load_table, tokenise
+    from bara.data.tables import load_table
+    from bara.data.text_task import TextTask, tokenise
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.loading import TASK_FILE, load_adapter, read_config, text_task
