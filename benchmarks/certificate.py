@@ -27,7 +27,7 @@ from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
-from bara.prediction import evaluate
+from bara.prediction.predict import evaluate
 from bara.quickstart import MAX_LENGTH
 from bara.recipe import TrainRecipe
 

@@ -30,7 +30,7 @@ from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.plots import LIGHT, save_figure
-from bara.prediction import evaluate
+from bara.prediction.predict import evaluate
 from bara.quickstart import MAX_LENGTH
 from bara.ranks import effective_rank
 from bara.recipe import TrainRecipe

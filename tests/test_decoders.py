@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bara
-from bara.batches import repeat_rows
+from bara.prediction.batches import repeat_rows
 from language_models import adapted_lm
 
 ARCHITECTURES = ["llama", "llama-tied", "qwen2", "gpt2", "mistral", "mixtral"]

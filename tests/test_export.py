@@ -17,7 +17,7 @@ from transformers import BertModel
 
 import bara
 from bara import BaraError
-from bara.predictive import ClassificationPredictive
+from bara.prediction.predictive import ClassificationPredictive
 from bara.sentence import SentenceClassifier
 from bara.tuner import adapted_layers
 from conftest import tiny_bert_config

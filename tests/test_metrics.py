@@ -17,7 +17,7 @@ from bara.metrics import (
     risk_coverage,
     selective_risk,
 )
-from bara.predictive import ClassificationPredictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 
 
 def classifier(scale=2.0, n=400, seed=0) -> ClassificationPredictive:

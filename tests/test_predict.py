@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import bara
 from bara import BaraError
-from bara.batches import pad_rows
+from bara.prediction.batches import pad_rows
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_llama
 
 

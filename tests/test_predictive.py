@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, Normal
 
 from bara.errors import BaraError
-from bara.predictive import ClassificationPredictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from bara.cli import main
 from bara.data.examples import load_sentiment
 from bara.loading import load_adapter
 from bara.metrics import Evaluation
-from bara.predictive import ClassificationPredictive
+from bara.prediction.predictive import ClassificationPredictive
 from bara.quickstart import choose_examples
 
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from bara.batches import to_device
 from bara.cli import main
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
@@ -25,8 +24,9 @@ from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
 from bara.methods import METHODS
 from bara.posthoc import set_temperature
-from bara.prediction import predict
-from bara.predictive import ClassificationPredictive, RegressionPredictive
+from bara.prediction.batches import to_device
+from bara.prediction.predict import predict
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from bara.recipe import TrainRecipe
 from bara.tuner import adapted_layers
 from conftest import write_jsonl

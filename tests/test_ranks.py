@@ -9,7 +9,7 @@ from scipy.stats import mannwhitneyu, spearmanr
 
 import bara
 from bara import BaraError, plots
-from bara.predictive import ClassificationPredictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from bara.rank_report import RankReport, prediction_errors, write_rank_report
 from bara.ranks import EffectiveRank
 from helpers import TinyNet, adapt, layer_posterior, stir

@@ -18,8 +18,8 @@ from bara.export import export_lora
 from bara.language.generation import Generation, generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream
-from bara.prediction import evaluate, predict
-from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predict import evaluate, predict
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
 from bara.trainers.kl_mixin import KLMixin

@@ -14,7 +14,7 @@ from torch import Tensor
 from bara.errors import BaraError
 from bara.files import atomic_write_text
 from bara.metrics import selection
-from bara.predictive import Predictive
+from bara.prediction.predictive import Predictive
 
 FILE = "abstention.json"
 LEARNING_SHARE = 4

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bara.errors import BaraError
-from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from bara.adapters import (
     num_bytes,
     trained_heads,
 )
-from bara.batches import Collate
 from bara.card import write_export_card, write_merged_card
 from bara.difference import Difference, difference
 from bara.draws.draws import Draws, FixedNoise
@@ -33,8 +32,9 @@ from bara.files import atomic_directory, require_new, require_space
 from bara.loading import WEIGHTS_FILE
 from bara.posteriors.base import Posterior
 from bara.posthoc.temperature import fold_temperature, output_layer
-from bara.prediction import get_temperature, predict
-from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.batches import Collate
+from bara.prediction.predict import get_temperature, predict
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import calibrate_gates
 from bara.sentence import SentenceClassifier, save_sentence_transformer
 from bara.tuner import CONTAINER, adapted_layers, scaled_columns

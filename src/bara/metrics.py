@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bara.errors import BaraError
-from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 
 NUM_BINS = 15
 

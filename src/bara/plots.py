@@ -25,7 +25,7 @@ from torch import Tensor
 from bara.errors import BaraError
 from bara.files import atomic_write_bytes
 from bara.metrics import Evaluation, reliability, selective_risk
-from bara.predictive import ClassificationPredictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 
 if TYPE_CHECKING:
     from bara.ranks import EffectiveRank

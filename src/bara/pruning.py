@@ -22,13 +22,13 @@ from bara.adapters import (
     rank_fields,
     trained_heads,
 )
-from bara.batches import Batch, Collate
 from bara.configs import BaraConfig
 from bara.difference import Difference, difference
 from bara.errors import BaraError
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.base import Posterior, RankSpace, rms_normalised
-from bara.prediction import predict
+from bara.prediction.batches import Batch, Collate
+from bara.prediction.predict import predict
 from bara.ranks import model_inputs, observed_pass
 from bara.tuner import adapted_layers
 

@@ -27,8 +27,8 @@ from bara.plots import (
     risk_coverage,
     save_figure,
 )
-from bara.prediction import evaluate
-from bara.predictive import ClassificationPredictive
+from bara.prediction.predict import evaluate
+from bara.prediction.predictive import ClassificationPredictive
 from bara.ranks import EffectiveRank, effective_rank
 from bara.recipe import TrainRecipe
 from bara.report import write_report

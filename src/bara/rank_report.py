@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bara import plots
 from bara.files import atomic_directory
-from bara.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.ranks import EffectiveRank, RankShift, rank_shift
 from bara.report import picture, rank_numbers, render_page
 

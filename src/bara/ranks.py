@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bara.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.posteriors.base import Posterior, RankSpace
+from bara.prediction.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
 from bara.training import elbo_of
 
 Observer = Callable[[str, Posterior, RankSpace], None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from bara import plots
 from bara.files import atomic_write_text
 from bara.metrics import Evaluation, selective_risk
-from bara.predictive import ClassificationPredictive
+from bara.prediction.predictive import ClassificationPredictive
 
 if TYPE_CHECKING:
     from bara.ranks import EffectiveRank

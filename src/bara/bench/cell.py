@@ -32,7 +32,7 @@ from bara.errors import BaraError
 from bara.machine import versions
 from bara.metrics import classification_metrics
 from bara.posthoc.temperature import fit_temperature
-from bara.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive
 
 PACKAGES = ("datasets", "accelerate", "scikit-learn", "numpy")
 """Besides those of `bara.machine.versions`, for the record."""

@@ -15,7 +15,7 @@ from bara.metrics import (
     reliability,
     selective_risk,
 )
-from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks import EffectiveRank
 
 COVERAGES = 50

@@ -19,8 +19,8 @@ from bara.bench.tasks import Splits
 from bara.data.examples import minilm_path
 from bara.elbo import Elbo
 from bara.machine import fast_bfloat16
-from bara.prediction import predict
-from bara.predictive import Predictive
+from bara.prediction.predict import predict
+from bara.prediction.predictive import Predictive
 from bara.ranks import EffectiveRank, effective_rank
 
 

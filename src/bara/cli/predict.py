@@ -88,7 +88,7 @@ def predict(
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:
     """Takes back the predictions that are too uncertain."""
     from bara.errors import BaraError
-    from bara.predictive import ClassificationPredictive
+    from bara.prediction.predictive import ClassificationPredictive
 
     if not isinstance(predictive, ClassificationPredictive):
         raise BaraError("--abstain-at-risk is for classification and multiple choice")

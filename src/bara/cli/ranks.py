@@ -33,7 +33,7 @@ def ranks(
     from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter, model_inputs
     from bara.machine import quieten_libraries
-    from bara.prediction import predict
+    from bara.prediction.predict import predict
     from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report
     from bara.ranks import effective_rank
 

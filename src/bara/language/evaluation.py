@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bara.batches import batches, repeat_rows, to_device
 from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.generation import generate
 from bara.language.tasks import reference, row_prompt
+from bara.prediction.batches import batches, repeat_rows, to_device
 
 if TYPE_CHECKING:
     from datasets import Dataset

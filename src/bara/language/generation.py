@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bara.batches import to_device
 from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError, first_line
 from bara.language.prompts import (
@@ -32,6 +31,7 @@ from bara.language.prompts import (
     require_decoder,
     require_room,
 )
+from bara.prediction.batches import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

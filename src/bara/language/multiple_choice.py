@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from bara.batches import repeat_rows, to_device
 from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
-from bara.prediction import get_temperature
-from bara.predictive import ClassificationPredictive
+from bara.prediction.batches import repeat_rows, to_device
+from bara.prediction.predict import get_temperature
+from bara.prediction.predictive import ClassificationPredictive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

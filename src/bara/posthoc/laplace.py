@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bara.batches import pad_rows, to_device
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.posthoc.weights import Factors, WeightDraws
+from bara.prediction.batches import pad_rows, to_device
 from bara.trainers.base import AdapterTrainer
 
 Subset = Literal["adapter", "last-layer"]

@@ -13,8 +13,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bara.errors import BaraError
-from bara.prediction import TEMPERATURE, get_temperature
-from bara.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predict import TEMPERATURE, get_temperature
+from bara.prediction.predictive import ClassificationPredictive, Predictive
 
 TEMPERATURE_FILE = "temperature.json"
 RANGE = (0.05, 20.0)

@@ -15,8 +15,8 @@ from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.posthoc.temperature import negative_log_likelihood
 from bara.posthoc.weights import Factors, WeightDraws
-from bara.prediction import predict
-from bara.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predict import predict
+from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.trainers.base import AdapterTrainer
 
 

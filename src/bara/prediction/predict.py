@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bara.batches import Collate, batches, num_rows, repeat_rows, to_device
 from bara.draws.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
 from bara.metrics import Evaluation, measure
-from bara.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.batches import Collate, batches, num_rows, repeat_rows, to_device
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.training import MIN_LOG_VARIANCE
 
 TEMPERATURE = "predictive_temperature"
