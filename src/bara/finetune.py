@@ -43,8 +43,8 @@ from bara.loading import (
 )
 from bara.methods import Method, parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
-from bara.posthoc.temperature import fit_temperature, save_temperature, set_temperature
 from bara.posthoc.weights import WeightDraws
+from bara.prediction.temperature import fit_temperature, save_temperature, set_temperature
 from bara.recipe import TrainRecipe
 from bara.trainers.base import COMPLETE
 from bara.training import BayesianCallback, elbo_loss, gaussian_nll

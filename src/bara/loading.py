@@ -36,10 +36,10 @@ from bara.language.tasks import (
 )
 from bara.methods import parse_method
 from bara.posthoc.ensemble import EnsembleDraws, member_name
-from bara.posthoc.temperature import load_temperature
 from bara.posthoc.weights import WeightDraws
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
+from bara.prediction.temperature import load_temperature
 from bara.recipe import TrainRecipe
 from bara.sentence import SentenceClassifier, is_sentence_encoder
 from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer

@@ -31,8 +31,8 @@ from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.machine import versions
 from bara.metrics import classification_metrics
-from bara.posthoc.temperature import fit_temperature
 from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.temperature import fit_temperature
 
 PACKAGES = ("datasets", "accelerate", "scikit-learn", "numpy")
 """Besides those of `bara.machine.versions`, for the record."""

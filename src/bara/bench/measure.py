@@ -61,7 +61,7 @@ def by_draws(predictive: Predictive, counts: Sequence[int]) -> dict[str, dict[st
 
 
 def with_temperature(predictive: Predictive, temperature: float) -> Predictive:
-    """The mixture with every draw tempered, as `bara.posthoc.temperature` does it."""
+    """The mixture with every draw tempered, as `bara.prediction.temperature` does it."""
     if isinstance(predictive, ClassificationPredictive):
         tempered = (predictive.log_probs_draws / temperature).log_softmax(-1)
         return ClassificationPredictive(tempered, predictive.labels, predictive.label_names)

@@ -36,7 +36,7 @@ def export(
     from bara.loading import RECIPE_FILE, TASK_FILE, load_adapter
     from bara.machine import quieten_libraries
     from bara.methods import TEMPERED
-    from bara.posthoc.temperature import save_temperature
+    from bara.prediction.temperature import save_temperature
     from bara.recipe import TrainRecipe
 
     quieten_libraries()

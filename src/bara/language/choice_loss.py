@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bara.errors import BaraError
 from bara.language.multiple_choice import Question, encode_choices, multiple_choice
-from bara.posthoc.temperature import fit_temperature
+from bara.prediction.temperature import fit_temperature
 
 if TYPE_CHECKING:
     from datasets import Dataset

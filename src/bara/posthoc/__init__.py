@@ -2,9 +2,9 @@
 
 from bara.posthoc.ensemble import EnsembleDraws
 from bara.posthoc.laplace import LaplaceOptions, laplace
-from bara.posthoc.temperature import fit_temperature, set_temperature
 from bara.posthoc.tfb import tfb
 from bara.posthoc.weights import Factors, WeightDraws
+from bara.prediction.temperature import fit_temperature, set_temperature
 
 __all__ = [
     "EnsembleDraws",

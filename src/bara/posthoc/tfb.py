@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
-from bara.posthoc.temperature import negative_log_likelihood
 from bara.posthoc.weights import Factors, WeightDraws
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.temperature import negative_log_likelihood
 from bara.trainers.base import AdapterTrainer
 
 
