@@ -32,9 +32,9 @@ from bara.files import atomic_directory, require_new, require_space
 from bara.loading import WEIGHTS_FILE
 from bara.posteriors.base import Posterior
 from bara.prediction.batches import Collate
-from bara.prediction.predict import get_temperature, predict
+from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
-from bara.prediction.temperature import fold_temperature, output_layer
+from bara.prediction.temperature import fold_temperature, get_temperature, output_layer
 from bara.ranks import calibrate_gates
 from bara.sentence import SentenceClassifier, save_sentence_transformer
 from bara.tuner import CONTAINER, adapted_layers, scaled_columns

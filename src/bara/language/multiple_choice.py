@@ -17,8 +17,8 @@ from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
 from bara.prediction.batches import repeat_rows, to_device
-from bara.prediction.predict import get_temperature
 from bara.prediction.predictive import ClassificationPredictive
+from bara.prediction.temperature import get_temperature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

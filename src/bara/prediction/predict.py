@@ -15,15 +15,8 @@ from bara.errors import BaraError
 from bara.metrics import Evaluation, measure
 from bara.prediction.batches import Collate, batches, num_rows, repeat_rows, to_device
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.temperature import get_temperature
 from bara.training import MIN_LOG_VARIANCE
-
-TEMPERATURE = "predictive_temperature"
-"""Name of the fitted temperature in the model's configuration."""
-
-
-def get_temperature(model: nn.Module) -> float:
-    """The temperature that `bara.predict` tempers every draw of this model with; 1 by default."""
-    return float(getattr(getattr(model, "config", None), TEMPERATURE, 1.0))
 
 
 def predict(

@@ -13,8 +13,16 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bara.errors import BaraError
-from bara.prediction.predict import TEMPERATURE, get_temperature
 from bara.prediction.predictive import ClassificationPredictive, Predictive
+
+TEMPERATURE = "predictive_temperature"
+"""Name of the fitted temperature in the model's configuration."""
+
+
+def get_temperature(model: nn.Module) -> float:
+    """The temperature that `bara.predict` tempers every draw of this model with; 1 by default."""
+    return float(getattr(getattr(model, "config", None), TEMPERATURE, 1.0))
+
 
 TEMPERATURE_FILE = "temperature.json"
 RANGE = (0.05, 20.0)

@@ -20,7 +20,7 @@ from transformers import (
 
 from bara.errors import BaraError, first_line
 from bara.language.choice_loss import choice_nll
-from bara.prediction.predict import get_temperature
+from bara.prediction.temperature import get_temperature
 from bara.training import elbo_loss
 
 COMPLETE = "complete"
