@@ -30,9 +30,9 @@ from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.data.examples import minilm_path
 from bara.data.text_task import TextTask, tokenise
+from bara.evaluation.metrics import classification_metrics
 from bara.files import atomic_write_text
 from bara.machine import fast_bfloat16, versions
-from bara.metrics import classification_metrics
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/first_token.jsonl"

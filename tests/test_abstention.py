@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 import bara
 from bara import BaraError, ClassificationPredictive
-from bara.abstention import FILE, Threshold, load_threshold, p_values, save_threshold
+from bara.evaluation.abstention import FILE, Threshold, load_threshold, p_values, save_threshold
 
 
 def simulated(n, generator, error, noisy=False):

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 
 from bara.errors import BaraError
-from bara.metrics import (
+from bara.evaluation.metrics import (
     Evaluation,
     classification_metrics,
     regression_metrics,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bara import plots
 from bara.errors import BaraError
-from bara.metrics import Evaluation, classification_metrics, regression_metrics
+from bara.evaluation.metrics import Evaluation, classification_metrics, regression_metrics
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from bara.report import write_report
 

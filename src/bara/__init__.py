@@ -1,6 +1,5 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
-from bara.abstention import Threshold, calibrate_threshold
 from bara.card import write_model_card
 from bara.certificate import Certificate, certify
 from bara.configs import (
@@ -14,6 +13,7 @@ from bara.configs import (
 )
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
+from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.export import export_lora
 from bara.language.generation import Generation, generate
 from bara.language.multiple_choice import multiple_choice

@@ -21,7 +21,7 @@ from bara.loading_code import SavedAdapter, loading_code, task_type
 
 if TYPE_CHECKING:
     from bara.configs import BayesianConfig
-    from bara.difference import Difference
+    from bara.evaluation.difference import Difference
     from bara.ranks import EffectiveRank
 
 CARD_FILE = "README.md"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bara import abstention, client
+from bara import client
 from bara.adapters import (
     adapter_tensors,
     bayesian_adapter,
@@ -25,9 +25,10 @@ from bara.adapters import (
     trained_heads,
 )
 from bara.card import write_export_card, write_merged_card
-from bara.difference import Difference, difference
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
+from bara.evaluation import abstention
+from bara.evaluation.difference import Difference, difference
 from bara.files import atomic_directory, require_new, require_space
 from bara.loading import WEIGHTS_FILE
 from bara.posteriors.base import Posterior

@@ -20,13 +20,13 @@ from transformers import (
     set_seed,
 )
 
-from bara import abstention
 from bara.certified import prepare
 from bara.configs import BayesianConfig, CertifiedConfig
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError, first_line
+from bara.evaluation import abstention
 from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, is_multiple_choice

@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from bara.errors import BaraError
+from bara.evaluation.metrics import Evaluation, reliability, selective_risk
 from bara.files import atomic_write_bytes
-from bara.metrics import Evaluation, reliability, selective_risk
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 
 if TYPE_CHECKING:

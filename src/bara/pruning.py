@@ -23,8 +23,8 @@ from bara.adapters import (
     trained_heads,
 )
 from bara.configs import BaraConfig
-from bara.difference import Difference, difference
 from bara.errors import BaraError
+from bara.evaluation.difference import Difference, difference
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.base import Posterior, RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate

@@ -15,11 +15,11 @@ from datasets import Dataset
 
 from bara.data.examples import load_news, load_sentiment, minilm_path
 from bara.data.text_task import TextTask, tokenise
+from bara.evaluation.metrics import Evaluation
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter, read_shapes, text_task
 from bara.machine import fast_bfloat16, versions
-from bara.metrics import Evaluation
 from bara.plots import (
     effective_rank_heatmap,
     effective_rank_histogram,

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bara import plots
+from bara.evaluation.metrics import Evaluation, selective_risk
 from bara.files import atomic_write_text
-from bara.metrics import Evaluation, selective_risk
 from bara.prediction.predictive import ClassificationPredictive
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from bara.bench.spec import Cell
 from bara.bench.tasks import Splits, first, load_task
 from bara.draws.draws import draw_source
 from bara.errors import BaraError
+from bara.evaluation.metrics import classification_metrics
 from bara.machine import versions
-from bara.metrics import classification_metrics
 from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.prediction.temperature import fit_temperature
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bara.metrics import (
+from bara.evaluation.metrics import (
     classification_metrics,
     regression_metrics,
     reliability,

@@ -52,12 +52,12 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from bara.abstention import calibrate_threshold, save_threshold
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import update_card
     from bara.data.tables import load_table
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
+    from bara.evaluation.abstention import calibrate_threshold, save_threshold
     from bara.files import atomic_write_text
     from bara.loading import load_adapter
     from bara.machine import quieten_libraries
@@ -125,9 +125,9 @@ def _evaluate(
 ) -> tuple[dict[str, float], Callable[[], Any]]:
     """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
     from bara.errors import BaraError
+    from bara.evaluation.metrics import measure
     from bara.language.evaluation import answer_losses, token_metrics
     from bara.loading import model_inputs, predict_table
-    from bara.metrics import measure
 
     if task.task == "causal-lm":
         if ood is not None:

@@ -46,8 +46,8 @@ def generate(
     base_model: BaseModel = None,
 ) -> None:
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
-    from bara.abstention import load_threshold
     from bara.errors import BaraError
+    from bara.evaluation.abstention import load_threshold
     from bara.loading import load_adapter
     from bara.machine import quieten_libraries
 

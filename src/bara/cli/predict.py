@@ -32,9 +32,9 @@ def predict(
     """Write one JSON object per text or question: the prediction and how uncertain it is."""
     from tqdm.auto import tqdm
 
-    from bara.abstention import load_threshold
     from bara.data.tables import table_from_records
     from bara.errors import BaraError
+    from bara.evaluation.abstention import load_threshold
     from bara.files import atomic_write_text
     from bara.loading import load_adapter, predict_table
     from bara.machine import quieten_libraries

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bara.draws.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
-from bara.metrics import Evaluation, measure
+from bara.evaluation.metrics import Evaluation, measure
 from bara.prediction.batches import Collate, batches, num_rows, repeat_rows, to_device
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import get_temperature

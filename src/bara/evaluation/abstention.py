@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bara.errors import BaraError
+from bara.evaluation.metrics import selection
 from bara.files import atomic_write_text
-from bara.metrics import selection
 from bara.prediction.predictive import Predictive
 
 FILE = "abstention.json"
