@@ -23,11 +23,11 @@ from bara.certificate import certify
 from bara.certified import certification_rows
 from bara.data.examples import minilm_path
 from bara.data.text_task import tokenise
+from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
-from bara.prediction.predict import evaluate
 from bara.quickstart import MAX_LENGTH
 from bara.recipe import TrainRecipe
 

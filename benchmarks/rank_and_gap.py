@@ -25,12 +25,12 @@ from scipy.stats import spearmanr
 from bara.bench.results import append_row, read_lines
 from bara.data.examples import load_sentiment, minilm_path
 from bara.data.text_task import tokenise
+from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.plots import LIGHT, save_figure
-from bara.prediction.predict import evaluate
 from bara.quickstart import MAX_LENGTH
 from bara.ranks import effective_rank
 from bara.recipe import TrainRecipe

@@ -14,11 +14,12 @@ from bara.configs import (
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
+from bara.evaluation.evaluate import evaluate
 from bara.export import export_lora
 from bara.language.generation import Generation, generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream
-from bara.prediction.predict import evaluate, predict
+from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift

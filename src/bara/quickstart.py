@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from bara.data.examples import load_news, load_sentiment, minilm_path
 from bara.data.text_task import TextTask, tokenise
+from bara.evaluation.evaluate import evaluate
 from bara.evaluation.metrics import Evaluation
 from bara.files import atomic_write_text
 from bara.finetune import finetune
@@ -27,7 +28,6 @@ from bara.plots import (
     risk_coverage,
     save_figure,
 )
-from bara.prediction.predict import evaluate
 from bara.prediction.predictive import ClassificationPredictive
 from bara.ranks import EffectiveRank, effective_rank
 from bara.recipe import TrainRecipe

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from bara.draws.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
-from bara.evaluation.metrics import Evaluation, measure
 from bara.prediction.batches import Collate, batches, num_rows, repeat_rows, to_device
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import get_temperature
@@ -84,29 +83,6 @@ def predict(
     stacked = torch.cat(logits, dim=1)[:, position]
     target = torch.cat(labels)[position] if labels else None
     return _predictive(stacked, target, model, noise_variance)
-
-
-def evaluate(
-    model: nn.Module,
-    data: Any,
-    *,
-    ood: Any = None,
-    **options: Any,
-) -> Evaluation:
-    """Predicts labelled data and measures accuracy, calibration and out-of-distribution detection.
-
-    Args:
-        model: see `predict`.
-        data: labelled data, see `predict`.
-        ood: inputs from elsewhere (their labels are not used): adds `ood_auroc` and `ood_fpr95`.
-        **options: those of `predict`, `num_draws` and `seed` among them.
-
-    Raises:
-        BaraError: labels are missing, or any error of `predict`.
-    """
-    predictive = predict(model, data, **options)
-    elsewhere = None if ood is None else predict(model, ood, **options)
-    return measure(predictive, elsewhere)
 
 
 class _Portions:
