@@ -7,8 +7,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 import bara
-from bara.distributions import log_uniform_kl
 from bara.draws.draws import FixedNoise, FreshNoise
+from bara.posteriors.distributions import log_uniform_kl
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
 
 CPU = torch.device("cpu")

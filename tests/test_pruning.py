@@ -11,7 +11,7 @@ from torch import nn
 import bara
 from bara import BaraError
 from bara.adapters import rank_fields
-from bara.distributions import open_logit
+from bara.posteriors.distributions import open_logit
 from bara.tuner import adapted_layers
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
 

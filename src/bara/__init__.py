@@ -2,15 +2,6 @@
 
 from bara.card import write_model_card
 from bara.certificate import Certificate, certify
-from bara.configs import (
-    BaloraConfig,
-    BaraConfig,
-    BlobConfig,
-    CertifiedConfig,
-    McDropoutConfig,
-    RankwiseConfig,
-    ScalablConfig,
-)
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
@@ -19,6 +10,15 @@ from bara.export import export_lora
 from bara.language.generation import Generation, generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream
+from bara.posteriors.config import (
+    BaloraConfig,
+    BaraConfig,
+    BlobConfig,
+    CertifiedConfig,
+    McDropoutConfig,
+    RankwiseConfig,
+    ScalablConfig,
+)
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune

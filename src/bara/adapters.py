@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from bara.configs import BayesianConfig
 from bara.errors import BaraError
+from bara.posteriors.config import BayesianConfig
 
 
 def bayesian_adapter(model: nn.Module, what_for: str) -> str:

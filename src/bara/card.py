@@ -20,8 +20,8 @@ from bara.files import atomic_write_text
 from bara.loading_code import SavedAdapter, loading_code, task_type
 
 if TYPE_CHECKING:
-    from bara.configs import BayesianConfig
     from bara.evaluation.difference import Difference
+    from bara.posteriors.config import BayesianConfig
     from bara.ranks import EffectiveRank
 
 CARD_FILE = "README.md"

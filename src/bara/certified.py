@@ -12,10 +12,10 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from bara.certificate import fitted, not_certified
-from bara.configs import CertifiedConfig
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
 from bara.loading import RECIPE_FILE, WEIGHTS_FILE, read_config
+from bara.posteriors.config import CertifiedConfig
 from bara.recipe import TrainRecipe
 
 if TYPE_CHECKING:

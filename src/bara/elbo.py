@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bara.configs import BayesianConfig
 from bara.draws.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
-from bara.posteriors.base import Kl, Posterior, RankSpace
-from bara.schedule import LossSchedule, rise
+from bara.posteriors.config import BayesianConfig
+from bara.posteriors.posterior import Kl, Posterior, RankSpace
+from bara.posteriors.schedule import LossSchedule, rise
 
 HOLD = 0.4
 """Part of the warm-up during which the KL has no weight."""

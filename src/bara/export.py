@@ -31,7 +31,7 @@ from bara.evaluation import abstention
 from bara.evaluation.difference import Difference, difference
 from bara.files import atomic_directory, require_new, require_space
 from bara.loading import WEIGHTS_FILE
-from bara.posteriors.base import Posterior
+from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive

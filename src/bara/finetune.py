@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from bara.certified import prepare
-from bara.configs import BayesianConfig, CertifiedConfig
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws, draw_source
@@ -42,6 +41,7 @@ from bara.loading import (
     text_task,
 )
 from bara.methods import Method, parse_method
+from bara.posteriors.config import BayesianConfig, CertifiedConfig
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.weights import WeightDraws
 from bara.prediction.temperature import fit_temperature, save_temperature, set_temperature

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import linear
 
-from bara.configs import CertifiedConfig
 from bara.draws.draws import Noise
 from bara.elbo import Elbo
 from bara.errors import BaraError
-from bara.posteriors.base import Kl, wide
+from bara.posteriors.config import CertifiedConfig
+from bara.posteriors.posterior import Kl, wide
 
 
 class GaussianLinear(nn.Module):

@@ -9,7 +9,9 @@ from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftConfig, PveraConfig
 
-from bara.configs import (
+from bara.errors import BaraError, first_line
+from bara.language.tasks import LANGUAGE_TASKS
+from bara.posteriors.config import (
     BaloraConfig,
     BaraConfig,
     BlobConfig,
@@ -18,8 +20,6 @@ from bara.configs import (
     RankwiseConfig,
     ScalablConfig,
 )
-from bara.errors import BaraError, first_line
-from bara.language.tasks import LANGUAGE_TASKS
 from bara.posthoc.ensemble import EnsembleOptions
 from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer
 from bara.posthoc.tfb import TfbOptions, TfbTrainer

@@ -22,11 +22,11 @@ from bara.adapters import (
     rank_fields,
     trained_heads,
 )
-from bara.configs import BaraConfig
 from bara.errors import BaraError
 from bara.evaluation.difference import Difference, difference
 from bara.posteriors.bara import BaraPosterior
-from bara.posteriors.base import Posterior, RankSpace, rms_normalised
+from bara.posteriors.config import BaraConfig
+from bara.posteriors.posterior import Posterior, RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate
 from bara.prediction.predict import predict
 from bara.ranks import model_inputs, observed_pass

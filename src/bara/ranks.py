@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
-from bara.posteriors.base import Posterior, RankSpace
+from bara.posteriors.posterior import Posterior, RankSpace
 from bara.prediction.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
 from bara.training import elbo_of
 

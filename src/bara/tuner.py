@@ -13,12 +13,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, _ConvNd
 from torch import Tensor, nn
 
-from bara.configs import BayesianConfig, CertifiedConfig
 from bara.elbo import Elbo, ForwardPass
 from bara.errors import BaraError
 from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
-from bara.posteriors.base import Granularity, RankSpace, wide
+from bara.posteriors.config import BayesianConfig, CertifiedConfig
+from bara.posteriors.posterior import Granularity, RankSpace, wide
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""

@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 
-from bara.configs import (
+from bara.posteriors.balora import BaloraPosterior
+from bara.posteriors.bara import BaraPosterior
+from bara.posteriors.blob import BlobPosterior
+from bara.posteriors.certified import CertifiedPosterior
+from bara.posteriors.config import (
     BaloraConfig,
     BaraConfig,
     BayesianConfig,
@@ -12,12 +16,8 @@ from bara.configs import (
     RankwiseConfig,
     ScalablConfig,
 )
-from bara.posteriors.balora import BaloraPosterior
-from bara.posteriors.bara import BaraPosterior
-from bara.posteriors.base import Posterior
-from bara.posteriors.blob import BlobPosterior
-from bara.posteriors.certified import CertifiedPosterior
-from bara.posteriors.dropout import McDropoutPosterior
+from bara.posteriors.mc_dropout import McDropoutPosterior
+from bara.posteriors.posterior import Posterior
 from bara.posteriors.rankwise import RankwisePosterior
 from bara.posteriors.scalabl import ScalablPosterior
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from bara.configs import BaloraConfig
-from bara.distributions import scale_noise_kl
 from bara.draws.draws import Noise
-from bara.posteriors.base import (
+from bara.posteriors.config import BaloraConfig
+from bara.posteriors.distributions import scale_noise_kl
+from bara.posteriors.posterior import (
     Granularity,
     Posterior,
     PosteriorOutput,

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from bara.configs import BaraConfig
-from bara.distributions import (
+from bara.draws.draws import Noise
+from bara.posteriors.config import BaraConfig
+from bara.posteriors.distributions import (
     OPEN_SHIFT,
     bernoulli_kl,
     beta_bernoulli_kl,
@@ -31,8 +32,7 @@ from bara.distributions import (
     weibull_mean,
     weibull_sample,
 )
-from bara.draws.draws import Noise
-from bara.posteriors.base import (
+from bara.posteriors.posterior import (
     Granularity,
     Kl,
     Posterior,

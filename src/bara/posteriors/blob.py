@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bara.configs import BlobConfig
-from bara.distributions import gaussian_kl
 from bara.draws.draws import Noise
-from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.config import BlobConfig
+from bara.posteriors.distributions import gaussian_kl
+from bara.posteriors.posterior import Granularity, Posterior, PosteriorOutput, RankSpace, wide
 
 
 class BlobPosterior(Posterior):

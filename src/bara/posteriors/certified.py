@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from bara.configs import CertifiedConfig
-from bara.distributions import TEMPERATURE, logistic_noise
 from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.config import CertifiedConfig
+from bara.posteriors.distributions import TEMPERATURE, logistic_noise
+from bara.posteriors.posterior import Granularity, Posterior, PosteriorOutput, RankSpace, wide
 
 
 class CertifiedPosterior(Posterior):

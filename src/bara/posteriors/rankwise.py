@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bara.configs import RankwiseConfig
-from bara.distributions import log_uniform_kl
 from bara.draws.draws import Noise
-from bara.posteriors.base import (
+from bara.posteriors.config import RankwiseConfig
+from bara.posteriors.distributions import log_uniform_kl
+from bara.posteriors.posterior import (
     Granularity,
     Posterior,
     PosteriorOutput,

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bara.configs import ScalablConfig
-from bara.distributions import gaussian_kl
 from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.base import Granularity, Kl, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.config import ScalablConfig
+from bara.posteriors.distributions import gaussian_kl
+from bara.posteriors.posterior import Granularity, Kl, Posterior, PosteriorOutput, RankSpace, wide
 
 SCALE = 10.0
 """Fixed factor on log sigma: at LoRA's learning rates it would hardly move."""

@@ -12,7 +12,7 @@ from torch.nn.functional import rms_norm
 
 from bara.draws.draws import FreshNoise, Noise
 from bara.errors import BaraError
-from bara.schedule import LossSchedule
+from bara.posteriors.schedule import LossSchedule
 
 Granularity = Literal["sequence", "token"]
 

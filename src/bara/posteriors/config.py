@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from peft import LoraConfig
 
 from bara.errors import BaraError
-from bara.schedule import LossSchedule, rise
+from bara.posteriors.schedule import LossSchedule, rise
 
 
 @dataclass

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bara.configs import McDropoutConfig
 from bara.draws.draws import Noise
-from bara.posteriors.base import Granularity, Posterior, PosteriorOutput, RankSpace, trailing
+from bara.posteriors.config import McDropoutConfig
+from bara.posteriors.posterior import Granularity, Posterior, PosteriorOutput, RankSpace, trailing
 
 
 class McDropoutPosterior(Posterior):
