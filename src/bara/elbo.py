@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from bara.draws.draws import Draws, DrawSource, FixedNoise, FreshNoise, Noise
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig
-from bara.posteriors.posterior import Kl, Posterior, RankSpace
+from bara.posteriors.posterior import Kl, Posterior
+from bara.posteriors.rank_space import RankSpace
 from bara.posteriors.schedule import LossSchedule, rise
 
 HOLD = 0.4

@@ -15,7 +15,8 @@ from bara.draws.draws import Noise
 from bara.elbo import Elbo
 from bara.errors import BaraError
 from bara.posteriors.config import CertifiedConfig
-from bara.posteriors.posterior import Kl, wide
+from bara.posteriors.posterior import Kl
+from bara.posteriors.rank_space import wide
 
 
 class GaussianLinear(nn.Module):

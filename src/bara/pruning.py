@@ -26,7 +26,8 @@ from bara.errors import BaraError
 from bara.evaluation.difference import Difference, difference
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.config import BaraConfig
-from bara.posteriors.posterior import Posterior, RankSpace, rms_normalised
+from bara.posteriors.posterior import Posterior
+from bara.posteriors.rank_space import RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate
 from bara.prediction.predict import predict
 from bara.ranks import model_inputs, observed_pass

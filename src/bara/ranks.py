@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
-from bara.posteriors.posterior import Posterior, RankSpace
+from bara.posteriors.posterior import Posterior
+from bara.posteriors.rank_space import RankSpace
 from bara.prediction.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
 from bara.training import elbo_of
 

@@ -18,7 +18,7 @@ from bara.errors import BaraError
 from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
 from bara.posteriors.config import BayesianConfig, CertifiedConfig
-from bara.posteriors.posterior import Granularity, RankSpace, wide
+from bara.posteriors.rank_space import Granularity, RankSpace, wide
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""

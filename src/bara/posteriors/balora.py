@@ -16,15 +16,8 @@ from torch.nn.functional import softplus
 from bara.draws.draws import Noise
 from bara.posteriors.config import BaloraConfig
 from bara.posteriors.distributions import scale_noise_kl
-from bara.posteriors.posterior import (
-    Granularity,
-    Posterior,
-    PosteriorOutput,
-    RankSpace,
-    relative_noise_draw,
-    rms_normalised,
-    wide,
-)
+from bara.posteriors.posterior import Posterior, PosteriorOutput, relative_noise_draw
+from bara.posteriors.rank_space import Granularity, RankSpace, rms_normalised, wide
 
 SCALE = 10.0
 """Fixed factor on the network's output: at LoRA's learning rates alpha would hardly move."""

@@ -32,17 +32,8 @@ from bara.posteriors.distributions import (
     weibull_mean,
     weibull_sample,
 )
-from bara.posteriors.posterior import (
-    Granularity,
-    Kl,
-    Posterior,
-    PosteriorOutput,
-    RankSpace,
-    position_mean,
-    relative_noise_draw,
-    rms_normalised,
-    wide,
-)
+from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput, relative_noise_draw
+from bara.posteriors.rank_space import Granularity, RankSpace, position_mean, rms_normalised, wide
 
 MOST_OPEN = 11
 """Factors of a layer that an input starts with, at most."""

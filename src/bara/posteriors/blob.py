@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.posteriors.config import BlobConfig
 from bara.posteriors.distributions import gaussian_kl
-from bara.posteriors.posterior import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.rank_space import Granularity, RankSpace, wide
 
 
 class BlobPosterior(Posterior):

@@ -17,7 +17,8 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import CertifiedConfig
 from bara.posteriors.distributions import TEMPERATURE, logistic_noise
-from bara.posteriors.posterior import Granularity, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.rank_space import Granularity, RankSpace, wide
 
 
 class CertifiedPosterior(Posterior):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bara.draws.draws import Noise
 from bara.posteriors.config import McDropoutConfig
-from bara.posteriors.posterior import Granularity, Posterior, PosteriorOutput, RankSpace, trailing
+from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.rank_space import Granularity, RankSpace, trailing
 
 
 class McDropoutPosterior(Posterior):

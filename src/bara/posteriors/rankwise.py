@@ -14,14 +14,8 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.posteriors.config import RankwiseConfig
 from bara.posteriors.distributions import log_uniform_kl
-from bara.posteriors.posterior import (
-    Granularity,
-    Posterior,
-    PosteriorOutput,
-    RankSpace,
-    trailing,
-    wide,
-)
+from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.rank_space import Granularity, RankSpace, trailing, wide
 
 SCALE = 10.0
 """Fixed factor on log sigma^2: at LoRA's learning rates it would hardly move."""

@@ -17,7 +17,8 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import ScalablConfig
 from bara.posteriors.distributions import gaussian_kl
-from bara.posteriors.posterior import Granularity, Kl, Posterior, PosteriorOutput, RankSpace, wide
+from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput
+from bara.posteriors.rank_space import Granularity, RankSpace, wide
 
 SCALE = 10.0
 """Fixed factor on log sigma: at LoRA's learning rates it would hardly move."""
