@@ -10,15 +10,13 @@ from bara.export import export_lora
 from bara.language.generation import Generation, generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream
-from bara.posteriors.config import (
-    BaloraConfig,
-    BaraConfig,
-    BlobConfig,
-    CertifiedConfig,
-    McDropoutConfig,
-    RankwiseConfig,
-    ScalablConfig,
-)
+from bara.posteriors.balora import BaloraConfig
+from bara.posteriors.bara_config import BaraConfig
+from bara.posteriors.blob import BlobConfig
+from bara.posteriors.certified import CertifiedConfig
+from bara.posteriors.mc_dropout import McDropoutConfig
+from bara.posteriors.rankwise import RankwiseConfig
+from bara.posteriors.scalabl import ScalablConfig
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune

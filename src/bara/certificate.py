@@ -15,8 +15,7 @@ from bara.bounds import MONTE_CARLO_SHARE, complexity_term, mean_bound, pac_baye
 from bara.draws.draws import Draws
 from bara.errors import BaraError
 from bara.heads import GaussianLinear
-from bara.posteriors.certified import CertifiedPosterior
-from bara.posteriors.config import PRIOR_STDS, CertifiedConfig
+from bara.posteriors.certified import PRIOR_STDS, CertifiedConfig, CertifiedPosterior
 from bara.prediction.batches import Collate, batches, repeat_rows, to_device
 from bara.training import elbo_of
 from bara.tuner import posteriors

@@ -15,7 +15,7 @@ from bara.certificate import fitted, not_certified
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
 from bara.loading import RECIPE_FILE, WEIGHTS_FILE, read_config
-from bara.posteriors.config import CertifiedConfig
+from bara.posteriors.certified import CertifiedConfig
 from bara.recipe import TrainRecipe
 
 if TYPE_CHECKING:

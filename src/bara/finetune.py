@@ -41,7 +41,8 @@ from bara.loading import (
     text_task,
 )
 from bara.methods import Method, parse_method
-from bara.posteriors.config import BayesianConfig, CertifiedConfig
+from bara.posteriors.certified import CertifiedConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.weights import WeightDraws
 from bara.prediction.temperature import fit_temperature, save_temperature, set_temperature

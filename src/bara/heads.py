@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from bara.draws.draws import Noise
 from bara.elbo import Elbo
 from bara.errors import BaraError
-from bara.posteriors.config import CertifiedConfig
+from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.posterior import Kl
 from bara.posteriors.rank_space import wide
 

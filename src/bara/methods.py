@@ -11,15 +11,13 @@ from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftConfig, PveraC
 
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
-from bara.posteriors.config import (
-    BaloraConfig,
-    BaraConfig,
-    BlobConfig,
-    CertifiedConfig,
-    McDropoutConfig,
-    RankwiseConfig,
-    ScalablConfig,
-)
+from bara.posteriors.balora import BaloraConfig
+from bara.posteriors.bara_config import BaraConfig
+from bara.posteriors.blob import BlobConfig
+from bara.posteriors.certified import CertifiedConfig
+from bara.posteriors.mc_dropout import McDropoutConfig
+from bara.posteriors.rankwise import RankwiseConfig
+from bara.posteriors.scalabl import ScalablConfig
 from bara.posthoc.ensemble import EnsembleOptions
 from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer
 from bara.posthoc.tfb import TfbOptions, TfbTrainer

@@ -25,7 +25,7 @@ from bara.adapters import (
 from bara.errors import BaraError
 from bara.evaluation.difference import Difference, difference
 from bara.posteriors.bara import BaraPosterior
-from bara.posteriors.config import BaraConfig
+from bara.posteriors.bara_config import BaraConfig
 from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate

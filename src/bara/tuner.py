@@ -17,7 +17,8 @@ from bara.elbo import Elbo, ForwardPass
 from bara.errors import BaraError
 from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
-from bara.posteriors.config import BayesianConfig, CertifiedConfig
+from bara.posteriors.certified import CertifiedConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
 
 CONTAINER = "lora_posterior"

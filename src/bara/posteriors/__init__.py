@@ -2,24 +2,16 @@
 
 from collections.abc import Callable
 
-from bara.posteriors.balora import BaloraPosterior
+from bara.posteriors.balora import BaloraConfig, BaloraPosterior
 from bara.posteriors.bara import BaraPosterior
-from bara.posteriors.blob import BlobPosterior
-from bara.posteriors.certified import CertifiedPosterior
-from bara.posteriors.config import (
-    BaloraConfig,
-    BaraConfig,
-    BayesianConfig,
-    BlobConfig,
-    CertifiedConfig,
-    McDropoutConfig,
-    RankwiseConfig,
-    ScalablConfig,
-)
-from bara.posteriors.mc_dropout import McDropoutPosterior
+from bara.posteriors.bara_config import BaraConfig
+from bara.posteriors.blob import BlobConfig, BlobPosterior
+from bara.posteriors.certified import CertifiedConfig, CertifiedPosterior
+from bara.posteriors.config import BayesianConfig
+from bara.posteriors.mc_dropout import McDropoutConfig, McDropoutPosterior
 from bara.posteriors.posterior import Posterior
-from bara.posteriors.rankwise import RankwisePosterior
-from bara.posteriors.scalabl import ScalablPosterior
+from bara.posteriors.rankwise import RankwiseConfig, RankwisePosterior
+from bara.posteriors.scalabl import ScalablConfig, ScalablPosterior
 
 FAMILIES: dict[type[BayesianConfig], Callable[..., Posterior]] = {
     BaraConfig: BaraPosterior,

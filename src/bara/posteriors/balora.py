@@ -8,16 +8,63 @@ sampled in rank space, where A x has mean theta_A x and variance alpha_l(x) (the
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BaloraConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.distributions import scale_noise_kl
 from bara.posteriors.posterior import Posterior, PosteriorOutput, relative_noise_draw
 from bara.posteriors.rank_space import Granularity, RankSpace, rms_normalised, wide
+
+
+@dataclass
+class BaloraConfig(BayesianConfig):
+    """BaLoRA: LoRA with input-adaptive Gaussian noise on A (arXiv 2605.08110, design 2.2).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "BALORA"
+
+    kl_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A, so that "
+            "at 1, the ELBO, few examples hold alpha at the prior's c for every input."
+        },
+    )
+    dropout_prior: float = field(
+        default=0.5,
+        metadata={
+            "help": "The dropout rate p in (0, 1) whose noise is the prior: relative variance "
+            "c = p / (1 - p)."
+        },
+    )
+    init_noise: float | None = field(
+        default=None,
+        metadata={"help": "Where the relative variance alpha > 0 starts; None for the prior's c."},
+    )
+    hidden_size: int = field(
+        default=16,
+        metadata={"help": "Width >= 1 of the network that maps an input to its alpha."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("dropout_prior", low=0, high=1, strict=True)
+        self._require_real("init_noise", low=0, strict=True, optional=True)
+        self._require("hidden_size", self.hidden_size, self.hidden_size >= 1, "an integer >= 1")
+
+    @property
+    def noise_prior(self) -> float:
+        """c = p / (1 - p), the prior variance relative to the squared mean."""
+        return self.dropout_prior / (1 - self.dropout_prior)
+
 
 SCALE = 10.0
 """Fixed factor on the network's output: at LoRA's learning rates alpha would hardly move."""

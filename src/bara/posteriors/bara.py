@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BaraConfig
+from bara.posteriors.bara_config import BaraConfig
 from bara.posteriors.distributions import (
     OPEN_SHIFT,
     bernoulli_kl,

@@ -6,15 +6,46 @@ q(A) = N(M, G^4),  sigma = G^2 (their equation 5),    prior N(0, beta^2)
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BlobConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
+
+
+@dataclass
+class BlobConfig(BayesianConfig):
+    """BLoB: a Gaussian on every element of A, trained by backpropagation (arXiv 2406.11675).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "BLOB"
+    POSITIVE = ("prior_std", "init_noise")
+
+    kl_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A: at 1, the "
+            "ELBO, few examples hold most of A at the prior."
+        },
+    )
+    prior_std: float = field(
+        default=0.2, metadata={"help": "beta > 0, the standard deviation of the prior on A."}
+    )
+    init_noise: float = field(
+        default=0.05,
+        metadata={
+            "help": "epsilon > 0: G starts uniformly in [epsilon / sqrt 2, epsilon], and the "
+            "standard deviation is G^2."
+        },
+    )
 
 
 class BlobPosterior(Posterior):

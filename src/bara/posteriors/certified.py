@@ -8,6 +8,8 @@ A is fixed at its random start. Given z_k = 0 the column b_k has its prior, and 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +17,84 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.config import CertifiedConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.distributions import TEMPERATURE, logistic_noise
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
+
+PRIOR_STDS = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""The grid of prior standard deviations that a certificate's union bound pays for."""
+
+
+@dataclass
+class CertifiedConfig(BayesianConfig):
+    """An adapter whose every fitted number has a posterior, for a certificate (`bara.certify`).
+
+    A stays at its random start. Each factor has a Bernoulli gate and a Gaussian column of B, one
+    standard deviation a factor; the heads are Gaussian element by element. There are no local
+    gates. See docs/certificates.md.
+
+    `task_type` is set to None and `modules_to_save` is moved to `heads`: PEFT would train a head
+    that has no posterior.
+    """
+
+    METHOD: ClassVar[str] = "CERTIFIED"
+    FROZEN: ClassVar[tuple[str, ...]] = ("lora_A",)
+    POSITIVE = ("logit_scale",)
+
+    heads: list[str] = field(
+        default_factory=lambda: ["classifier", "score"],
+        metadata={"help": "Names of the modules to be trained as a whole; linear layers only."},
+    )
+    global_prior: float = field(
+        default=0.9,
+        metadata={"help": "Prior probability, in (0, 1), that a factor is used; also the start."},
+    )
+    prior_std: float = field(
+        default=0.1,
+        metadata={
+            "help": f"Standard deviation of B's prior N(0, std^2), and the start; of {PRIOR_STDS}."
+        },
+    )
+    head_prior_std: float = field(
+        default=0.1,
+        metadata={
+            "help": "Standard deviation of the heads' prior, whose mean is their random start; of "
+            f"{PRIOR_STDS}."
+        },
+    )
+    prior_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part of the data, in [0, 1), on which `bara train` first learns the prior. "
+            "The certificate is then computed on the rest."
+        },
+    )
+    logit_scale: float = field(
+        default=10.0,
+        metadata={"help": "Fixed factor > 0 between parameters and logits or log(std)."},
+    )
+    data_digest: str | None = field(
+        default=None,
+        metadata={"help": "SHA-256 of the data to certify on; filled in by `bara train`."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.task_type = None
+        self.heads = [*self.heads, *(n for n in self.modules_to_save or () if n not in self.heads)]
+        self.modules_to_save = None
+        self._require_real("global_prior", low=0, high=1, strict=True)
+        for name in ("prior_std", "head_prior_std"):
+            value = getattr(self, name)
+            self._require(name, value, value in PRIOR_STDS, f"one of {PRIOR_STDS}")
+        fraction = self.prior_fraction
+        self._require("prior_fraction", fraction, 0 <= fraction < 1, "a number in [0, 1)")
+        for name, needed in (("bias", "none"), ("lora_bias", False)):
+            value = getattr(self, name)
+            self._require(name, value, value == needed, f"{needed!r}: it has no posterior")
+        tokens = self.trainable_token_indices
+        self._require("trainable_token_indices", tokens, tokens is None, "None: no posterior")
 
 
 class CertifiedPosterior(Posterior):

@@ -6,12 +6,34 @@ that a draw is one thinned adapter (Gal and Ghahramani 2016, arXiv 1512.05287).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 from torch import Tensor
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import McDropoutConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, trailing
+
+
+@dataclass
+class McDropoutConfig(BayesianConfig):
+    """MC-dropout: dropout on the adapter's inputs that stays on in prediction (arXiv 1506.02142).
+
+    Its mean is exactly a LoRA adapter and merges exactly. There is no KL: give a weight decay to
+    the optimiser for a Gaussian prior.
+    """
+
+    METHOD: ClassVar[str] = "MC-DROPOUT"
+
+    dropout_rate: float = field(
+        default=0.1, metadata={"help": "Probability in (0, 1) that a feature is dropped."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("dropout_rate", low=0, high=1, strict=True)
 
 
 class McDropoutPosterior(Posterior):

@@ -8,14 +8,44 @@ task does not need. B is deterministic.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import RankwiseConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.distributions import log_uniform_kl
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, trailing, wide
+
+
+@dataclass
+class RankwiseConfig(BayesianConfig):
+    """Rank-wise variational dropout, also called BayesLoRA (arXiv 2506.22809).
+
+    Its mean is exactly a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "RANKWISE"
+
+    kl_weight: float = field(
+        default=0.001,
+        metadata={
+            "help": "Weight of KL_global / N, >= 0. The KL counts every element of A: at 1, the "
+            "ELBO, few examples let noise drown every factor."
+        },
+    )
+    init_log_variance: float = field(
+        default=-8.0,
+        metadata={"help": "Where log sigma^2 of the factors' noise on A starts, in [-20, 2]."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_real("init_log_variance", low=-20, high=2)
+
 
 SCALE = 10.0
 """Fixed factor on log sigma^2: at LoRA's learning rates it would hardly move."""

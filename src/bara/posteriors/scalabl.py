@@ -9,16 +9,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.config import ScalablConfig
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
 from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
+
+
+@dataclass
+class ScalablConfig(BayesianConfig):
+    """ScalaBL: a Gaussian over the r-dimensional diagonal between B and A (arXiv 2506.21408).
+
+    Its mean is a LoRA adapter and merges exactly.
+    """
+
+    METHOD: ClassVar[str] = "SCALABL"
+    POSITIVE = ("prior_std", "init_noise")
+
+    prior_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation > 0 of the prior on the diagonal."}
+    )
+    init_noise: float = field(
+        default=0.05,
+        metadata={"help": "Where the diagonal's standard deviation > 0 starts."},
+    )
+
 
 SCALE = 10.0
 """Fixed factor on log sigma: at LoRA's learning rates it would hardly move."""

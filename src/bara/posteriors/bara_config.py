@@ -1,0 +1,204 @@
+"""The configuration of BaRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from bara.errors import BaraError
+from bara.posteriors.config import BayesianConfig
+from bara.posteriors.schedule import LossSchedule, rise
+
+GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
+"""What all layers share of BaRA's default weights of the KL, of the variance of A's noise, and of
+the variance of the factors' noise at the start."""
+FIRST_NOISY, FULLY_NOISY = 40, 120
+"""Optimiser steps up to which the default of A's noise is 0, and from which it is whole."""
+
+
+@dataclass
+class BaraConfig(BayesianConfig):
+    """BaRA: as much rank as the task and the input need (arXiv 2606.29184, design 2.1).
+
+    `r` is the maximum rank; the joint effective rank is learned and reported by
+    `bara.effective_rank`.
+    """
+
+    METHOD: ClassVar[str] = "BARA"
+    DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
+    POSITIVE = ("noise_prior", "intensity_prior", "logit_scale")
+
+    kl_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0. None stands "
+            "for min(1, 3 / number of adapted layers): the KL is a sum over layers, so that its "
+            "whole weight does not grow with the model's depth."
+        },
+    )
+    local_kl_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of KL_local, what is drawn per input. >= 0. None stands for 0.018 / "
+            "number of adapted layers."
+        },
+    )
+    global_gate: bool = field(
+        default=True,
+        metadata={"help": "Learn which factors the task uses at all (z)."},
+    )
+    local_gate: bool = field(
+        default=True,
+        metadata={"help": "Learn which factors each input uses (g). Without it the mean merges."},
+    )
+    factor_noise: bool = field(
+        default=True,
+        metadata={"help": "Learn how uncertain each active factor still is (alpha)."},
+    )
+    intensity: bool = field(
+        default=False,
+        metadata={"help": "Let the input scale its active factors (Weibull posterior)."},
+    )
+    global_prior: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prior probability pi, in (0, 1), that the task uses a factor. None stands for "
+            "1 / r, at most 0.5: one factor per layer is expected, however large r is."
+        },
+    )
+    global_prior_beta: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "(a, b) > 0: give pi a Beta(a, b) hyper-prior instead of a fixed value, so "
+            "that each layer learns its own sparsity."
+        },
+    )
+    local_prior: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prior probability rho, in (0, 1), that an input uses a factor. None stands "
+            "for 16 / r, at most 0.25."
+        },
+    )
+    noise_prior: float = field(
+        default=1.0,
+        metadata={"help": "Prior variance c > 0 of a factor, relative to its squared mean."},
+    )
+    init_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where the factors' relative variance alpha > 0 starts. None stands for "
+            "min(0.5, 16 / number of adapted layers)."
+        },
+    )
+    weight_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
+            "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
+            "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
+            "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
+            "(steps - 40) / 80 of it, at least 0 and at most 1."
+        },
+    )
+    explained: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "(start, end), 0 <= start < end <= 1: the KL and the noise on A wait until the "
+            "fit has explained the share `start` of the data loss that it began with, and are "
+            "whole from `end` on; (0.2, 0.5) helps where learning is slow or texts are few, for "
+            "gates otherwise close before their factors have learned. It replaces the dependence "
+            "of weight_noise on the steps; the warm-up stays. None follows the steps only."
+        },
+    )
+    prior_std: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "sigma_B > 0 of the prior on B's columns, which keeps long training from "
+            "overfitting; None for no prior."
+        },
+    )
+    intensity_prior: float = field(
+        default=4.0,
+        metadata={"help": "Shape a > 0 of the intensities' Gamma(a, a) prior, whose mean is 1."},
+    )
+    init_logit: float = field(
+        default=3.0,
+        metadata={"help": "Where the logits of the gates start; 3 is open with P = 0.99."},
+    )
+    init_local_logit: float | None = field(
+        default=None,
+        metadata={
+            "help": "Where the logits of the local gates start. None stands for init_logit up to "
+            "r = 11, and beyond it for gates that are open with P = 11 / r, so that the rank in "
+            "use does not follow the maximum rank."
+        },
+    )
+    logit_scale: float = field(
+        default=100.0,
+        metadata={
+            "help": "Fixed factor > 0 between parameter and logit (and log alpha): at LoRA's "
+            "learning rates gates with factor 1 hardly move."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # what weight_noise is filled in with when the adapter is attached
+        self.whole_noise: float | None = None
+        for name in ("global_prior_beta", "explained"):
+            if isinstance(getattr(self, name), list):  # as JSON brings it back
+                setattr(self, name, tuple(getattr(self, name)))
+        beta = self.global_prior_beta
+        self._require(
+            "global_prior_beta",
+            beta,
+            beta is None or (len(beta) == 2 and all(value > 0 for value in beta)),
+            "None or two positive numbers",
+        )
+        part = self.explained
+        self._require(
+            "explained",
+            part,
+            part is None or (len(part) == 2 and 0 <= part[0] < part[1] <= 1),
+            "None or two numbers, 0 <= start < end <= 1",
+        )
+        if self.global_prior is None:
+            self.global_prior = min(0.5, 1 / self.r)
+        if self.local_prior is None:
+            self.local_prior = min(0.25, 16 / self.r)
+        for name in ("global_prior", "local_prior"):
+            self._require_real(name, low=0, high=1, strict=True)
+        self._require_real("prior_std", low=0, strict=True, optional=True)
+        self._require_real("init_noise", low=0, strict=True, optional=True)
+        self._require_real("weight_noise", low=0, optional=True)
+        self._require_real("init_logit")
+        self._require_real("init_local_logit", optional=True)
+        if self.weight_noise == 0 and not self._learns_noise():
+            raise BaraError(
+                "BaraConfig: with global_gate, local_gate, factor_noise, intensity and "
+                "weight_noise all off there is no posterior left; use peft.LoraConfig for plain "
+                "LoRA."
+            )
+
+    def _learns_noise(self) -> bool:
+        """Whether there is a posterior besides the fixed noise."""
+        return self.global_gate or self.local_gate or self.factor_noise or self.intensity
+
+    def set_by_layers(self, num_layers: int) -> None:
+        num_layers = max(1, num_layers)  # PEFT can attach to none
+        if self.kl_weight is None:
+            self.kl_weight = min(1.0, GLOBAL_KL / num_layers)
+        if self.local_kl_weight is None:
+            self.local_kl_weight = LOCAL_KL / num_layers
+        if self.init_noise is None:
+            self.init_noise = min(0.5, FACTOR_NOISE / num_layers)
+        if self.weight_noise is None:
+            self.whole_noise = self.weight_noise = min(4.0, WEIGHT_NOISE / num_layers)
+
+    def set_by_steps(self, num_steps: int) -> None:
+        if self.explained is None and self.whole_noise is not None and self._learns_noise():
+            self.weight_noise = self.whole_noise * rise(num_steps, FIRST_NOISY, FULLY_NOISY)
+
+    def loss_schedule(self) -> LossSchedule | None:
+        return None if self.explained is None else LossSchedule(*self.explained)
