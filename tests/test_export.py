@@ -17,9 +17,9 @@ from transformers import BertModel
 
 import bara
 from bara import BaraError
+from bara.adapter.peft_model import adapted_layers
 from bara.prediction.predictive import ClassificationPredictive
 from bara.sentence import SentenceClassifier
-from bara.tuner import adapted_layers
 from conftest import tiny_bert_config
 from helpers import TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 

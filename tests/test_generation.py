@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaForSequenceClassification
 
 import bara
 from bara import BaraError
-from bara.elbo import Elbo
+from bara.adapter.elbo import Elbo
 from bara.language.evaluation import token_metrics
 from bara.posthoc.ensemble import member_name
 from helpers import adapt, stir

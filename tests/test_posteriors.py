@@ -7,8 +7,8 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import bara
+from bara.adapter.peft_model import adapted_layers
 from bara.posteriors.distributions import beta_bernoulli_kl
-from bara.tuner import adapted_layers
 from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 
 METHODS = list(CONFIGS)
@@ -207,7 +207,9 @@ def test_bara_kl_of_layers_of_several_ranks_is_the_sum_of_theirs(beta):
     stir(model).train()
     ids = torch.randint(1, 64, (3, 9), generator=torch.Generator().manual_seed(0))
     spaces = {}
-    with bara.elbo.Elbo.of(model).observing(lambda name, _, space: spaces.update({name: space})):
+    with bara.adapter.elbo.Elbo.of(model).observing(
+        lambda name, _, space: spaces.update({name: space})
+    ):
         model(input_ids=ids)
     terms = bara.kl_terms(model)
     layers = list(adapted_layers(model, "default"))

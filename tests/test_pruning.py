@@ -10,9 +10,9 @@ from torch import nn
 
 import bara
 from bara import BaraError
-from bara.adapters import rank_fields
+from bara.adapter.inspection import rank_fields
+from bara.adapter.peft_model import adapted_layers
 from bara.posteriors.distributions import open_logit
-from bara.tuner import adapted_layers
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
 
 CLOSED, OPEN = -1.0, 0.2

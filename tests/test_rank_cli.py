@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from bara.adapter.peft_model import adapted_layers
 from bara.cli import main
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
@@ -28,7 +29,6 @@ from bara.prediction.batches import to_device
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from bara.recipe import TrainRecipe
-from bara.tuner import adapted_layers
 from conftest import write_jsonl
 from helpers import adapt, stir, tiny_llama
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 import bara
-from bara.elbo import Elbo
+from bara.adapter.elbo import Elbo
 from helpers import adapt
 from language_models import tiny_lm, word_tokenizer, words
 

@@ -1,5 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+from bara.adapter.peft_model import register
 from bara.card import write_model_card
 from bara.certificate import Certificate, certify
 from bara.draws.sampling import sampling
@@ -30,7 +31,6 @@ from bara.training import (
     kl_terms,
     set_progress,
 )
-from bara.tuner import register
 
 register()
 

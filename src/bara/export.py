@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bara import client
-from bara.adapters import (
+from bara.adapter.inspection import (
     adapter_tensors,
     bayesian_adapter,
     copy_sharing_base,
     num_bytes,
     trained_heads,
 )
+from bara.adapter.peft_model import CONTAINER, adapted_layers, scaled_columns
 from bara.card import write_export_card, write_merged_card
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
@@ -38,7 +39,6 @@ from bara.prediction.predictive import ClassificationPredictive, Predictive, Reg
 from bara.prediction.temperature import fold_temperature, get_temperature, output_layer
 from bara.ranks import calibrate_gates
 from bara.sentence import SentenceClassifier, save_sentence_transformer
-from bara.tuner import CONTAINER, adapted_layers, scaled_columns
 
 Mode = Literal["mean", "draws", "merged"]
 MANIFEST_FILE = "manifest.json"

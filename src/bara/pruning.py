@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
-from bara.adapters import (
+from bara.adapter.inspection import (
     adapter_tensors,
     bayesian_adapter,
     copy_sharing_base,
@@ -22,6 +22,7 @@ from bara.adapters import (
     rank_fields,
     trained_heads,
 )
+from bara.adapter.peft_model import adapted_layers
 from bara.errors import BaraError
 from bara.evaluation.difference import Difference, difference
 from bara.posteriors.bara import BaraPosterior
@@ -31,7 +32,6 @@ from bara.posteriors.rank_space import RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate
 from bara.prediction.predict import predict
 from bara.ranks import model_inputs, observed_pass
-from bara.tuner import adapted_layers
 
 TIMED_PASSES = 5
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bara.elbo import Elbo, predicts_next_token
+from bara.adapter.elbo import Elbo, predicts_next_token
+from bara.adapter.peft_model import adapted_layers
 from bara.errors import BaraError
-from bara.tuner import adapted_layers
 
 MIN_LOG_VARIANCE = -10.0
 """Noise of 0.7% of the targets' standard deviation, the least that `gaussian_nll` tells apart."""

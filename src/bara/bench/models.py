@@ -14,10 +14,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bara.adapter.elbo import Elbo
 from bara.bench.spec import Cell, recipe_of
 from bara.bench.tasks import Splits
 from bara.data.examples import minilm_path
-from bara.elbo import Elbo
 from bara.machine import fast_bfloat16
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive

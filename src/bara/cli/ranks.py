@@ -26,7 +26,7 @@ def ranks(
     from rich.console import Console
     from rich.table import Table
 
-    from bara.adapters import bayesian_adapter
+    from bara.adapter.inspection import bayesian_adapter
     from bara.cli.terminal import update_card
     from bara.data.tables import load_table
     from bara.files import require_new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bara.elbo import Elbo
+from bara.adapter.elbo import Elbo
 
 
 class KLMixin:

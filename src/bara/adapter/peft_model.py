@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, _ConvNd
 from torch import Tensor, nn
 
-from bara.elbo import Elbo, ForwardPass
+from bara.adapter.elbo import Elbo, ForwardPass
+from bara.adapter.heads import add_heads, in_heads
 from bara.errors import BaraError
-from bara.heads import add_heads, in_heads
 from bara.posteriors import FAMILIES, Posterior
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig

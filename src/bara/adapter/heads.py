@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import linear
 
+from bara.adapter.elbo import Elbo
 from bara.draws.draws import Noise
-from bara.elbo import Elbo
 from bara.errors import BaraError
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.posterior import Kl

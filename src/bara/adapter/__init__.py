@@ -1,0 +1,1 @@
+"""Posteriors on PEFT's LoRA: attaching, the forward pass, the ELBO."""
