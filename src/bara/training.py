@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bara.adapter.elbo import Elbo, predicts_next_token
+from bara.adapter.call_inputs import predicts_next_token
+from bara.adapter.elbo import Elbo
 from bara.adapter.peft_model import adapted_layers
 from bara.errors import BaraError
 

@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, LoraVariant, _ConvNd
 from torch import Tensor, nn
 
-from bara.adapter.elbo import Elbo, ForwardPass
+from bara.adapter.elbo import Elbo
+from bara.adapter.forward_pass import ForwardPass
 from bara.adapter.heads import add_heads, in_heads
 from bara.errors import BaraError
 from bara.posteriors import FAMILIES, Posterior

@@ -1,0 +1,67 @@
+"""What a call's arguments tell: rows, padding, labels that count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def _is_multiple_choice(given: dict[str, Any]) -> bool:
+    ids = given.get("input_ids")
+    return isinstance(ids, Tensor) and ids.dim() == 3  # (B, choices, T), flattened by the model
+
+
+def _batch_size(given: dict[str, Any]) -> int:
+    if _is_multiple_choice(given):
+        return given["input_ids"].shape[0] * given["input_ids"].shape[1]
+    inputs = [given.get(name) for name in ("input_ids", "inputs_embeds")]  # positions may be 1 row
+    sizes = (v.shape[0] for v in [*inputs, *given.values()] if isinstance(v, Tensor) and v.dim())
+    return next(sizes, 1)
+
+
+def _position_weights(given: dict[str, Any]) -> Iterator[Tensor]:
+    dim = 3 if _is_multiple_choice(given) else 2
+    for name in MASKS:
+        mask = given.get(name)
+        if not isinstance(mask, Tensor):
+            continue
+        if mask.dim() == dim:
+            tokens = mask.flatten(0, -2).bool()
+        elif mask.dim() == 4 and mask.shape[-2] == mask.shape[-1]:  # no cache is part of it
+            tokens = _tokens(mask)
+        else:
+            continue
+        yield tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def _tokens(mask: Tensor) -> Tensor:
+    """Which positions are tokens, (B, T), by a mask (B, heads, T, T) that is boolean or added to
+    the attention's scores: those that see another position or are seen by one."""
+    seen = (mask if mask.dtype == torch.bool else mask == 0).any(dim=1)
+    seen = seen & ~torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    return seen.any(dim=1) | seen.any(dim=2)
+
+
+def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
+    """Which labels are terms of the loss, by Trainer's rule; None without labels."""
+    labels = given.get("shift_labels")
+    if not isinstance(labels, Tensor):
+        labels = given.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            return None
+        if labels.dim() > 1 and predicts_next_token(model):
+            labels = labels[..., 1:]
+    return labels.ne(-100)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether the model's loss shifts its labels, so that the first is no term of it."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return getattr(model, "loss_function", None) is ForCausalLMLoss and not encoder_decoder

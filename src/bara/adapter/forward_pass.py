@@ -1,0 +1,225 @@
+"""One call of the adapted model: what its layers read, and the KL that they hand up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bara.draws.draws import Draws, FixedNoise, FreshNoise, Noise
+from bara.posteriors.posterior import Kl
+
+
+class Use(NamedTuple):
+    """What one use of a module handed up: its posterior, what its KL is made of, and how.
+
+    The uses of a pass are a chain from the latest to the first, and have no names: for a list, or
+    for names, a compiler of single layers would make a graph for each of them.
+    """
+
+    posterior: nn.Module
+    parts: Mapping[str, Tensor]
+    kl: Callable[[Mapping[str, Tensor]], Kl]
+    before: Use | None
+
+    def kind(self) -> tuple[object, ...]:
+        """The same for uses whose KL can be computed together."""
+        shapes = ((name, part.shape, part.dtype) for name, part in self.parts.items())
+        return getattr(self.kl, "__func__", self.kl), *shapes
+
+
+@dataclass
+class Terms:
+    """The KL terms of one adapter in one forward pass.
+
+    Layers hand up their uses, which are reduced when the pass is over: recomputation under gradient
+    checkpointing repeats what a layer did, and the reduction must not be part of it. A layer that
+    is applied several times (shared weights) has one posterior, and its KL is the mean over its
+    uses.
+
+    Attributes:
+        latest: the latest use, until the pass is over.
+        kl_global, kl_local: summed over the layers and averaged over the batch, scalars; None
+            without such terms.
+        activity: P(active) of the factors of layers alike, (L, ..., r).
+    """
+
+    latest: Use | None = None
+    kl_global: Tensor | None = None
+    kl_local: Tensor | None = None
+    activity: list[Tensor] = field(default_factory=list)
+
+    def uses(self) -> list[Use]:
+        """All uses of the pass, the first one first."""
+        uses, use = [], self.latest
+        while use is not None:
+            uses.append(use)
+            use = use.before
+        return uses[::-1]
+
+
+@dataclass
+class Reached:
+    """Which gradients of a pass have been computed."""
+
+    kl: bool = False
+    data: bool = False
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """One call of the adapted model.
+
+    Attributes:
+        batch_size: rows B of the batch.
+        weights: for each padding mask given to the model what a position counts in a mean over its
+            row, (B, T): 0 for padding.
+        items: loss terms of each row, (B,): its weight in the mean over the batch; None for ones.
+        share: part of the whole accumulated batch that this micro-batch is, 1 if unknown.
+        draws: the draws in force, or None (fresh noise in training, else the mean).
+        adapter_names: PEFT's adapter per row of a mixed batch.
+        training: whether KL is collected: train mode with gradients.
+        terms: KL collected, by adapter.
+        trainable: whether a layer that can be trained took part.
+        asked: whether a layer was asked for its KL.
+        kl: the weighted KL, until it is in a loss.
+    """
+
+    batch_size: int
+    weights: tuple[Tensor, ...] = ()
+    items: Tensor | None = None
+    share: Tensor | float = 1.0
+    draws: Draws | None = None
+    adapter_names: tuple[str, ...] | None = None
+    training: bool = False
+    terms: dict[str, Terms] = field(default_factory=dict)
+    trainable: bool = False
+    asked: bool = False
+    open: bool = True
+    kl: Tensor | None = None
+    kl_in_loss: bool = False
+    reached: Reached = field(default_factory=Reached)
+    latest_input: tuple[Tensor, tuple[object, ...], dict[str, Tensor]] | None = None
+
+    def of_input(
+        self, x: Tensor, layer: str, what: str, make: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """make(x), shared by layers of one module that read the same input (query, key, value).
+
+        Not beyond the module: what is checkpointed has to compute the same again on its own.
+        """
+        # an inference tensor has no version: it may have been changed in place; and a compiler sees
+        # by itself what is computed twice
+        if torch.compiler.is_compiling() or x.is_inference():
+            return make(x)
+        needs_grad = x.requires_grad and torch.is_grad_enabled()
+        key = (layer.rpartition(".")[0], x._version, needs_grad)
+        if (
+            self.latest_input is None
+            or self.latest_input[0] is not x
+            or self.latest_input[1] != key
+        ):
+            self.latest_input = x, key, {}
+        made = self.latest_input[2]
+        if what not in made:
+            made[what] = make(x)
+        return made[what]
+
+    def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
+        """The weights for a layer with this many positions per row, None without a mask for it."""
+        for weights in self.weights:
+            if weights.shape[1] == positions:
+                return weights if rows is None else weights[rows]
+        return None
+
+    def rows_of(self, adapter: str, device: torch.device) -> Tensor | None:
+        """Rows of the batch that an adapter works on in a mixed batch; None for all of them."""
+        if self.adapter_names is None:
+            return None
+        repeat = self.batch_size // len(self.adapter_names)  # beams
+        names = [name for name in self.adapter_names for _ in range(repeat)]
+        return torch.tensor([i for i, name in enumerate(names) if name == adapter], device=device)
+
+    def noise(
+        self, layer: str, rows: Tensor | None, batch_size: int, device: torch.device, train: bool
+    ) -> Noise | None:
+        """A layer's random numbers for its rows; None for the posterior mean."""
+        if self.draws is not None:
+            draw = self.draws.rows(self.batch_size, device)
+            return FixedNoise(self.draws, draw if rows is None else draw[rows], layer)
+        return FreshNoise(batch_size, device) if train else None
+
+    def mean_over_rows(self, values: Tensor) -> Tensor:
+        """The mean of values (L, B) over the rows, each weighted by its loss terms; (L,) passes."""
+        if values.dim() == 1:
+            return values
+        if self.row_weights is None or self.row_weights.shape != values.shape[1:]:
+            return values.mean(dim=1)
+        return values @ self.row_weights.to(values)
+
+    @cached_property
+    def row_weights(self) -> Tensor | None:
+        """What each row counts in a mean over the batch, (B,)."""
+        if self.items is None:
+            return None
+        return self.items / self.items.sum().clamp_min(1)
+
+    def add(
+        self,
+        adapter: str,
+        posterior: nn.Module,
+        parts: Mapping[str, Tensor],
+        kl: Callable[[Mapping[str, Tensor]], Kl],
+    ) -> None:
+        """Collects one layer's KL; recomputation under gradient checkpointing adds nothing."""
+        if not self.open:
+            return
+        self.asked = True
+        if parts:  # else a family without KL
+            terms = self.terms.setdefault(adapter, Terms())
+            terms.latest = Use(posterior, parts, kl, terms.latest)
+
+    def reduce(self) -> None:
+        """Computes the terms of what the layers have handed up, layers alike together."""
+        for terms in self.terms.values():
+            every, terms.latest = terms.uses(), None
+            counts = Counter(use.posterior for use in every)
+            alike: dict[tuple[object, ...], list[Use]] = {}
+            for use in every:
+                alike.setdefault(use.kind(), []).append(use)
+            for uses in alike.values():
+                parts = {
+                    name: torch.stack([use.parts[name].to(part.device) for use in uses])
+                    for name, part in uses[0].parts.items()
+                }
+                share = torch.tensor([1 / counts[use.posterior] for use in uses])
+                device = next(iter(parts.values())).device.type
+                with torch.autocast(device, enabled=False):
+                    kl = uses[0].kl(parts)
+                    terms.kl_global = self._plus(terms.kl_global, kl.parameters, share)
+                    terms.kl_local = self._plus(terms.kl_local, kl.local, share)
+                if kl.activity is not None:
+                    terms.activity.append(kl.activity.detach())
+
+    def _plus(self, total: Tensor | None, values: Tensor | None, share: Tensor) -> Tensor | None:
+        if values is None:
+            return total
+        term = (self.mean_over_rows(values) * share.to(values)).sum()
+        return term if total is None else total + term.to(total.device)
+
+    def release(self) -> None:
+        """Lets go of the graph of the KL, once it is part of a loss."""
+        self.kl = None
+        for terms in self.terms.values():
+            for name in ("kl_global", "kl_local"):
+                if (value := getattr(terms, name)) is not None:
+                    setattr(terms, name, value.detach())
+
+    def for_recomputation(self) -> ForwardPass:
+        """What a layer needs when it runs again in the backward pass, without the graph."""
+        return replace(self, open=False, terms={}, kl=None)
