@@ -17,7 +17,7 @@ from transformers import BertModel
 
 import bara
 from bara import BaraError
-from bara.adapter.peft_model import adapted_layers
+from bara.adapter.layer import adapted_layers
 from bara.prediction.predictive import ClassificationPredictive
 from bara.sentence import SentenceClassifier
 from conftest import tiny_bert_config

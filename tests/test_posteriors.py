@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import bara
-from bara.adapter.peft_model import adapted_layers
+from bara.adapter.layer import adapted_layers
 from bara.posteriors.distributions import beta_bernoulli_kl
 from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 

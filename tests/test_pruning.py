@@ -11,7 +11,7 @@ from torch import nn
 import bara
 from bara import BaraError
 from bara.adapter.inspection import rank_fields
-from bara.adapter.peft_model import adapted_layers
+from bara.adapter.layer import adapted_layers
 from bara.posteriors.distributions import open_logit
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
 

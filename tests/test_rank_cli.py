@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from bara.adapter.peft_model import adapted_layers
+from bara.adapter.layer import adapted_layers
 from bara.cli import main
 from bara.data.text_task import TextTask
 from bara.errors import BaraError

@@ -11,14 +11,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from bara.adapter.elbo import elbo_of
 from bara.adapter.heads import GaussianLinear
-from bara.adapter.peft_model import posteriors
+from bara.adapter.layer import posteriors
 from bara.bounds import MONTE_CARLO_SHARE, complexity_term, mean_bound, pac_bayes_kl_bound
 from bara.draws.draws import Draws
 from bara.errors import BaraError
 from bara.posteriors.certified import PRIOR_STDS, CertifiedConfig, CertifiedPosterior
 from bara.prediction.batches import Collate, batches, repeat_rows, to_device
-from bara.training import elbo_of
 
 NUM_PRIORS = len(PRIOR_STDS) ** 2
 """Priors in the union bound: a standard deviation for B and one for the heads."""

@@ -24,7 +24,7 @@ from bara.adapter.inspection import (
     num_bytes,
     trained_heads,
 )
-from bara.adapter.peft_model import CONTAINER, adapted_layers, scaled_columns
+from bara.adapter.layer import CONTAINER, adapted_layers, scaled_columns
 from bara.card import write_export_card, write_merged_card
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError

@@ -22,7 +22,7 @@ from bara.adapter.inspection import (
     rank_fields,
     trained_heads,
 )
-from bara.adapter.peft_model import adapted_layers
+from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
 from bara.evaluation.difference import Difference, difference
 from bara.posteriors.bara import BaraPosterior

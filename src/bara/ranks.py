@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bara.adapter.elbo import elbo_of
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace
 from bara.prediction.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
-from bara.training import elbo_of
 
 Observer = Callable[[str, Posterior, RankSpace], None]
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bara.adapter.call_inputs import predicts_next_token
-from bara.adapter.elbo import Elbo
-from bara.adapter.peft_model import adapted_layers
+from bara.adapter.elbo import Elbo, adapted_root, elbo_of
+from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
 
 MIN_LOG_VARIANCE = -10.0
@@ -160,21 +160,6 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
             ]
             values["effective_rank"] = float(torch.cat(ranks).mean())
     return values
-
-
-def adapted_root(model: nn.Module) -> nn.Module:
-    """The transformers model inside the wrappers of PEFT and accelerate."""
-    return next(module for module in model.modules() if "bara_elbo" in module.__dict__)
-
-
-def elbo_of(model: nn.Module) -> Elbo:
-    elbo = Elbo.of(model)
-    if elbo is None:
-        raise BaraError(
-            "This model has no Bayesian adapter. Make one with peft.get_peft_model(model, "
-            "bara.BaraConfig(...))."
-        )
-    return elbo
 
 
 class BayesianCallback(TrainerCallback):

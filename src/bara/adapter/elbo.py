@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bara.adapter.call_inputs import _batch_size, _loss_items, _position_weights
+from bara.adapter.call_inputs import (
+    _batch_size,
+    _loss_items,
+    _position_weights,
+)
 from bara.adapter.forward_pass import ForwardPass
 from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
@@ -307,3 +311,18 @@ def _tensors(outputs: Any) -> list[Tensor]:
     elif not isinstance(outputs, (tuple, list)):
         outputs = vars(outputs).values() if hasattr(outputs, "__dict__") else ()
     return [value for value in outputs if isinstance(value, Tensor)]
+
+
+def adapted_root(model: nn.Module) -> nn.Module:
+    """The transformers model inside the wrappers of PEFT and accelerate."""
+    return next(module for module in model.modules() if "bara_elbo" in module.__dict__)
+
+
+def elbo_of(model: nn.Module) -> Elbo:
+    elbo = Elbo.of(model)
+    if elbo is None:
+        raise BaraError(
+            "This model has no Bayesian adapter. Make one with peft.get_peft_model(model, "
+            "bara.BaraConfig(...))."
+        )
+    return elbo
