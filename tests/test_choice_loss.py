@@ -120,7 +120,7 @@ def kl_local(model, batch):
     model.train()
     with bara.sampling(model, seed=0):
         forward(model, batch)
-    kl = bara.training.kl_terms(model)["kl_local"]
+    kl = bara.training.loss.kl_terms(model)["kl_local"]
     model.eval()
     return kl
 

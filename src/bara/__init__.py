@@ -18,19 +18,14 @@ from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.mc_dropout import McDropoutConfig
 from bara.posteriors.rankwise import RankwiseConfig
 from bara.posteriors.scalabl import ScalablConfig
+from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.pruning import prune
 from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
-from bara.trainers.kl_mixin import KLMixin
-from bara.training import (
-    BayesianCallback,
-    elbo_loss,
-    gaussian_nll,
-    kl_loss,
-    kl_terms,
-    set_progress,
-)
+from bara.training.callback import BayesianCallback, set_progress
+from bara.training.kl_mixin import KLMixin
+from bara.training.loss import elbo_loss, kl_loss, kl_terms
 
 register()
 

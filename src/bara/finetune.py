@@ -45,10 +45,12 @@ from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.weights import WeightDraws
+from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.temperature import fit_temperature, save_temperature, set_temperature
 from bara.recipe import TrainRecipe
-from bara.trainers.base import COMPLETE
-from bara.training import BayesianCallback, elbo_loss, gaussian_nll
+from bara.training.callback import BayesianCallback
+from bara.training.loss import elbo_loss
+from bara.training.trainer import COMPLETE
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -23,9 +23,9 @@ from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer
 from bara.posthoc.tfb import TfbOptions, TfbTrainer
 from bara.recipe import METHOD_DEFAULTS, refuse_unknown
 from bara.trainers.adalora import AdaloraTrainer, adalora_options
-from bara.trainers.base import AdapterTrainer
 from bara.trainers.ivon import IvonOptions, IvonTrainer
 from bara.trainers.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
+from bara.training.trainer import AdapterTrainer
 
 TEMPERED = "+temperature"
 """Suffix of a method's name for a temperature fitted on held-out data."""

@@ -16,7 +16,7 @@ from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.posthoc.weights import Factors, WeightDraws
 from bara.prediction.batches import pad_rows, to_device
-from bara.trainers.base import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 
 Subset = Literal["adapter", "last-layer"]
 Structure = Literal["kron", "diag"]

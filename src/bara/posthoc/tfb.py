@@ -17,7 +17,7 @@ from bara.posthoc.weights import Factors, WeightDraws
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.prediction.temperature import negative_log_likelihood
-from bara.trainers.base import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from bara.draws.draws import Draws, DrawSource, draw_source
 from bara.errors import BaraError
 from bara.prediction.batches import Collate, batches, num_rows, repeat_rows, to_device
+from bara.prediction.likelihood import MIN_LOG_VARIANCE
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import get_temperature
-from bara.training import MIN_LOG_VARIANCE
 
 
 def predict(

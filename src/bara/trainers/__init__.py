@@ -1,5 +1,5 @@
 """How methods train: a `Trainer` for all of them, and one for each that differs."""
 
-from bara.trainers.base import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 
 __all__ = ["AdapterTrainer"]

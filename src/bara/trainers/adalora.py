@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bara.errors import BaraError
-from bara.trainers.base import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 
 START, END = 0.1, 0.5
 """Part of training before the budget starts to fall, and part of it after it has fallen."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError
 from bara.posthoc.weights import Factors, WeightDraws
-from bara.trainers.base import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 
 
 @dataclass(frozen=True)

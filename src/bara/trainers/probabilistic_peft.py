@@ -12,7 +12,7 @@ from peft.tuners.pvera.layer import PveraLayer
 from torch import nn
 
 from bara.draws.draws import Draws, DrawSource, attach_draws, generator
-from bara.trainers.base import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 
 
 class MontecloraTrainer(MontecloraTrainerMixin, AdapterTrainer):  # type: ignore[misc]

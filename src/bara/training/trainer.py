@@ -21,7 +21,7 @@ from transformers import (
 from bara.errors import BaraError, first_line
 from bara.language.choice_loss import choice_nll
 from bara.prediction.temperature import get_temperature
-from bara.training import elbo_loss
+from bara.training.loss import elbo_loss
 
 COMPLETE = "complete"
 """File that marks a checkpoint as whole: a process that is killed while saving leaves none."""

@@ -1,0 +1,1 @@
+"""What training needs besides the data: losses, a callback, trainers."""

@@ -1,0 +1,90 @@
+"""What training needs besides the loss: N, the warm-up, and a log of KL and effective rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bara.adapter.elbo import Elbo, elbo_of
+from bara.errors import BaraError
+
+
+def kl_loss(model: nn.Module, data_loss: Tensor | None = None) -> Tensor:
+    """The weighted KL of the last forward pass, to be added to a loss of your own.
+
+    Use it when the loss is computed from `outputs.logits`; when labels are given to the model its
+    `outputs.loss` already contains the KL.
+
+    Args:
+        model: with a Bayesian adapter.
+        data_loss: the step's, a scalar; adapters with `explained` follow it.
+
+    Returns:
+        A scalar: kl_weight / N * KL_global + local_kl_weight * KL_local, times the warm-up
+        (design 2.4). Add it to a data loss that is the mean over the batch.
+
+    Raises:
+        BaraError: there was no training pass, its KL is in outputs.loss already, the model has no
+            Bayesian adapter, or one that needs `data_loss`.
+    """
+    return elbo_of(model).kl_loss(data_loss)
+
+
+def elbo_loss(
+    model: nn.Module, data_loss: Callable[[Any, Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    """The ELBO with a data loss of your own, for `Trainer(compute_loss_func=...)`.
+
+    Args:
+        model: the model that the Trainer trains; without a Bayesian adapter, and in evaluation,
+            the loss is the data loss alone.
+        data_loss: of the model's outputs and the labels, a mean over the labels of the batch, such
+            as `gaussian_nll`.
+
+    Returns:
+        A function of (outputs, labels, num_items_in_batch=None): data loss plus `kl_loss`, times
+        the share that these labels are of the `num_items_in_batch` of all accumulated batches.
+    """
+
+    def loss(
+        outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        if labels is None:
+            raise BaraError("elbo_loss: the batch has no labels; add a `labels` column.")
+        total = data_loss(outputs, labels)
+        elbo = Elbo.of(model)
+        training = model.training and torch.is_grad_enabled()
+        if elbo is not None and training and elbo.last is not None and elbo.last.kl is not None:
+            total = total + elbo.kl_loss(total).to(total.device)
+        if num_items_in_batch is not None:
+            total = total * (labels.ne(-100).sum() / num_items_in_batch)
+        return total
+
+    return loss
+
+
+def kl_terms(model: nn.Module) -> dict[str, float]:
+    """The unweighted KL terms in nats and the effective rank of the last training pass.
+
+    Returns:
+        `kl_global`, `kl_local` and `effective_rank` (mean over layers and inputs), as far as the
+        active adapters have them; empty before the first training pass.
+    """
+    last = elbo_of(model).last
+    if last is None:
+        return {}
+    values: dict[str, float] = {}
+    for terms in last.terms.values():
+        for name, kl in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
+            if kl is not None:
+                values[name] = values.get(name, 0.0) + float(kl.detach())
+        if terms.activity:
+            ranks = [
+                activity.sum(-1).reshape(len(activity), -1).mean(1).cpu()
+                for activity in terms.activity
+            ]
+            values["effective_rank"] = float(torch.cat(ranks).mean())
+    return values
