@@ -32,7 +32,7 @@ from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.plots import LIGHT, save_figure
 from bara.quickstart import MAX_LENGTH
-from bara.ranks import effective_rank
+from bara.ranks.effective_rank import effective_rank
 from bara.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent

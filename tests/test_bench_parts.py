@@ -29,7 +29,7 @@ from bara.bench.spec import Benchmark
 from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
 from bara.bench.tasks import Splits, load_task, task_version
 from bara.language.multiple_choice import Question
-from bara.ranks import EffectiveRank
+from bara.ranks.effective_rank import EffectiveRank
 from conftest import write_jsonl
 
 TEXTS = [" ".join(f"word{i}x{j}" for j in range(40)) for i in range(50)]

@@ -11,7 +11,7 @@ import bara
 from bara import BaraError, plots
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from bara.rank_report import RankReport, prediction_errors, write_rank_report
-from bara.ranks import EffectiveRank
+from bara.ranks.effective_rank import EffectiveRank
 from helpers import TinyNet, adapt, layer_posterior, stir
 from test_report import HOSTILE, PNG, Page
 

@@ -23,7 +23,7 @@ HOSTILE = "<script>alert('x')</script> & \"quoted\" $x^2$ __a__ %s {{ 7 * 7 }}"
 
 @dataclass
 class Rank:
-    """Stands in for `bara.ranks.EffectiveRank`."""
+    """Stands in for `bara.ranks.effective_rank.EffectiveRank`."""
 
     layers: tuple[str, ...]
     max_rank: tuple[int, ...]

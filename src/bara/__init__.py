@@ -21,8 +21,8 @@ from bara.posteriors.scalabl import ScalablConfig
 from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
-from bara.pruning import prune
-from bara.ranks import EffectiveRank, calibrate_gates, effective_rank, rank_shift
+from bara.ranks.effective_rank import EffectiveRank, calibrate_gates, effective_rank, rank_shift
+from bara.ranks.pruning import prune
 from bara.training.callback import BayesianCallback, set_progress
 from bara.training.kl_mixin import KLMixin
 from bara.training.loss import elbo_loss, kl_loss, kl_terms

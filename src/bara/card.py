@@ -22,7 +22,7 @@ from bara.loading_code import SavedAdapter, loading_code, task_type
 if TYPE_CHECKING:
     from bara.evaluation.difference import Difference
     from bara.posteriors.config import BayesianConfig
-    from bara.ranks import EffectiveRank
+    from bara.ranks.effective_rank import EffectiveRank
 
 CARD_FILE = "README.md"
 EMPTY_CARD = "---\nlibrary_name: peft\n---\n"

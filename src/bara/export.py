@@ -37,7 +37,7 @@ from bara.prediction.batches import Collate
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import fold_temperature, get_temperature, output_layer
-from bara.ranks import calibrate_gates
+from bara.ranks.effective_rank import calibrate_gates
 from bara.sentence import SentenceClassifier, save_sentence_transformer
 
 Mode = Literal["mean", "draws", "merged"]

@@ -28,7 +28,7 @@ from bara.files import atomic_write_bytes
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 
 if TYPE_CHECKING:
-    from bara.ranks import EffectiveRank
+    from bara.ranks.effective_rank import EffectiveRank
 
 
 @dataclass(frozen=True)

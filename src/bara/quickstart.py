@@ -29,7 +29,7 @@ from bara.plots import (
     save_figure,
 )
 from bara.prediction.predictive import ClassificationPredictive
-from bara.ranks import EffectiveRank, effective_rank
+from bara.ranks.effective_rank import EffectiveRank, effective_rank
 from bara.recipe import TrainRecipe
 from bara.report import write_report
 

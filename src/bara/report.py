@@ -18,7 +18,7 @@ from bara.files import atomic_write_text
 from bara.prediction.predictive import ClassificationPredictive
 
 if TYPE_CHECKING:
-    from bara.ranks import EffectiveRank
+    from bara.ranks.effective_rank import EffectiveRank
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bara.evaluation.metrics import (
     selective_risk,
 )
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
-from bara.ranks import EffectiveRank
+from bara.ranks.effective_rank import EffectiveRank
 
 COVERAGES = 50
 """Points that are kept of a risk–coverage curve."""

@@ -21,7 +21,7 @@ from bara.data.examples import minilm_path
 from bara.machine import fast_bfloat16
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
-from bara.ranks import EffectiveRank, effective_rank
+from bara.ranks.effective_rank import EffectiveRank, effective_rank
 
 
 def _smollm2_path() -> Path:

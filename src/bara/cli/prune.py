@@ -34,8 +34,8 @@ def prune(
     from bara.finetune import save_adapter
     from bara.loading import RECIPE_FILE, load_adapter
     from bara.machine import quieten_libraries
-    from bara.pruning import check_threshold, require_removal
-    from bara.pruning import prune as prune_model
+    from bara.ranks.pruning import check_threshold, require_removal
+    from bara.ranks.pruning import prune as prune_model
     from bara.recipe import TrainRecipe
 
     quieten_libraries()

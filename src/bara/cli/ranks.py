@@ -35,7 +35,7 @@ def ranks(
     from bara.machine import quieten_libraries
     from bara.prediction.predict import predict
     from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report
-    from bara.ranks import effective_rank
+    from bara.ranks.effective_rank import effective_rank
 
     quieten_libraries()
     require_new(output, force)

@@ -31,7 +31,7 @@ from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate
 from bara.prediction.predict import predict
-from bara.ranks import model_inputs, observed_pass
+from bara.ranks.effective_rank import model_inputs, observed_pass
 
 TIMED_PASSES = 5
 
