@@ -19,7 +19,7 @@ import torch
 
 from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
-from bara.certificate import certify
+from bara.certificates.certificate import certify
 from bara.certified import certification_rows
 from bara.data.examples import minilm_path
 from bara.data.text_task import tokenise

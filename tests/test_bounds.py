@@ -10,7 +10,7 @@ from scipy.stats import beta
 from torch.distributions import Bernoulli, kl_divergence
 
 from bara import BaraError
-from bara.bounds import (
+from bara.certificates.bounds import (
     binary_kl,
     binary_kl_inverse,
     complexity_term,

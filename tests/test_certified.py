@@ -12,10 +12,10 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 from transformers import BertForSequenceClassification
 
 import bara
-import bara.certificate
+import bara.certificates.certificate
 from bara import BaraConfig, BaraError, CertifiedConfig
-from bara.bounds import mean_bound, pac_bayes_kl_bound
-from bara.certificate import NUM_PRIORS
+from bara.certificates.bounds import mean_bound, pac_bayes_kl_bound
+from bara.certificates.certificate import NUM_PRIORS
 from bara.certified import start_from_prior
 from bara.cli import main
 from bara.draws.draws import Draws, FixedNoise
@@ -77,7 +77,7 @@ def test_eval_mode_starts_as_the_unchanged_model_and_pays_nothing():
         expected = base(**INPUTS).logits
     torch.testing.assert_close(logits(model), expected)
     assert not torch.allclose(logits(model, seed=0), expected)
-    assert float(bara.certificate.kl_divergence(model)) == pytest.approx(0, abs=1e-4)
+    assert float(bara.certificates.certificate.kl_divergence(model)) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_is_frozen_and_everything_that_moves_is_paid_for():
@@ -202,7 +202,9 @@ def test_the_kl_is_the_sum_of_all_terms_in_the_saved_file(tmp_path):
         n for n in tensors.keys() - used if not n.endswith(fixed) and "prior_log_std" not in n
     ]
     assert unpaid == []
-    assert float(bara.certificate.kl_divergence(model)) == pytest.approx(total, rel=1e-4)
+    assert float(bara.certificates.certificate.kl_divergence(model)) == pytest.approx(
+        total, rel=1e-4
+    )
     assert in_loss == pytest.approx(total, rel=1e-4)
 
 
@@ -217,8 +219,8 @@ def test_save_and_load(tmp_path, low_cpu_mem_usage):
     )
     torch.testing.assert_close(logits(loaded), logits(model))
     torch.testing.assert_close(logits(loaded, seed=1), logits(model, seed=1))
-    kl = float(bara.certificate.kl_divergence(model))
-    assert float(bara.certificate.kl_divergence(loaded)) == pytest.approx(kl, rel=1e-6)
+    kl = float(bara.certificates.certificate.kl_divergence(model))
+    assert float(bara.certificates.certificate.kl_divergence(loaded)) == pytest.approx(kl, rel=1e-6)
 
 
 def test_without_the_adapter_the_model_is_the_base_even_when_sampling():
@@ -233,10 +235,10 @@ def test_the_prior_of_a_part_is_its_posterior(tmp_path):
     first.save_pretrained(tmp_path)
     second = certified()
     start_from_prior(second, tmp_path)
-    assert float(bara.certificate.kl_divergence(second)) == pytest.approx(0, abs=1e-4)
+    assert float(bara.certificates.certificate.kl_divergence(second)) == pytest.approx(0, abs=1e-4)
     torch.testing.assert_close(logits(second, seed=3), logits(first, seed=3))
     stir(second, scale=0.01)
-    assert float(bara.certificate.kl_divergence(second)) > 1
+    assert float(bara.certificates.certificate.kl_divergence(second)) > 1
 
 
 def test_what_is_refused():
@@ -275,7 +277,7 @@ def test_certificate_is_the_bound_of_its_parts():
     assert result.n == 120
     assert result.num_samples == 1200
     assert result.majority_error == pytest.approx(2 / 3)
-    assert result.kl == float(bara.certificate.kl_divergence(model))
+    assert result.kl == float(bara.certificates.certificate.kl_divergence(model))
     assert result.gibbs_risk_bound == mean_bound(result.gibbs_risk, 1200, 0.01)
     expected = pac_bayes_kl_bound(result.gibbs_risk_bound, result.kl, 120, 0.09, NUM_PRIORS)
     assert result.bound == expected

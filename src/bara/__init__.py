@@ -2,7 +2,7 @@
 
 from bara.adapter.peft_model import register
 from bara.card import write_model_card
-from bara.certificate import Certificate, certify
+from bara.certificates.certificate import Certificate, certify
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from bara.certificate import fitted, not_certified
+from bara.certificates.certificate import fitted, not_certified
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
 from bara.loading import RECIPE_FILE, WEIGHTS_FILE, read_config

@@ -50,7 +50,7 @@ def certify(
     from rich.console import Console
     from rich.table import Table
 
-    from bara.certificate import certify as certify_inputs
+    from bara.certificates.certificate import certify as certify_inputs
     from bara.certified import certification_rows
     from bara.data.tables import load_table
     from bara.data.text_task import TextTask, tokenise

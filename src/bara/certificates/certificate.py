@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from bara.adapter.elbo import elbo_of
 from bara.adapter.heads import GaussianLinear
 from bara.adapter.layer import posteriors
-from bara.bounds import MONTE_CARLO_SHARE, complexity_term, mean_bound, pac_bayes_kl_bound
+from bara.certificates.bounds import (
+    MONTE_CARLO_SHARE,
+    complexity_term,
+    mean_bound,
+    pac_bayes_kl_bound,
+)
 from bara.draws.draws import Draws
 from bara.errors import BaraError
 from bara.posteriors.certified import PRIOR_STDS, CertifiedConfig, CertifiedPosterior
@@ -43,7 +48,7 @@ class Certificate:
         majority_error: error rate on the n examples of always answering the most frequent class.
         effective_rank: s_bar, the posterior's mean number of factors in a layer.
         max_rank: mean maximum rank of the layers.
-        complexity_effective, complexity_max: `bara.bounds.complexity_term` of either rank. They
+        complexity_effective, complexity_max: `bara.certificates.bounds.complexity_term` of either rank. They
             are no part of the bound.
     """
 

@@ -1,0 +1,1 @@
+"""A bound on the error rate of an adapter."""
