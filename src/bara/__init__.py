@@ -1,7 +1,7 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
 from bara.adapter.peft_model import register
-from bara.card import write_model_card
+from bara.cards.method_card import write_model_card
 from bara.certificates.certificate import Certificate, certify
 from bara.draws.sampling import sampling
 from bara.errors import BaraError

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from bara.cards.adapter_files import RECIPE_FILE, WEIGHTS_FILE
 from bara.certificates.certificate import fitted, not_certified
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
-from bara.loading import RECIPE_FILE, WEIGHTS_FILE, read_config
+from bara.loading import read_config
 from bara.posteriors.certified import CertifiedConfig
 from bara.recipe import TrainRecipe
 

@@ -25,13 +25,13 @@ from bara.adapter.inspection import (
     trained_heads,
 )
 from bara.adapter.layer import CONTAINER, adapted_layers, scaled_columns
-from bara.card import write_export_card, write_merged_card
+from bara.cards.adapter_files import WEIGHTS_FILE
+from bara.cards.method_card import write_export_card, write_merged_card
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.evaluation import abstention
 from bara.evaluation.difference import Difference, difference
 from bara.files import atomic_directory, require_new, require_space
-from bara.loading import WEIGHTS_FILE
 from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
 from bara.prediction.predict import predict

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, TASK_FILE
 from bara.certified import prepare
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
@@ -29,17 +30,7 @@ from bara.evaluation import abstention
 from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, is_multiple_choice
-from bara.loading import (
-    CONFIG_FILE,
-    RECIPE_FILE,
-    TASK_FILE,
-    Task,
-    load_base,
-    load_tokenizer,
-    model_inputs,
-    predict_table,
-    text_task,
-)
+from bara.loading import Task, load_base, load_tokenizer, model_inputs, predict_table, text_task
 from bara.methods import Method, parse_method
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from bara.cards.adapter_files import read_shapes
 from bara.data.examples import load_news, load_sentiment, minilm_path
 from bara.data.text_task import TextTask, tokenise
 from bara.evaluation.evaluate import evaluate
 from bara.evaluation.metrics import Evaluation
 from bara.files import atomic_write_text
 from bara.finetune import finetune
-from bara.loading import load_adapter, read_shapes, text_task
+from bara.loading import load_adapter, text_task
 from bara.machine import fast_bfloat16, versions
 from bara.plots import (
     effective_rank_heatmap,

@@ -29,11 +29,12 @@ def export(
     """Write plain LoRA adapters, or a merged model, that load without `bara`."""
     from dataclasses import replace
 
+    from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
     from bara.cli.terminal import calibration_inputs, require_output
     from bara.errors import BaraError
     from bara.export import check_mode, export_lora
     from bara.language.tasks import LanguageTask
-    from bara.loading import RECIPE_FILE, TASK_FILE, load_adapter
+    from bara.loading import load_adapter
     from bara.machine import quieten_libraries
     from bara.methods import TEMPERED
     from bara.prediction.temperature import save_temperature

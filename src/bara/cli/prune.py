@@ -30,9 +30,10 @@ def prune(
     """Remove factors whose posterior inclusion is below a threshold."""
     import json
 
+    from bara.cards.adapter_files import RECIPE_FILE
     from bara.cli.terminal import calibration_inputs, require_output
     from bara.finetune import save_adapter
-    from bara.loading import RECIPE_FILE, load_adapter
+    from bara.loading import load_adapter
     from bara.machine import quieten_libraries
     from bara.ranks.pruning import check_threshold, require_removal
     from bara.ranks.pruning import prune as prune_model

@@ -60,11 +60,11 @@ def train(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier run.")] = False,
 ) -> None:
     """Fine-tune a model on a table of texts; writes an adapter folder."""
+    from bara.cards.adapter_files import RECIPE_FILE
     from bara.files import atomic_write_text
     from bara.finetune import CHECKPOINTS, finetune
     from bara.language.gguf import smollm2_path
     from bara.language.tasks import LANGUAGE_TASKS
-    from bara.loading import RECIPE_FILE
     from bara.machine import quieten_libraries
     from bara.recipe import TrainRecipe
 

@@ -101,7 +101,7 @@ class BayesianConfig(LoraConfig):
 
         `PeftModel.save_pretrained` calls this after it has written its own model card.
         """
-        from bara.card import write_method_card  # not needed to train
+        from bara.cards.method_card import write_method_card  # not needed to train
 
         super().save_pretrained(save_directory, **kwargs)
         write_method_card(save_directory, self)

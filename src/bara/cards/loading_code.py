@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bara.cards.adapter_files import read_shapes
 from bara.errors import BaraError
-from bara.loading import read_shapes
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
+from bara.cards.loading_code import SavedAdapter, loading_code, task_type
 from bara.errors import BaraError
 from bara.files import atomic_write_text
-from bara.loading_code import SavedAdapter, loading_code, task_type
 
 if TYPE_CHECKING:
     from bara.evaluation.difference import Difference

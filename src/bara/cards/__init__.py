@@ -1,0 +1,1 @@
+"""The README.md beside an adapter, and the files it stands with."""
