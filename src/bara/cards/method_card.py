@@ -6,30 +6,20 @@ each section, so that a section can be written again and what others wrote stays
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from huggingface_hub import ModelCard
-from yaml import YAMLError
+from typing import TYPE_CHECKING
 
 from bara.cards.loading_code import SavedAdapter, loading_code, task_type
 from bara.errors import BaraError
-from bara.files import atomic_write_text
 
 if TYPE_CHECKING:
     from bara.evaluation.difference import Difference
     from bara.posteriors.config import BayesianConfig
     from bara.ranks.effective_rank import EffectiveRank
+from bara.cards.card_file import HERE, PLAIN_CARD, _rows, _write
 
-CARD_FILE = "README.md"
-EMPTY_CARD = "---\nlibrary_name: peft\n---\n"
-PLAIN_CARD = "---\nlibrary_name: transformers\n---\n"
-SECTIONS = ("method", "rank", "metrics")
-"""In this order at the top of the card."""
-HERE = "path/to/this/folder"
 MOST_NAMES = 8
 """More target modules than this are counted, not listed."""
 
@@ -224,36 +214,3 @@ def _rank_section(rank: EffectiveRank, data: str | None) -> str:
 
 def _where(data: str | None) -> str:
     return f"On `{data}`, " if data else ""
-
-
-def _rows(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in values.items())
-
-
-def _write(
-    folder: Path, sections: Mapping[str, str], tags: tuple[str, ...], empty: str = EMPTY_CARD
-) -> None:
-    """Replaces sections of the card, at its top in the order of `SECTIONS`."""
-    path = folder / CARD_FILE
-    try:
-        card = ModelCard(path.read_text("utf-8") if path.is_file() else empty)
-    except (OSError, ValueError, TypeError, YAMLError) as error:
-        raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
-    if tags:
-        data: Any = card.data
-        data.tags = sorted({*(data.tags or []), *tags})
-    text = card.text
-    present = {}
-    for name in SECTIONS:
-        found = re.search(rf"<!-- bara:{name} -->\n(.*?)<!-- /bara:{name} -->\n*", text, re.DOTALL)
-        if found:
-            present[name] = found[1]
-            text = text.replace(found[0], "")
-    present |= sections
-    blocks = [
-        f"<!-- bara:{name} -->\n{present[name]}<!-- /bara:{name} -->\n\n"
-        for name in SECTIONS
-        if present.get(name)
-    ]
-    card.text = "".join(blocks) + text.lstrip("\n")
-    atomic_write_text(path, str(card))

@@ -1,0 +1,54 @@
+"""The README.md of a folder: sections between marks, which can be written again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from yaml import YAMLError
+
+from bara.errors import BaraError
+from bara.files import atomic_write_text
+
+CARD_FILE = "README.md"
+EMPTY_CARD = "---\nlibrary_name: peft\n---\n"
+PLAIN_CARD = "---\nlibrary_name: transformers\n---\n"
+SECTIONS = ("method", "rank", "metrics")
+"""In this order at the top of the card."""
+HERE = "path/to/this/folder"
+
+
+def _rows(values: Mapping[str, Any]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in values.items())
+
+
+def _write(
+    folder: Path, sections: Mapping[str, str], tags: tuple[str, ...], empty: str = EMPTY_CARD
+) -> None:
+    """Replaces sections of the card, at its top in the order of `SECTIONS`."""
+    path = folder / CARD_FILE
+    try:
+        card = ModelCard(path.read_text("utf-8") if path.is_file() else empty)
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        raise BaraError(f"{path} is not a model card: {str(error).splitlines()[0]}") from error
+    if tags:
+        data: Any = card.data
+        data.tags = sorted({*(data.tags or []), *tags})
+    text = card.text
+    present = {}
+    for name in SECTIONS:
+        found = re.search(rf"<!-- bara:{name} -->\n(.*?)<!-- /bara:{name} -->\n*", text, re.DOTALL)
+        if found:
+            present[name] = found[1]
+            text = text.replace(found[0], "")
+    present |= sections
+    blocks = [
+        f"<!-- bara:{name} -->\n{present[name]}<!-- /bara:{name} -->\n\n"
+        for name in SECTIONS
+        if present.get(name)
+    ]
+    card.text = "".join(blocks) + text.lstrip("\n")
+    atomic_write_text(path, str(card))
