@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from bara.client import Ensemble, EnsembleError, average, main
+from bara.export.client import Ensemble, EnsembleError, average, main
 
 TABLE = {
     "draw-0": {" good": 0.6, " bad": 0.3, " the": 0.1},
@@ -82,7 +82,7 @@ def test_choices(url):
 def test_from_a_folder_and_on_the_command_line(url, tmp_path, capsys, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"adapters": list(TABLE)}))
     assert Ensemble.from_folder(tmp_path, url=url).adapters == ("draw-0", "draw-1")
-    monkeypatch.setattr("bara.client.__file__", str(tmp_path / "client.py"))
+    monkeypatch.setattr("bara.export.client.__file__", str(tmp_path / "client.py"))
     assert main(["The film was", "--url", url, "--choices", " good", " bad"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert set(shown["probabilities"]) == {" good", " bad"}

@@ -20,7 +20,7 @@ from bara.adapter.layer import adapted_layers
 from bara.cli import main
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
-from bara.export import export_lora
+from bara.export.export_lora import export_lora
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
 from bara.methods import METHODS

@@ -7,7 +7,7 @@ from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
-from bara.export import export_lora
+from bara.export.export_lora import export_lora
 from bara.language.generation import Generation, generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream

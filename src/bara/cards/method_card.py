@@ -15,10 +15,9 @@ from bara.cards.loading_code import SavedAdapter, loading_code, task_type
 from bara.errors import BaraError
 
 if TYPE_CHECKING:
-    from bara.evaluation.difference import Difference
     from bara.posteriors.config import BayesianConfig
     from bara.ranks.effective_rank import EffectiveRank
-from bara.cards.card_file import HERE, PLAIN_CARD, _rows, _write
+from bara.cards.card_file import HERE, _rows, _write
 
 MOST_NAMES = 8
 """More target modules than this are counted, not listed."""
@@ -51,15 +50,6 @@ WHAT = {
     "task and each input use.",
     "BALORA": "BaLoRA (arXiv 2605.08110), LoRA with input-adaptive Gaussian noise on A.",
 }
-MERGED = """from transformers import {class_name}
-
-model = {class_name}.from_pretrained("{folder}").eval()
-"""
-MERGED_SENTENCE = """from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{folder}")
-logits = model.encode(["a text"], convert_to_tensor=True)  # the embedding is the logits
-"""
 NAMES = {"BARA": "BaRA", "BALORA": "BaLoRA"}
 
 
@@ -119,58 +109,6 @@ def write_method_card(folder: str | Path, config: BayesianConfig) -> None:
     )
     sections = {"method": section, "rank": "", "metrics": ""}
     _write(Path(folder), sections, tags=("bara", method.lower()))
-
-
-def write_merged_card(
-    folder: Path, config: BayesianConfig, class_name: str, difference: Difference | None
-) -> None:
-    """The card of a model into which the posterior mean of an adapter was merged.
-
-    Args:
-        folder: of the model.
-        config: the adapter's.
-        class_name: the class of transformers that loads it, or `SentenceTransformer`.
-        difference: to the adapter's own predictions.
-    """
-    name = NAMES.get(config.METHOD, config.METHOD)
-    code = MERGED_SENTENCE if class_name == "SentenceTransformer" else MERGED
-    section = (
-        f"# {config.base_model_name_or_path} with {name} merged\n\nThe base model with the "
-        f"posterior mean of a {name} adapter merged into its weights. Made by `bara export`; its "
-        "uncertainty is not part of it. To load it:\n\n"
-        f"```python\n{code.format(class_name=class_name, folder=HERE)}```\n\n"
-        f"{_measured(difference)}"
-    )
-    _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("bara",), empty=PLAIN_CARD)
-
-
-def write_export_card(
-    folder: Path, config: BayesianConfig, mode: str, num_draws: int, difference: Difference | None
-) -> None:
-    """The card of a plain LoRA adapter, or of several draws, that was made of another adapter."""
-    name = NAMES.get(config.METHOD, config.METHOD)
-    if mode == "draws":
-        what = (
-            f"{num_draws} plain LoRA adapters, `draw-0` and so on: draws of the posterior of a "
-            f"{name} adapter. Average the probabilities they give; `manifest.json` has "
-            "their names. `client.py`, if it is here, averages those of a server."
-        )
-        first = "draw-0"
-    else:
-        what = f"A plain LoRA adapter: the posterior mean of a {name} adapter."
-        first = ""
-    section = f"# LoRA from {name}\n\n{what} Made by `bara export`; loading needs `peft` alone:\n\n"
-    saved = SavedAdapter.read(folder / first)
-    section += loading_code(config, saved, str(Path(HERE) / first), library="peft")
-    section += f"\n{_measured(difference)}"
-    _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
-
-
-def _measured(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    inputs = f"{difference.num_inputs} held-out inputs"
-    return f"Distance to the original's predictions on {inputs}: {difference}.\n\n"
 
 
 def _factors(r: int, ranks: tuple[int, ...]) -> str:

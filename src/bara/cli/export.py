@@ -32,7 +32,7 @@ def export(
     from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
     from bara.cli.terminal import calibration_inputs, require_output
     from bara.errors import BaraError
-    from bara.export import check_mode, export_lora
+    from bara.export.export_lora import check_mode, export_lora
     from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter
     from bara.machine import quieten_libraries

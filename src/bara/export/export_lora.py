@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bara import client
 from bara.adapter.inspection import (
     adapter_tensors,
     bayesian_adapter,
@@ -26,11 +25,12 @@ from bara.adapter.inspection import (
 )
 from bara.adapter.layer import CONTAINER, adapted_layers, scaled_columns
 from bara.cards.adapter_files import WEIGHTS_FILE
-from bara.cards.method_card import write_export_card, write_merged_card
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.evaluation import abstention
 from bara.evaluation.difference import Difference, difference
+from bara.export import client
+from bara.export.card import write_export_card, write_merged_card
 from bara.files import atomic_directory, require_new, require_space
 from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
