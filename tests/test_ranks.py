@@ -8,10 +8,11 @@ import torch
 from scipy.stats import mannwhitneyu, spearmanr
 
 import bara
-from bara import BaraError, plots
+from bara import BaraError
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
-from bara.rank_report import RankReport, prediction_errors, write_rank_report
 from bara.ranks.effective_rank import EffectiveRank
+from bara.reports import plots
+from bara.reports.rank_report import RankReport, prediction_errors, write_rank_report
 from helpers import TinyNet, adapt, layer_posterior, stir
 from test_report import HOSTILE, PNG, Page
 

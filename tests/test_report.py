@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bara import plots
 from bara.errors import BaraError
 from bara.evaluation.metrics import Evaluation, classification_metrics, regression_metrics
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
-from bara.report import write_report
+from bara.reports import plots
+from bara.reports.report import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $x^2$ __a__ %s {{ 7 * 7 }}"

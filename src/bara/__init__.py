@@ -1,7 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
 from bara.adapter.peft_model import register
-from bara.cards.method_card import write_model_card
 from bara.certificates.certificate import Certificate, certify
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
@@ -23,6 +22,7 @@ from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks.effective_rank import EffectiveRank, calibrate_gates, effective_rank, rank_shift
 from bara.ranks.pruning import prune
+from bara.reports.measured_card import write_model_card
 from bara.training.callback import BayesianCallback, set_progress
 from bara.training.kl_mixin import KLMixin
 from bara.training.loss import elbo_loss, kl_loss, kl_terms

@@ -34,8 +34,14 @@ def ranks(
     from bara.loading import load_adapter, model_inputs
     from bara.machine import quieten_libraries
     from bara.prediction.predict import predict
-    from bara.rank_report import HEADINGS, RankReport, cell, prediction_errors, write_rank_report
     from bara.ranks.effective_rank import effective_rank
+    from bara.reports.rank_report import (
+        HEADINGS,
+        RankReport,
+        cell,
+        prediction_errors,
+        write_rank_report,
+    )
 
     quieten_libraries()
     require_new(output, force)

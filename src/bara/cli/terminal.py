@@ -38,7 +38,7 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
 
 def update_card(adapter: Path, **measured: Any) -> None:
     """Writes what was measured into the adapter's README.md, if its folder is the user's own."""
-    from bara.cards.method_card import write_model_card
+    from bara.reports.measured_card import write_model_card
 
     if os.access(adapter, os.W_OK):
         write_model_card(adapter, **measured)

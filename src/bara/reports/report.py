@@ -12,10 +12,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bara import plots
 from bara.evaluation.metrics import Evaluation, selective_risk
 from bara.files import atomic_write_text
 from bara.prediction.predictive import ClassificationPredictive
+from bara.reports import plots
 
 if TYPE_CHECKING:
     from bara.ranks.effective_rank import EffectiveRank

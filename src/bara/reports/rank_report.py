@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bara import plots
 from bara.files import atomic_directory
 from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.ranks.effective_rank import EffectiveRank, RankShift, rank_shift
-from bara.report import picture, rank_numbers, render_page
+from bara.reports import plots
+from bara.reports.report import picture, rank_numbers, render_page
 
 HEADINGS = ("module", "layers", "soft", "± draws", "hard", "lowest", "highest", "maximum")
 EXAMPLES = 5

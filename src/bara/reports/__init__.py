@@ -1,0 +1,1 @@
+"""Pictures, pages and cards of what was measured."""
