@@ -33,7 +33,7 @@ from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.quickstart import MAX_LENGTH
 from bara.ranks.effective_rank import effective_rank
 from bara.recipe import TrainRecipe
-from bara.reports.plots import LIGHT, save_figure
+from bara.reports.style import LIGHT, save_figure
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/rank_and_gap.jsonl"

@@ -30,9 +30,9 @@ from bara.reports.plots import (
     effective_rank_histogram,
     reliability_diagram,
     risk_coverage,
-    save_figure,
 )
 from bara.reports.report import write_report
+from bara.reports.style import save_figure
 
 MAX_LENGTH = 64
 METHODS = {"lora": "LoRA", "bara": "BaRA"}

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from bara.bench.results import Row
 from bara.bench.summary import METRICS, SETTING, Estimate, estimate, group, number
-from bara.reports.plots import LIGHT, Theme, series_styles, style_axes
+from bara.reports.style import LIGHT, Theme, series_styles, style_axes
 
 Points = dict[float, Estimate]
 

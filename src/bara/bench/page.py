@@ -16,7 +16,7 @@ from bara.bench.spec import Benchmark
 from bara.bench.summary import Table, tables
 from bara.errors import BaraError
 from bara.files import atomic_write_text
-from bara.reports.plots import DARK, save_figure, to_png
+from bara.reports.style import DARK, save_figure, to_png
 
 CSV_FILE = "results.csv"
 REPORT_FILE = "report.html"
