@@ -21,9 +21,9 @@ from peft import get_peft_model
 import bara
 from bara.files import atomic_write_text
 from bara.finetune import attention_projections
-from bara.language.gguf import smollm2_path
-from bara.loading import load_causal_lm, load_tokenizer
 from bara.machine import quieten_libraries, versions
+from bara.models.base import load_causal_lm, load_tokenizer
+from bara.models.gguf import smollm2_path
 
 RESULTS = Path(__file__).parent / "results/decoding_speed.json"
 PROMPT = [{"role": "user", "content": "Explain in a few sentences why the sky is blue."}]

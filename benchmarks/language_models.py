@@ -24,11 +24,12 @@ from bara.data.tables import load_table
 from bara.evaluation.metrics import classification_metrics
 from bara.files import atomic_write_text
 from bara.finetune import finetune
-from bara.language.gguf import smollm2_path
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import LanguageTask, questions
-from bara.loading import load_adapter, load_causal_lm, load_tokenizer
+from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
+from bara.models.base import load_causal_lm, load_tokenizer
+from bara.models.gguf import smollm2_path
 from bara.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent

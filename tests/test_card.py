@@ -15,7 +15,7 @@ from transformers import BertModel
 import bara
 from bara import BaraError
 from bara.cards.loading_code import SavedAdapter, loading_code
-from bara.sentence import SentenceClassifier
+from bara.models.sentence import SentenceClassifier
 from conftest import tiny_bert_config
 from helpers import adapt, stir, tiny_llama
 

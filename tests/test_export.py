@@ -18,8 +18,8 @@ from transformers import BertModel
 import bara
 from bara import BaraError
 from bara.adapter.layer import adapted_layers
+from bara.models.sentence import SentenceClassifier
 from bara.prediction.predictive import ClassificationPredictive
-from bara.sentence import SentenceClassifier
 from conftest import tiny_bert_config
 from helpers import TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
 

@@ -12,8 +12,9 @@ import torch
 import bara
 from bara import BaraError
 from bara.cli import main
-from bara.language.gguf import smollm2_path
-from bara.loading import load_adapter, load_causal_lm
+from bara.loading import load_adapter
+from bara.models.base import load_causal_lm
+from bara.models.gguf import smollm2_path
 from conftest import write_jsonl
 from language_models import tiny_lm
 

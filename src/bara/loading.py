@@ -18,14 +18,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.data.text_task import TextTask, tokenise
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
-from bara.language.gguf import load_gguf, source
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import (
     LANGUAGE_TASKS,
@@ -35,23 +33,22 @@ from bara.language.tasks import (
     tokenise_language,
 )
 from bara.methods import parse_method
+from bara.models.sentence import SentenceClassifier
 from bara.posthoc.ensemble import EnsembleDraws, member_name
 from bara.posthoc.weights import WeightDraws
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
 from bara.prediction.temperature import load_temperature
 from bara.recipe import TrainRecipe
-from bara.sentence import SentenceClassifier, is_sentence_encoder
 from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, TASK_FILE, read_shapes
+from bara.models.base import load_base, load_tokenizer
 
 Task = TextTask | LanguageTask
-HEADS = ("classifier", "score")
-"""Modules that PEFT saves with every sequence-classification adapter."""
 
 
 def load_adapter(
@@ -265,99 +262,6 @@ def read_config(folder: Path) -> PeftConfig:
             f"{path} is damaged or of another version ({first_line(error)}); train again or "
             "restore the file"
         ) from error
-
-
-def load_base(
-    name: str, task: Task, options: Mapping[str, Any]
-) -> tuple[PreTrainedModel, list[str]]:
-    """A base model with a head for the task; for a language task with its own.
-
-    A sentence-transformers model becomes a `SentenceClassifier`. For regression the two outputs
-    are mean and log-variance (see `bara.gaussian_nll`), and `model.config.target_mean` and
-    `target_std` tell `bara.predict` how they become targets: output * std + mean.
-
-    Args:
-        name: folder or hub name.
-        task: decides the number of outputs and their names.
-        options: further arguments of `from_pretrained`.
-
-    Returns:
-        The model, and the modules that the checkpoint has no weights for besides the head that
-        PEFT saves anyway. They have to be saved with the adapter.
-
-    Raises:
-        BaraError: the model cannot be loaded.
-    """
-    if isinstance(task, LanguageTask):
-        return load_causal_lm(name, options), []
-    head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": "regression"}
-    if task.task == "classification":
-        names = dict(enumerate(task.label_names))
-        head["problem_type"] = "single_label_classification"
-        head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
-    info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
-    try:
-        if is_sentence_encoder(name):
-            model = SentenceClassifier.from_encoder(name, **head, **options)
-        else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
-            )
-    except Exception as error:  # hub, file and configuration errors of many types
-        raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
-    if task.task == "regression":
-        model.config.target_mean = task.target_mean
-        model.config.target_std = task.target_std
-    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    modules = sorted({key.rpartition(".")[0] for key in new})
-    unexpected = [
-        module
-        for module in modules
-        if module.startswith(f"{model.base_model_prefix}.") and "pooler" not in module
-    ]
-    if unexpected:
-        raise BaraError(
-            f"the base model {name!r} has no weights for {len(unexpected)} of its modules (first: "
-            f"{unexpected[0]}); give a complete checkpoint"
-        )
-    return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in HEADS)]
-
-
-def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """A language model from a folder, a hub name or a .gguf file, whose weights become `dtype`.
-
-    Raises:
-        BaraError: it cannot be loaded.
-    """
-    origin = source(name)
-    try:
-        if "gguf_file" in origin:
-            model = load_gguf(origin, options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(**origin, **options)
-    except Exception as error:  # hub, file and configuration errors of many types
-        raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
-    model.name_or_path = name  # PEFT notes it for those who load the adapter
-    return model
-
-
-def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokeniser, with a padding token that the model knows too.
-
-    Raises:
-        BaraError: it cannot be loaded, or has nothing to pad with.
-    """
-    origin = source(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**origin)
-    except Exception as error:  # hub, file and configuration errors of many types
-        raise BaraError(f"cannot load the tokeniser of {name!r}: {first_line(error)}") from error
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise BaraError(f"the tokeniser of {name!r} has no padding token; set its pad_token")
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return tokenizer
 
 
 def _refuse_mismatch(

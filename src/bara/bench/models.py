@@ -25,7 +25,7 @@ from bara.ranks.effective_rank import EffectiveRank, effective_rank
 
 
 def _smollm2_path() -> Path:
-    from bara.language.gguf import smollm2_path
+    from bara.models.gguf import smollm2_path
 
     return smollm2_path()
 

@@ -63,9 +63,9 @@ def train(
     from bara.cards.adapter_files import RECIPE_FILE
     from bara.files import atomic_write_text
     from bara.finetune import CHECKPOINTS, finetune
-    from bara.language.gguf import smollm2_path
     from bara.language.tasks import LANGUAGE_TASKS
     from bara.machine import quieten_libraries
+    from bara.models.gguf import smollm2_path
     from bara.recipe import TrainRecipe
 
     quieten_libraries()

@@ -32,13 +32,13 @@ from bara.evaluation.difference import Difference, difference
 from bara.export import client
 from bara.export.card import write_export_card, write_merged_card
 from bara.files import atomic_directory, require_new, require_space
+from bara.models.sentence import SentenceClassifier, save_sentence_transformer
 from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import fold_temperature, get_temperature, output_layer
 from bara.ranks.effective_rank import calibrate_gates
-from bara.sentence import SentenceClassifier, save_sentence_transformer
 
 Mode = Literal["mean", "draws", "merged"]
 MANIFEST_FILE = "manifest.json"

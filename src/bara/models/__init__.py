@@ -1,0 +1,1 @@
+"""Base models: sentence encoders, GGUF files, checkpoints of transformers."""
