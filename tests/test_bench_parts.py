@@ -28,7 +28,7 @@ from bara.bench.results import append_row, read_rows, write_csv
 from bara.bench.spec import Benchmark
 from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
 from bara.bench.tasks import Splits, load_task, task_version
-from bara.language.multiple_choice import Question
+from bara.language.question import Question
 from bara.ranks.effective_rank import EffectiveRank
 from conftest import write_jsonl
 

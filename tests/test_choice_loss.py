@@ -14,7 +14,7 @@ from bara.language.choice_loss import (
     choice_scores,
     tokenise_choices,
 )
-from bara.language.multiple_choice import Question
+from bara.language.question import Question
 from bara.language.tasks import LanguageTask
 from bara.trainers import AdapterTrainer
 from helpers import gradients

@@ -6,7 +6,7 @@ import torch
 import bara
 from bara import BaraError
 from bara.evaluation.metrics import classification_metrics
-from bara.language.multiple_choice import LETTERS, Question
+from bara.language.question import LETTERS, Question
 from helpers import adapt, stir
 from language_models import adapted_lm, lora_ensemble, word_tokenizer, words
 

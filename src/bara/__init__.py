@@ -7,7 +7,8 @@ from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
 from bara.export.export_lora import export_lora
-from bara.language.generation import Generation, generate
+from bara.language.answer import Generation
+from bara.language.generation import generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream
 from bara.posteriors.balora import BaloraConfig

@@ -29,8 +29,8 @@ from bara.errors import BaraError, first_line
 from bara.evaluation import abstention
 from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
-from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, is_multiple_choice
-from bara.loading import Task, model_inputs, predict_table, text_task
+from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
+from bara.loading import model_inputs, predict_table, text_task
 from bara.methods import Method, parse_method
 from bara.models.base import load_base, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig

@@ -46,9 +46,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, TASK_FILE, read_shapes
+from bara.language.tasks import Task
 from bara.models.base import load_base, load_tokenizer
-
-Task = TextTask | LanguageTask
 
 
 def load_adapter(

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from bara.errors import BaraError
-from bara.language.multiple_choice import Question, encode_choices, multiple_choice
+from bara.language.multiple_choice import encode_choices, multiple_choice
+from bara.language.question import Question
 from bara.prediction.temperature import fit_temperature
 
 if TYPE_CHECKING:

@@ -9,8 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from bara.errors import BaraError
-from bara.language.multiple_choice import Question, Scoring
 from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
+from bara.language.question import Question, Scoring
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bara  # noqa: F401  (enters the methods into PEFT's mappings)
+from bara.data.text_task import TextTask
+from bara.errors import BaraError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -179,3 +192,6 @@ def _encode(
         special = not row.get("messages")  # a chat template writes its own
         return encode_completion(tokenizer, prompt, completion, add_special_tokens=special)
     return [], token_ids(tokenizer, completion)
+
+
+Task = TextTask | LanguageTask

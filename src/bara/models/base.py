@@ -21,7 +21,7 @@ from bara.models.sentence import SentenceClassifier, is_sentence_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from bara.loading import Task
+from bara.language.tasks import Task
 
 HEADS = ("classifier", "score")
 """Modules that PEFT saves with every sequence-classification adapter."""
