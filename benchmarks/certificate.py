@@ -28,8 +28,8 @@ from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
+from bara.methods.recipe import TrainRecipe
 from bara.quickstart import MAX_LENGTH
-from bara.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/certificate.jsonl"

@@ -36,7 +36,7 @@ import bara
 from bara.bench.results import append_row, read_lines
 from bara.files import atomic_write_text
 from bara.machine import quieten_libraries, versions
-from bara.methods import METHODS
+from bara.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/compiled_speed.jsonl"

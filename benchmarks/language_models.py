@@ -28,9 +28,9 @@ from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import LanguageTask, questions
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
+from bara.methods.recipe import TrainRecipe
 from bara.models.base import load_causal_lm, load_tokenizer
 from bara.models.gguf import smollm2_path
-from bara.recipe import TrainRecipe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/language_models.jsonl"

@@ -30,9 +30,9 @@ from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
+from bara.methods.recipe import TrainRecipe
 from bara.quickstart import MAX_LENGTH
 from bara.ranks.effective_rank import effective_rank
-from bara.recipe import TrainRecipe
 from bara.reports.style import LIGHT, save_figure
 
 ROOT = Path(__file__).parent.parent

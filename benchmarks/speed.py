@@ -31,7 +31,7 @@ from bara.bench.tasks import Splits, load_task
 from bara.errors import BaraError
 from bara.files import atomic_write_text
 from bara.machine import quieten_libraries, versions
-from bara.methods import METHODS
+from bara.methods.table import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/speed.jsonl"

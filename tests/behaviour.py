@@ -22,7 +22,7 @@ from transformers import BertForSequenceClassification
 import bara
 from bara.finetune import finetune
 from bara.loading import load_adapter, predict_table
-from bara.recipe import TrainRecipe
+from bara.methods.recipe import TrainRecipe
 from conftest import VOCABULARY, tiny_bert_config
 from helpers import CONFIGS, TinyConv, gradients, tiny_llama
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bara.draws.draws import attach_draws
-from bara.posthoc.ensemble import EnsembleDraws, member_name
+from bara.methods.ensemble import EnsembleDraws, member_name
 from helpers import SIZES, adapt, stir, tiny_gpt2, tiny_llama
 
 DECODER = SIZES | {"bos_token_id": 1, "eos_token_id": 2}

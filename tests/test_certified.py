@@ -20,7 +20,7 @@ from bara.certified import start_from_prior
 from bara.cli import main
 from bara.draws.draws import Draws, FixedNoise
 from bara.finetune import finetune
-from bara.recipe import TrainRecipe
+from bara.methods.recipe import TrainRecipe
 from conftest import tiny_bert_config, write_jsonl
 from helpers import TinyConv, TinyNet, stir
 

@@ -22,8 +22,8 @@ from bara.data.tables import load_table
 from bara.data.text_task import tokenise
 from bara.finetune import finetune, newest_checkpoint
 from bara.loading import load_adapter
+from bara.methods.recipe import TrainRecipe
 from bara.prediction.predict import predict
-from bara.recipe import TrainRecipe
 from conftest import write_jsonl
 
 GOOD = ("good", "great", "fine", "warm")

@@ -14,7 +14,7 @@ import bara
 from bara import BaraError
 from bara.adapter.elbo import Elbo
 from bara.language.evaluation import token_metrics
-from bara.posthoc.ensemble import member_name
+from bara.methods.ensemble import member_name
 from helpers import adapt, stir
 from language_models import adapted_lm, lora_ensemble, tiny_lm, word_tokenizer, words
 

@@ -7,13 +7,13 @@ from torch.func import functional_call, jacrev
 from transformers import BertForSequenceClassification
 
 import bara
-from bara.posthoc import LaplaceOptions, WeightDraws
+from bara.methods import LaplaceOptions, WeightDraws
 from conftest import tiny_bert_config
 from helpers import adapt
 
 pytest.importorskip("laplace")
 
-from bara.posthoc import laplace
+from bara.methods import laplace
 
 
 def classifier(layers=1):

@@ -13,9 +13,9 @@ from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.finetune import finetune
 from bara.loading import load_adapter
-from bara.methods import METHODS, parse_method
-from bara.posthoc.ensemble import member_name
-from bara.recipe import TrainRecipe
+from bara.methods.ensemble import member_name
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import METHODS, parse_method
 from conftest import tiny_bert_config
 
 TEXTS = [

@@ -23,12 +23,12 @@ from bara.errors import BaraError
 from bara.export.export_lora import export_lora
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
-from bara.methods import METHODS
-from bara.posthoc import set_temperature
+from bara.methods import set_temperature
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import METHODS
 from bara.prediction.batches import to_device
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
-from bara.recipe import TrainRecipe
 from conftest import write_jsonl
 from helpers import adapt, stir, tiny_llama
 

@@ -9,8 +9,8 @@ import peft
 import pytest
 
 from bara import BaraConfig, BaraError
-from bara.methods import METHODS, parse_method
-from bara.recipe import TrainRecipe, parse_yaml
+from bara.methods.recipe import TrainRecipe, parse_yaml
+from bara.methods.table import METHODS, parse_method
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:

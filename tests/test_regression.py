@@ -13,7 +13,7 @@ import bara
 from bara.cli import main
 from bara.finetune import finetune
 from bara.loading import load_adapter
-from bara.recipe import TrainRecipe
+from bara.methods.recipe import TrainRecipe
 from conftest import tiny_bert_config, write_jsonl
 from helpers import adapt, gradients, stir
 from test_elbo import GradientRecorder, assert_same

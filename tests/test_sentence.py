@@ -14,10 +14,10 @@ from bara.data.tables import load_table
 from bara.data.text_task import TextTask, tokenise
 from bara.finetune import build_model, save_adapter
 from bara.loading import load_adapter
-from bara.methods import METHODS
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import METHODS
 from bara.models.base import load_base
 from bara.models.sentence import SentenceClassifier, is_sentence_encoder
-from bara.recipe import TrainRecipe
 from conftest import VOCABULARY, tiny_bert_config, write_jsonl
 from helpers import adapt, gradients, stir
 

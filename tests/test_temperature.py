@@ -8,7 +8,7 @@ from torch.distributions import Normal
 
 import bara
 from bara import ClassificationPredictive, RegressionPredictive
-from bara.posthoc import fit_temperature, set_temperature
+from bara.methods import fit_temperature, set_temperature
 
 
 def test_the_temperature_of_a_mixture_is_that_of_brute_force():

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import bara
-from bara.posthoc import WeightDraws, tfb
+from bara.methods import WeightDraws, tfb
 from helpers import TinyNet, adapt, stir
 
 

@@ -8,12 +8,12 @@ from transformers import TrainingArguments
 
 import bara
 from bara.draws.draws import attach_draws
-from bara.methods import METHODS
-from bara.posthoc import WeightDraws
+from bara.methods import WeightDraws
+from bara.methods.adalora import AdaloraTrainer
+from bara.methods.ivon import IvonOptions, IvonTrainer, ivon_factors
+from bara.methods.probabilistic_peft import MontecloraTrainer, PveraDraws
+from bara.methods.table import METHODS
 from bara.trainers import AdapterTrainer
-from bara.trainers.adalora import AdaloraTrainer
-from bara.trainers.ivon import IvonOptions, IvonTrainer, ivon_factors
-from bara.trainers.probabilistic_peft import MontecloraTrainer, PveraDraws
 from helpers import TinyNet
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))

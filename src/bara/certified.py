@@ -16,8 +16,8 @@ from bara.certificates.certificate import fitted, not_certified
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
 from bara.loading import read_config
+from bara.methods.recipe import TrainRecipe
 from bara.posteriors.certified import CertifiedConfig
-from bara.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from datasets import Dataset

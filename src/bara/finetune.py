@@ -31,15 +31,15 @@ from bara.files import atomic_directory
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.loading import model_inputs, predict_table, text_task
-from bara.methods import Method, parse_method
+from bara.methods.ensemble import EnsembleDraws, member_name
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import Method, parse_method
+from bara.methods.weights import WeightDraws
 from bara.models.base import load_base, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
-from bara.posthoc.ensemble import EnsembleDraws, member_name
-from bara.posthoc.weights import WeightDraws
 from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.temperature import fit_temperature, save_temperature, set_temperature
-from bara.recipe import TrainRecipe
 from bara.training.callback import BayesianCallback
 from bara.training.loss import elbo_loss
 from bara.training.trainer import COMPLETE

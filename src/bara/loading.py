@@ -32,15 +32,15 @@ from bara.language.tasks import (
     questions,
     tokenise_language,
 )
-from bara.methods import parse_method
+from bara.methods.ensemble import EnsembleDraws, member_name
+from bara.methods.probabilistic_peft import PveraDraws, PveraTrainer
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import parse_method
+from bara.methods.weights import WeightDraws
 from bara.models.sentence import SentenceClassifier
-from bara.posthoc.ensemble import EnsembleDraws, member_name
-from bara.posthoc.weights import WeightDraws
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
 from bara.prediction.temperature import load_temperature
-from bara.recipe import TrainRecipe
-from bara.trainers.probabilistic_peft import PveraDraws, PveraTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset

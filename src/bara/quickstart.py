@@ -22,9 +22,9 @@ from bara.files import atomic_write_text
 from bara.finetune import finetune
 from bara.loading import load_adapter, text_task
 from bara.machine import fast_bfloat16, versions
+from bara.methods.recipe import TrainRecipe
 from bara.prediction.predictive import ClassificationPredictive
 from bara.ranks.effective_rank import EffectiveRank, effective_rank
-from bara.recipe import TrainRecipe
 from bara.reports.plots import (
     effective_rank_heatmap,
     effective_rank_histogram,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import TrainerCallback
 
-    from bara.recipe import TrainRecipe
+    from bara.methods.recipe import TrainRecipe
 
 IMAGE_SIZE = 64
 FEATURES = 1280
@@ -108,7 +108,7 @@ def finetune_images(
     from peft import get_peft_model
 
     from bara.finetune import train_model
-    from bara.methods import parse_method
+    from bara.methods.table import parse_method
 
     method, tempered = parse_method(recipe.method)
     texts_only = method.ensemble or tempered or method.package == "laplace"

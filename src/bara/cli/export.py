@@ -36,9 +36,9 @@ def export(
     from bara.language.tasks import LanguageTask
     from bara.loading import load_adapter
     from bara.machine import quieten_libraries
-    from bara.methods import TEMPERED
+    from bara.methods.recipe import TrainRecipe
+    from bara.methods.table import TEMPERED
     from bara.prediction.temperature import save_temperature
-    from bara.recipe import TrainRecipe
 
     quieten_libraries()
     chosen = check_mode(mode)

@@ -35,9 +35,9 @@ def prune(
     from bara.finetune import save_adapter
     from bara.loading import load_adapter
     from bara.machine import quieten_libraries
+    from bara.methods.recipe import TrainRecipe
     from bara.ranks.pruning import check_threshold, require_removal
     from bara.ranks.pruning import prune as prune_model
-    from bara.recipe import TrainRecipe
 
     quieten_libraries()
     check_threshold(threshold)

@@ -65,8 +65,8 @@ def train(
     from bara.finetune import CHECKPOINTS, finetune
     from bara.language.tasks import LANGUAGE_TASKS
     from bara.machine import quieten_libraries
+    from bara.methods.recipe import TrainRecipe
     from bara.models.gguf import smollm2_path
-    from bara.recipe import TrainRecipe
 
     quieten_libraries()
     recipe = TrainRecipe.load(config) if config else TrainRecipe(task=task)
@@ -114,7 +114,7 @@ def train(
 def parse_options(options: list[str]) -> dict[str, Any]:
     """The values of repeated `NAME=VALUE` options, read as YAML."""
     from bara.errors import BaraError
-    from bara.recipe import parse_yaml
+    from bara.methods.recipe import parse_yaml
 
     values = {}
     for option in options:

@@ -39,7 +39,7 @@ def multiple_choice(
     """Probabilities over the choices of every question.
 
     Under one draw they are the softmax of the choices' scores, divided by the model's fitted
-    temperature if it has one (`bara.posthoc.set_temperature`). A choice's score is the mean
+    temperature if it has one (`bara.methods.set_temperature`). A choice's score is the mean
     log-probability of its tokens after "Question: ...\\nAnswer:" (`text`), or the log-probability
     of its letter after a prompt that lists the choices (`letter`). The prompt is encoded once per
     draw; its key-value cache serves all choices.

@@ -34,7 +34,7 @@ def predict(
 
     A model without a posterior is predicted with as it is, as one draw. An ensemble has as many
     draws as members, whatever `num_draws`. A temperature that was fitted for the model
-    (`bara.posthoc.set_temperature`) is applied to every draw.
+    (`bara.methods.set_temperature`) is applied to every draw.
 
     Args:
         model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs).

@@ -109,7 +109,7 @@ def output_layer(model: PeftModel) -> nn.Linear:
         raise BaraError(
             f"the temperature {get_temperature(model):.3g} that was fitted to this model cannot be "
             "folded into its last layer, which was not trained with the adapter: train without "
-            "+temperature, or give it up with bara.posthoc.set_temperature(model, 1)"
+            "+temperature, or give it up with bara.methods.set_temperature(model, 1)"
         )
     return layers[-1]
 

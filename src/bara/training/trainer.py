@@ -37,7 +37,7 @@ class AdapterTrainer(Trainer):
         *args, **kwargs: those of `Trainer`.
 
     Attributes:
-        weight_noise: whether `finish` attaches a `bara.posthoc.WeightDraws`.
+        weight_noise: whether `finish` attaches a `bara.methods.WeightDraws`.
     """
 
     weight_noise = False

@@ -11,6 +11,13 @@ from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftConfig, PveraC
 
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
+from bara.methods.adalora import AdaloraTrainer, adalora_options
+from bara.methods.ensemble import EnsembleOptions
+from bara.methods.ivon import IvonOptions, IvonTrainer
+from bara.methods.laplace import LaplaceOptions, LaplaceTrainer
+from bara.methods.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
+from bara.methods.recipe import METHOD_DEFAULTS, refuse_unknown
+from bara.methods.tfb import TfbOptions, TfbTrainer
 from bara.posteriors.balora import BaloraConfig
 from bara.posteriors.bara_config import BaraConfig
 from bara.posteriors.blob import BlobConfig
@@ -18,13 +25,6 @@ from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.mc_dropout import McDropoutConfig
 from bara.posteriors.rankwise import RankwiseConfig
 from bara.posteriors.scalabl import ScalablConfig
-from bara.posthoc.ensemble import EnsembleOptions
-from bara.posthoc.laplace import LaplaceOptions, LaplaceTrainer
-from bara.posthoc.tfb import TfbOptions, TfbTrainer
-from bara.recipe import METHOD_DEFAULTS, refuse_unknown
-from bara.trainers.adalora import AdaloraTrainer, adalora_options
-from bara.trainers.ivon import IvonOptions, IvonTrainer
-from bara.trainers.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
 from bara.training.trainer import AdapterTrainer
 
 TEMPERED = "+temperature"

@@ -59,7 +59,7 @@ class TrainRecipe:
             `bara.data.text_task.TextTask.infer`. For `task` causal-lm or multiple-choice see
             `bara.language.tasks.LanguageTask`, which has fixed columns.
         scoring: for multiple choice, `text` or `letter`.
-        method: a name of `bara.methods.METHODS`, with the suffix `+temperature` for a temperature
+        method: a name of `bara.methods.table.METHODS`, with the suffix `+temperature` for a temperature
             fitted on the validation table.
         method_options: fields of the method's configuration class and its own options, over
             `METHOD_DEFAULTS`.
@@ -113,7 +113,7 @@ class TrainRecipe:
 
         if not self.model:
             raise BaraError("which model? Give a folder or a hub name with --model")
-        from bara.methods import parse_method
+        from bara.methods.table import parse_method
 
         method, tempered = parse_method(self.method)
         method.check(self.method_options)
