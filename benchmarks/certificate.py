@@ -20,13 +20,13 @@ import torch
 from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.certificates.certificate import certify
-from bara.certified import certification_rows
 from bara.data.examples import minilm_path
 from bara.data.text_task import tokenise
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
-from bara.finetune import finetune
-from bara.loading import load_adapter
+from bara.finetuning.certified_prior import certification_rows
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.methods.recipe import TrainRecipe
 from bara.quickstart import MAX_LENGTH

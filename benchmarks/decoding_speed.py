@@ -20,7 +20,7 @@ from peft import get_peft_model
 
 import bara
 from bara.files import atomic_write_text
-from bara.finetune import attention_projections
+from bara.finetuning.finetune import attention_projections
 from bara.machine import quieten_libraries, versions
 from bara.models.base import load_causal_lm, load_tokenizer
 from bara.models.gguf import smollm2_path

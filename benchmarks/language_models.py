@@ -23,10 +23,10 @@ from bara.bench.results import append_row, read_lines
 from bara.data.tables import load_table
 from bara.evaluation.metrics import classification_metrics
 from bara.files import atomic_write_text
-from bara.finetune import finetune
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import LanguageTask, questions
-from bara.loading import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.methods.recipe import TrainRecipe
 from bara.models.base import load_causal_lm, load_tokenizer

@@ -24,7 +24,7 @@ import bara
 from bara.data.examples import load_sentiment
 from bara.data.text_task import tokenise
 from bara.files import atomic_write_text
-from bara.loading import load_adapter
+from bara.finetuning.load import load_adapter
 from bara.machine import versions
 
 ROOT = Path(__file__).parent.parent

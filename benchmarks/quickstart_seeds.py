@@ -19,7 +19,7 @@ import torch
 from bara.bench.results import append_row, read_lines
 from bara.data.examples import load_news, load_sentiment
 from bara.files import atomic_write_text
-from bara.loading import load_adapter
+from bara.finetuning.load import load_adapter
 from bara.machine import quieten_libraries, versions
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.distributions import open_logit

@@ -27,8 +27,8 @@ from bara.data.examples import load_sentiment, minilm_path
 from bara.data.text_task import tokenise
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
-from bara.finetune import finetune
-from bara.loading import load_adapter
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.methods.recipe import TrainRecipe
 from bara.quickstart import MAX_LENGTH

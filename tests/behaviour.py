@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 import bara
-from bara.finetune import finetune
-from bara.loading import load_adapter, predict_table
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter, predict_table
 from bara.methods.recipe import TrainRecipe
 from conftest import VOCABULARY, tiny_bert_config
 from helpers import CONFIGS, TinyConv, gradients, tiny_llama

@@ -16,10 +16,10 @@ import bara.certificates.certificate
 from bara import BaraConfig, BaraError, CertifiedConfig
 from bara.certificates.bounds import mean_bound, pac_bayes_kl_bound
 from bara.certificates.certificate import NUM_PRIORS
-from bara.certified import start_from_prior
 from bara.cli import main
 from bara.draws.draws import Draws, FixedNoise
-from bara.finetune import finetune
+from bara.finetuning.certified_prior import start_from_prior
+from bara.finetuning.finetune import finetune
 from bara.methods.recipe import TrainRecipe
 from conftest import tiny_bert_config, write_jsonl
 from helpers import TinyConv, TinyNet, stir

@@ -20,8 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 from bara import BaraError
 from bara.data.tables import load_table
 from bara.data.text_task import tokenise
-from bara.finetune import finetune, newest_checkpoint
-from bara.loading import load_adapter
+from bara.finetuning.finetune import finetune, newest_checkpoint
+from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from bara.prediction.predict import predict
 from conftest import write_jsonl
@@ -451,7 +451,7 @@ def test_interrupt_is_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bara.loading.predict", interrupt)
+    monkeypatch.setattr("bara.finetuning.load.predict", interrupt)
     assert failing("predict", trained, "--data", table) == "bara: error: interrupted\n"
 
 

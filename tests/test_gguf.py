@@ -12,7 +12,7 @@ import torch
 import bara
 from bara import BaraError
 from bara.cli import main
-from bara.loading import load_adapter
+from bara.finetuning.load import load_adapter
 from bara.models.base import load_causal_lm
 from bara.models.gguf import smollm2_path
 from conftest import write_jsonl

@@ -18,10 +18,10 @@ import bara
 from bara import BaraError
 from bara.cli import main
 from bara.cli.generate import shade
+from bara.finetuning.load import load_adapter
 from bara.language.evaluation import token_metrics
 from bara.language.prompts import encode_prompt
 from bara.language.tasks import LanguageTask, tokenise_language
-from bara.loading import load_adapter
 from conftest import write_jsonl
 from language_models import adapted_lm, tiny_lm, word_tokenizer, words
 

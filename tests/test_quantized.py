@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 import bara
-from bara.loading import load_adapter
+from bara.finetuning.load import load_adapter
 from conftest import write_jsonl
 from helpers import adapt, gradients, stir, tiny_llama
 from language_models import word_tokenizer, words

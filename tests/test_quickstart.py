@@ -9,7 +9,7 @@ from bara import BaraError
 from bara.cli import main
 from bara.data.examples import load_sentiment
 from bara.evaluation.metrics import Evaluation
-from bara.loading import load_adapter
+from bara.finetuning.load import load_adapter
 from bara.prediction.predictive import ClassificationPredictive
 from bara.quickstart import choose_examples
 

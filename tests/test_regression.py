@@ -11,8 +11,8 @@ from transformers import BertForSequenceClassification, TrainingArguments
 
 import bara
 from bara.cli import main
-from bara.finetune import finetune
-from bara.loading import load_adapter
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from conftest import tiny_bert_config, write_jsonl
 from helpers import adapt, gradients, stir

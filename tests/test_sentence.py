@@ -12,8 +12,8 @@ import bara
 from bara.cli import main
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask, tokenise
-from bara.finetune import build_model, save_adapter
-from bara.loading import load_adapter
+from bara.finetuning.finetune import build_model, save_adapter
+from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS
 from bara.models.base import load_base

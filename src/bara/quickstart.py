@@ -19,8 +19,8 @@ from bara.data.text_task import TextTask, tokenise
 from bara.evaluation.evaluate import evaluate
 from bara.evaluation.metrics import Evaluation
 from bara.files import atomic_write_text
-from bara.finetune import finetune
-from bara.loading import load_adapter, text_task
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter, text_task
 from bara.machine import fast_bfloat16, versions
 from bara.methods.recipe import TrainRecipe
 from bara.prediction.predictive import ClassificationPredictive

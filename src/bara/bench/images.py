@@ -107,7 +107,7 @@ def finetune_images(
     """
     from peft import get_peft_model
 
-    from bara.finetune import train_model
+    from bara.finetuning.finetune import train_model
     from bara.methods.table import parse_method
 
     method, tempered = parse_method(recipe.method)

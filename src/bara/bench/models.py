@@ -119,8 +119,8 @@ def fit(
             return predict(images, image_inputs(table, labels=labels), **options)
 
         return Fitted(images, count.total, predict_images, partial(image_inputs, labels=False))
-    from bara.finetune import finetune
-    from bara.loading import load_adapter, model_inputs, predict_table
+    from bara.finetuning.finetune import finetune
+    from bara.finetuning.load import load_adapter, model_inputs, predict_table
 
     finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)

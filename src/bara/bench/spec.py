@@ -295,7 +295,7 @@ class Benchmark:
 
 
 def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainRecipe:
-    """How `bara.finetune.finetune` trains a cell; the model is still the benchmark's name."""
+    """How `bara.finetuning.finetune.finetune` trains a cell; the model is still the benchmark's name."""
     return TrainRecipe(
         model=cell.model,
         output=str(output),

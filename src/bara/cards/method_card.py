@@ -35,7 +35,7 @@ With `bara`, which gives the posterior and so the uncertainty:
 
 {with_bara}
 If `bara train` made it, `bara predict FOLDER --data TABLE` does all this, and
-`model, tokenizer, task = bara.loading.load_adapter(FOLDER)` also builds the base model and the
+`model, tokenizer, task = bara.finetuning.load.load_adapter(FOLDER)` also builds the base model and the
 tokeniser.
 
 Without `bara`: `bara export FOLDER --mode mean --data TABLE --output plain-lora` writes the

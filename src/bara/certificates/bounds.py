@@ -1,6 +1,6 @@
 """Bounds on the generalisation error: PAC-Bayes-kl, and a complexity term in the rank.
 
-Numbers in, numbers out; `bara.certified` takes them from a model. The derivations are in
+Numbers in, numbers out; `bara.finetuning.certified_prior` takes them from a model. The derivations are in
 docs/certificates.md.
 """
 

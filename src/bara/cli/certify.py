@@ -52,12 +52,12 @@ def certify(
 
     from bara.cards.adapter_files import TASK_FILE
     from bara.certificates.certificate import certify as certify_inputs
-    from bara.certified import certification_rows
     from bara.data.tables import load_table
     from bara.data.text_task import TextTask, tokenise
     from bara.errors import BaraError
     from bara.files import atomic_write_text
-    from bara.loading import load_adapter, read_config, text_task
+    from bara.finetuning.certified_prior import certification_rows
+    from bara.finetuning.load import load_adapter, read_config, text_task
     from bara.machine import quieten_libraries
 
     quieten_libraries()

@@ -59,7 +59,7 @@ def evaluate(
     from bara.errors import BaraError
     from bara.evaluation.abstention import calibrate_threshold, save_threshold
     from bara.files import atomic_write_text
-    from bara.loading import load_adapter
+    from bara.finetuning.load import load_adapter
     from bara.machine import quieten_libraries
 
     quieten_libraries()
@@ -126,8 +126,8 @@ def _evaluate(
     """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
     from bara.errors import BaraError
     from bara.evaluation.metrics import measure
+    from bara.finetuning.load import model_inputs, predict_table
     from bara.language.evaluation import answer_losses, token_metrics
-    from bara.loading import model_inputs, predict_table
 
     if task.task == "causal-lm":
         if ood is not None:

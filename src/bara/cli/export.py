@@ -33,8 +33,8 @@ def export(
     from bara.cli.terminal import calibration_inputs, require_output
     from bara.errors import BaraError
     from bara.export.export_lora import check_mode, export_lora
+    from bara.finetuning.load import load_adapter
     from bara.language.tasks import LanguageTask
-    from bara.loading import load_adapter
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
     from bara.methods.table import TEMPERED

@@ -48,7 +48,7 @@ def generate(
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
-    from bara.loading import load_adapter
+    from bara.finetuning.load import load_adapter
     from bara.machine import quieten_libraries
 
     quieten_libraries()

@@ -30,8 +30,8 @@ def ranks(
     from bara.cli.terminal import update_card
     from bara.data.tables import load_table
     from bara.files import require_new
+    from bara.finetuning.load import load_adapter, model_inputs
     from bara.language.tasks import LanguageTask
-    from bara.loading import load_adapter, model_inputs
     from bara.machine import quieten_libraries
     from bara.prediction.predict import predict
     from bara.ranks.effective_rank import effective_rank

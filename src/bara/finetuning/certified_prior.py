@@ -15,7 +15,7 @@ from bara.cards.adapter_files import RECIPE_FILE, WEIGHTS_FILE
 from bara.certificates.certificate import fitted, not_certified
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
-from bara.loading import read_config
+from bara.finetuning.load import read_config
 from bara.methods.recipe import TrainRecipe
 from bara.posteriors.certified import CertifiedConfig
 

@@ -53,7 +53,7 @@ from bara.models.base import load_base, load_tokenizer
 def load_adapter(
     path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase, Task]:
-    """Load what `bara.finetune.finetune` saved, in evaluation mode.
+    """Load what `bara.finetuning.finetune.finetune` saved, in evaluation mode.
 
     Args:
         path: the adapter's folder.

@@ -21,16 +21,16 @@ from transformers import (
 )
 
 from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, TASK_FILE
-from bara.certified import prepare
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError, first_line
 from bara.evaluation import abstention
 from bara.files import atomic_directory
+from bara.finetuning.certified_prior import prepare
+from bara.finetuning.load import model_inputs, predict_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
-from bara.loading import model_inputs, predict_table, text_task
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import Method, parse_method
@@ -275,7 +275,7 @@ def save_adapter(
     recipe: TrainRecipe,
     beside: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write everything that `bara.loading.load_adapter` reads, all of it or nothing.
+    """Write everything that `bara.finetuning.load.load_adapter` reads, all of it or nothing.
 
     Args:
         folder: where.

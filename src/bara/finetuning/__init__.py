@@ -1,0 +1,1 @@
+"""From a recipe and a table to a folder, and back."""
