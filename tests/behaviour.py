@@ -21,7 +21,8 @@ from transformers import BertForSequenceClassification
 
 import bara
 from bara.finetuning.finetune import finetune
-from bara.finetuning.load import load_adapter, predict_table
+from bara.finetuning.load import load_adapter
+from bara.finetuning.task_inputs import predict_table
 from bara.methods.recipe import TrainRecipe
 from conftest import VOCABULARY, tiny_bert_config
 from helpers import CONFIGS, TinyConv, gradients, tiny_llama

@@ -20,7 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 from bara import BaraError
 from bara.data.tables import load_table
 from bara.data.text_task import tokenise
-from bara.finetuning.finetune import finetune, newest_checkpoint
+from bara.finetuning.checkpoints import newest_checkpoint
+from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from bara.prediction.predict import predict

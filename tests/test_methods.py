@@ -64,9 +64,9 @@ def test_a_method_trains_saves_loads_and_predicts(base_dir, tmp_path, monkeypatc
         before["draws"] = bara.predict(model, inputs, num_draws=3, seed=1).log_probs_draws
         return save_adapter(folder, model, tokenizer, task, recipe)
 
-    from bara.finetuning.finetune import save_adapter
+    from bara.finetuning.save import save_adapter
 
-    monkeypatch.setattr("bara.finetuning.finetune.save_adapter", save)
+    monkeypatch.setattr("bara.finetuning.save.save_adapter", save)
     folder = train(base_dir, tmp_path / "out", f"{method}+temperature")
     model, tokenizer, task = load_adapter(folder)
     inputs = tokenise(TABLE, tokenizer, task)

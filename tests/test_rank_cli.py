@@ -21,8 +21,9 @@ from bara.cli import main
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.export.export_lora import export_lora
-from bara.finetuning.finetune import build_model, save_adapter
+from bara.finetuning.finetune import build_model
 from bara.finetuning.load import load_adapter
+from bara.finetuning.save import save_adapter
 from bara.methods import set_temperature
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS

@@ -12,8 +12,9 @@ import bara
 from bara.cli import main
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask, tokenise
-from bara.finetuning.finetune import build_model, save_adapter
+from bara.finetuning.finetune import build_model
 from bara.finetuning.load import load_adapter
+from bara.finetuning.save import save_adapter
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS
 from bara.models.base import load_base

@@ -20,7 +20,8 @@ from bara.evaluation.evaluate import evaluate
 from bara.evaluation.metrics import Evaluation
 from bara.files import atomic_write_text
 from bara.finetuning.finetune import finetune
-from bara.finetuning.load import load_adapter, text_task
+from bara.finetuning.load import load_adapter
+from bara.finetuning.task_inputs import text_task
 from bara.machine import fast_bfloat16, versions
 from bara.methods.recipe import TrainRecipe
 from bara.prediction.predictive import ClassificationPredictive

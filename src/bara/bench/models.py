@@ -120,7 +120,8 @@ def fit(
 
         return Fitted(images, count.total, predict_images, partial(image_inputs, labels=False))
     from bara.finetuning.finetune import finetune
-    from bara.finetuning.load import load_adapter, model_inputs, predict_table
+    from bara.finetuning.load import load_adapter
+    from bara.finetuning.task_inputs import model_inputs, predict_table
 
     finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)

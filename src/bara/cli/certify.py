@@ -57,7 +57,8 @@ def certify(
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.finetuning.certified_prior import certification_rows
-    from bara.finetuning.load import load_adapter, read_config, text_task
+    from bara.finetuning.load import load_adapter, read_config
+    from bara.finetuning.task_inputs import text_task
     from bara.machine import quieten_libraries
 
     quieten_libraries()

@@ -126,7 +126,7 @@ def _evaluate(
     """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
     from bara.errors import BaraError
     from bara.evaluation.metrics import measure
-    from bara.finetuning.load import model_inputs, predict_table
+    from bara.finetuning.task_inputs import model_inputs, predict_table
     from bara.language.evaluation import answer_losses, token_metrics
 
     if task.task == "causal-lm":

@@ -36,7 +36,8 @@ def predict(
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
     from bara.files import atomic_write_text
-    from bara.finetuning.load import load_adapter, predict_table
+    from bara.finetuning.load import load_adapter
+    from bara.finetuning.task_inputs import predict_table
     from bara.machine import quieten_libraries
 
     quieten_libraries()

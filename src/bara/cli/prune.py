@@ -32,8 +32,8 @@ def prune(
 
     from bara.cards.adapter_files import RECIPE_FILE
     from bara.cli.terminal import calibration_inputs, require_output
-    from bara.finetuning.finetune import save_adapter
     from bara.finetuning.load import load_adapter
+    from bara.finetuning.save import save_adapter
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
     from bara.ranks.pruning import check_threshold, require_removal

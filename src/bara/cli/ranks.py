@@ -30,7 +30,8 @@ def ranks(
     from bara.cli.terminal import update_card
     from bara.data.tables import load_table
     from bara.files import require_new
-    from bara.finetuning.load import load_adapter, model_inputs
+    from bara.finetuning.load import load_adapter
+    from bara.finetuning.task_inputs import model_inputs
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.prediction.predict import predict

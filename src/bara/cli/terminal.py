@@ -25,7 +25,7 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     """
     from bara.data.tables import load_table
     from bara.errors import BaraError
-    from bara.finetuning.load import model_inputs
+    from bara.finetuning.task_inputs import model_inputs
 
     inputs = model_inputs(load_table(data), tokenizer, task, labels=False)
     if held_out is not None:

@@ -62,7 +62,8 @@ def train(
     """Fine-tune a model on a table of texts; writes an adapter folder."""
     from bara.cards.adapter_files import RECIPE_FILE
     from bara.files import atomic_write_text
-    from bara.finetuning.finetune import CHECKPOINTS, finetune
+    from bara.finetuning.checkpoints import CHECKPOINTS
+    from bara.finetuning.finetune import finetune
     from bara.language.tasks import LANGUAGE_TASKS
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe

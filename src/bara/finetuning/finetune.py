@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import Tensor, nn
+from peft import PeftModel, get_peft_model
+from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -20,35 +19,31 @@ from transformers import (
     set_seed,
 )
 
-from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, TASK_FILE
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
-from bara.draws.draws import attach_draws, draw_source
+from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
-from bara.evaluation import abstention
-from bara.files import atomic_directory
 from bara.finetuning.certified_prior import prepare
-from bara.finetuning.load import model_inputs, predict_table, text_task
+from bara.finetuning.task_inputs import model_inputs, predict_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import Method, parse_method
-from bara.methods.weights import WeightDraws
 from bara.models.base import load_base, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.prediction.likelihood import gaussian_nll
-from bara.prediction.temperature import fit_temperature, save_temperature, set_temperature
+from bara.prediction.temperature import fit_temperature, set_temperature
 from bara.training.callback import BayesianCallback
 from bara.training.loss import elbo_loss
-from bara.training.trainer import COMPLETE
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+from bara.finetuning.checkpoints import CHECKPOINTS, _check_output, _prepare_checkpoints
+from bara.finetuning.save import save_adapter
 
-CHECKPOINTS = "checkpoints"
 MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
 
@@ -265,97 +260,6 @@ def attention_projections(model: nn.Module) -> list[str] | str:
     """Names of the attention's query, key and value projections; `all-linear` if none is known."""
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return [name for name in ATTENTION_PROJECTIONS if name in leaves] or "all-linear"
-
-
-def save_adapter(
-    folder: str | Path,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    recipe: TrainRecipe,
-    beside: Callable[[Path], object] | None = None,
-) -> None:
-    """Write everything that `bara.finetuning.load.load_adapter` reads, all of it or nothing.
-
-    Args:
-        folder: where.
-        model, tokenizer, task, recipe: what it reads.
-        beside: writes further files into the folder before it takes its place.
-
-    Raises:
-        BaraError: a weight is not finite, or the folder cannot be written.
-    """
-    for name, tensor in _trained_weights(model):
-        if not tensor.isfinite().all():
-            raise BaraError(
-                f"the weights of {name} are not finite after training, so the adapter was not "
-                "saved; lower training.learning_rate"
-            )
-    # A threshold for abstaining is one of the weights that it was calibrated on.
-    with atomic_directory(folder, drop=(abstention.FILE,)) as temporary:
-        options: dict[str, Any] = (
-            {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-        )
-        model.save_pretrained(str(temporary), **options)
-        source = draw_source(model)
-        if isinstance(source, WeightDraws):
-            source.save(temporary)
-        save_temperature(model, temporary)
-        tokenizer.save_pretrained(str(temporary))
-        task.save(temporary / TASK_FILE)
-        (temporary / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
-        if beside is not None:
-            beside(temporary)
-
-
-def _trained_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(model, PeftModel):
-        yield from model.named_parameters()
-        return
-    for adapter in model.peft_config:
-        yield from get_peft_model_state_dict(
-            model, adapter_name=adapter, save_embedding_layers=False
-        ).items()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most steps among those that were written to their end."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise BaraError(f"{output} is a file; give a folder with --output")
-    checkpoint = newest_checkpoint(output / CHECKPOINTS)
-    if resume and checkpoint is None:
-        raise BaraError(f"{output / CHECKPOINTS} has no complete checkpoint to resume from")
-    if resume:
-        earlier = TrainRecipe.load(output / CHECKPOINTS / RECIPE_FILE)
-        for name in ("model", "method", "method_options"):
-            if (before := getattr(earlier, name)) != getattr(recipe, name):
-                raise BaraError(
-                    f"the run in {output} has {name} = {before}: it can only be resumed with that"
-                )
-    trained = any((output / name).exists() for name in (CONFIG_FILE, RECIPE_FILE))
-    if not resume and not overwrite and (checkpoint or trained):
-        raise BaraError(
-            f"{output} holds an earlier run: go on with it (--resume), replace it (--overwrite) "
-            "or give another --output"
-        )
-
-
-def _prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> Path | None:
-    checkpoint = newest_checkpoint(folder) if resume else None
-    try:
-        for other in folder.glob("checkpoint-*"):
-            if not (resume and (other / COMPLETE).exists()):
-                shutil.rmtree(other)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
-    except OSError as error:
-        raise BaraError(f"cannot write to {folder}: {error.strerror}") from error
-    return checkpoint
 
 
 def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArguments:

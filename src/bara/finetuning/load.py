@@ -12,7 +12,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,16 +20,11 @@ from transformers import (
 )
 
 import bara  # noqa: F401  (enters the methods into PEFT's mappings)
-from bara.data.text_task import TextTask, tokenise
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
-from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import (
-    LANGUAGE_TASKS,
     LanguageTask,
     is_multiple_choice,
-    questions,
-    tokenise_language,
 )
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.probabilistic_peft import PveraDraws, PveraTrainer
@@ -38,14 +32,12 @@ from bara.methods.recipe import TrainRecipe
 from bara.methods.table import parse_method
 from bara.methods.weights import WeightDraws
 from bara.models.sentence import SentenceClassifier
-from bara.prediction.predict import predict
-from bara.prediction.predictive import Predictive
 from bara.prediction.temperature import load_temperature
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, TASK_FILE, read_shapes
+from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, read_shapes
+from bara.finetuning.task_inputs import load_task
 from bara.language.tasks import Task
 from bara.models.base import load_base, load_tokenizer
 
@@ -153,87 +145,6 @@ def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
         ) from error
     model.to(config.dtype)
     return model, load_tokenizer(str(folder), model), task
-
-
-def load_task(folder: Path) -> Task:
-    """What an adapter was trained for.
-
-    Raises:
-        BaraError: the file is missing or does not describe a task.
-    """
-    path = folder / TASK_FILE
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        if fields.get("task") in LANGUAGE_TASKS:
-            return LanguageTask(**fields)
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass  # the next line says what is wrong
-    return TextTask.load(path)
-
-
-def text_task(task: Task, command: str) -> TextTask:
-    """The task, if it is one of `TextTask`'s.
-
-    Raises:
-        BaraError: the adapter is a language model's.
-    """
-    if isinstance(task, LanguageTask):
-        raise BaraError(
-            f"`bara {command}` needs labelled classes, and this adapter was trained for "
-            f"{task.task}: use `bara generate`"
-        )
-    return task
-
-
-def model_inputs(
-    table: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, *, labels: bool = True
-) -> Dataset:
-    """A table as the model of a task reads it.
-
-    Args:
-        table: its rows.
-        tokenizer: the model's.
-        task: what the model is for.
-        labels: keep the labels; a language model's inputs always have theirs.
-
-    Raises:
-        BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
-    """
-    if isinstance(task, LanguageTask):
-        return tokenise_language(table, tokenizer, task)
-    return tokenise(table, tokenizer, task, labels=labels)
-
-
-def predict_table(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    table: Dataset,
-    *,
-    labels: bool = True,
-    first_row: int = 1,
-    **options: Any,
-) -> Predictive:
-    """The predictive distribution of a table's texts or questions.
-
-    Args:
-        model, tokenizer, task: what `load_adapter` returns.
-        table: its rows.
-        labels: whether the rows have labels, which the predictive then keeps; the answers of
-            multiple choice are kept where there are any.
-        first_row: number of the first row, for messages.
-        **options: `num_draws`, `seed`, `deterministic`, `batch_size`, `progress` of `bara.predict`.
-
-    Raises:
-        BaraError: the task is causal-lm, or any error of `bara.predict` or `bara.multiple_choice`.
-    """
-    if is_multiple_choice(task):
-        asked = questions(table, first_row=first_row)
-        return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
-    task = text_task(task, "predict")
-    return predict(
-        model, tokenise(table, tokenizer, task, labels=labels, first_row=first_row), **options
-    )
 
 
 def read_config(folder: Path) -> PeftConfig:
