@@ -16,7 +16,7 @@ from bara.language.choice_loss import (
 )
 from bara.language.question import Question
 from bara.language.tasks import LanguageTask
-from bara.trainers import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 from helpers import gradients
 from language_models import adapted_lm, word_tokenizer, words
 

@@ -452,7 +452,7 @@ def test_interrupt_is_one_line(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bara.finetuning.load.predict", interrupt)
+    monkeypatch.setattr("bara.finetuning.task_inputs.predict", interrupt)
     assert failing("predict", trained, "--data", table) == "bara: error: interrupted\n"
 
 

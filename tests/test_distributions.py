@@ -7,7 +7,7 @@ import torch
 from scipy import integrate, stats
 from torch.distributions import Bernoulli, Gamma, Normal, Weibull, kl_divergence
 
-from bara.posteriors import distributions
+from bara.posteriors import distributions as d
 
 LOGITS = torch.tensor([-6.0, -1.3, 0.0, 0.7, 2.0, 8.0], dtype=torch.float64)
 

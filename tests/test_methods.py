@@ -15,7 +15,7 @@ from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.methods.ensemble import member_name
 from bara.methods.recipe import TrainRecipe
-from bara.methods.table import METHODS, parse_method
+from bara.methods.table import METHODS, check_recipe, parse_method
 from conftest import tiny_bert_config
 
 TEXTS = [
@@ -66,7 +66,7 @@ def test_a_method_trains_saves_loads_and_predicts(base_dir, tmp_path, monkeypatc
 
     from bara.finetuning.save import save_adapter
 
-    monkeypatch.setattr("bara.finetuning.save.save_adapter", save)
+    monkeypatch.setattr("bara.finetuning.finetune.save_adapter", save)
     folder = train(base_dir, tmp_path / "out", f"{method}+temperature")
     model, tokenizer, task = load_adapter(folder)
     inputs = tokenise(TABLE, tokenizer, task)
@@ -166,9 +166,9 @@ def test_names():
     with pytest.raises(BaraError, match="there is no 'blobb'; did you mean 'blob'"):
         parse_method("blobb+temperature")
     with pytest.raises(BaraError, match="num_members must be an integer >= 1, not 0"):
-        TrainRecipe(model="m", method="ensemble", method_options={"num_members": 0}).check()
+        check_recipe(TrainRecipe(model="m", method="ensemble", method_options={"num_members": 0}))
     with pytest.raises(BaraError, match="there is no 'num_members'"):
-        TrainRecipe(model="m", method="lora", method_options={"num_members": 2}).check()
+        check_recipe(TrainRecipe(model="m", method="lora", method_options={"num_members": 2}))
 
 
 def test_defaults_follow_the_method():

@@ -10,7 +10,7 @@ import pytest
 
 from bara import BaraConfig, BaraError
 from bara.methods.recipe import TrainRecipe, parse_yaml
-from bara.methods.table import METHODS, parse_method
+from bara.methods.table import METHODS, check_recipe, parse_method
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_unknown_option_names_are_refused_with_the_nearest(
 ) -> None:
     recipe = TrainRecipe(model="m").with_options({option: value})
     with pytest.raises(BaraError, match=message):
-        recipe.check()
+        check_recipe(recipe)
 
 
 def test_a_temperature_needs_something_to_fit_it_to() -> None:
-    TrainRecipe(model="m", method="lora+temperature", task="multiple-choice").check()
+    check_recipe(TrainRecipe(model="m", method="lora+temperature", task="multiple-choice"))
     with pytest.raises(BaraError, match="causal-lm does not predict; leave out"):
-        TrainRecipe(model="m", method="lora+temperature", task="causal-lm").check()
+        check_recipe(TrainRecipe(model="m", method="lora+temperature", task="causal-lm"))
 
 
 def test_missing_recipe_is_one_line(tmp_path: Path) -> None:
@@ -105,4 +105,4 @@ def test_methods() -> None:
     assert parse_method("lora")[0].config is peft.LoraConfig
     assert parse_method("BARA+temperature") == (METHODS["bara"], True)
     assert METHODS["bara"].config is BaraConfig
-    TrainRecipe(model="m", method="balora").check()
+    check_recipe(TrainRecipe(model="m", method="balora"))

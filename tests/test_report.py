@@ -16,6 +16,7 @@ from bara.evaluation.metrics import Evaluation, classification_metrics, regressi
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from bara.reports import plots
 from bara.reports.report import write_report
+from bara.reports.style import save_figure, to_png
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = "<script>alert('x')</script> & \"quoted\" $x^2$ __a__ %s {{ 7 * 7 }}"
@@ -190,7 +191,7 @@ def test_pictures_show_the_numbers_and_leave_matplotlib_alone(tmp_path, classifi
     curves = plots.risk_coverage(classified).axes[0].lines
     for curve, evaluation in zip(curves, classified.values(), strict=True):
         assert curve.get_ydata()[-1] == pytest.approx(1 - evaluation.metrics["accuracy"])
-    plots.save_figure(plots.reliability_diagram(classified), tmp_path / "a.png")
+    save_figure(plots.reliability_diagram(classified), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
     assert dict(matplotlib.rcParams) == settings
 
@@ -226,7 +227,7 @@ def test_layer_names_become_rows_and_columns(layers, rows, columns):
     axes = plots.effective_rank_heatmap(rank).axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == rows
     assert [label.get_text() for label in axes.get_xticklabels()] == columns
-    plots.to_png(axes.figure)
+    to_png(axes.figure)
 
 
 def test_equal_inputs_are_one_bar(rank):

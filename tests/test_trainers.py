@@ -13,7 +13,7 @@ from bara.methods.adalora import AdaloraTrainer
 from bara.methods.ivon import IvonOptions, IvonTrainer, ivon_factors
 from bara.methods.probabilistic_peft import MontecloraTrainer, PveraDraws
 from bara.methods.table import METHODS
-from bara.trainers import AdapterTrainer
+from bara.training.trainer import AdapterTrainer
 from helpers import TinyNet
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))

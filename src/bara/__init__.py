@@ -1,16 +1,18 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
-from bara.adapter.peft_model import register
+from bara.adapter.peft_model import BayesianLoraModel
 from bara.certificates.certificate import Certificate, certify
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
 from bara.export.export_lora import export_lora
+from bara.finetuning.load import load_adapter
 from bara.language.answer import Generation
 from bara.language.generation import generate
 from bara.language.multiple_choice import multiple_choice
 from bara.language.streaming import StreamedToken, generate_stream
+from bara.models.sentence import SentenceClassifier
 from bara.posteriors.balora import BaloraConfig
 from bara.posteriors.bara_config import BaraConfig
 from bara.posteriors.blob import BlobConfig
@@ -28,13 +30,12 @@ from bara.training.callback import BayesianCallback, set_progress
 from bara.training.kl_mixin import KLMixin
 from bara.training.loss import elbo_loss, kl_loss, kl_terms
 
-register()
-
 __all__ = [
     "BaloraConfig",
     "BaraConfig",
     "BaraError",
     "BayesianCallback",
+    "BayesianLoraModel",
     "BlobConfig",
     "Certificate",
     "CertifiedConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "RankwiseConfig",
     "RegressionPredictive",
     "ScalablConfig",
+    "SentenceClassifier",
     "StreamedToken",
     "Threshold",
     "calibrate_gates",
@@ -61,6 +63,7 @@ __all__ = [
     "generate_stream",
     "kl_loss",
     "kl_terms",
+    "load_adapter",
     "multiple_choice",
     "predict",
     "prune",

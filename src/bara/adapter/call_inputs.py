@@ -16,7 +16,7 @@ def _is_multiple_choice(given: dict[str, Any]) -> bool:
     return isinstance(ids, Tensor) and ids.dim() == 3  # (B, choices, T), flattened by the model
 
 
-def _batch_size(given: dict[str, Any]) -> int:
+def batch_size_of(given: dict[str, Any]) -> int:
     if _is_multiple_choice(given):
         return given["input_ids"].shape[0] * given["input_ids"].shape[1]
     inputs = [given.get(name) for name in ("input_ids", "inputs_embeds")]  # positions may be 1 row
@@ -24,7 +24,7 @@ def _batch_size(given: dict[str, Any]) -> int:
     return next(sizes, 1)
 
 
-def _position_weights(given: dict[str, Any]) -> Iterator[Tensor]:
+def position_weights_of(given: dict[str, Any]) -> Iterator[Tensor]:
     dim = 3 if _is_multiple_choice(given) else 2
     for name in MASKS:
         mask = given.get(name)
@@ -47,7 +47,7 @@ def _tokens(mask: Tensor) -> Tensor:
     return seen.any(dim=1) | seen.any(dim=2)
 
 
-def _loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
+def loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
     """Which labels are terms of the loss, by Trainer's rule; None without labels."""
     labels = given.get("shift_labels")
     if not isinstance(labels, Tensor):

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bara.adapter.call_inputs import (
-    _batch_size,
-    _loss_items,
-    _position_weights,
+    batch_size_of,
+    loss_items,
+    position_weights_of,
 )
 from bara.adapter.forward_pass import ForwardPass
 from bara.draws.draws import Draws, DrawSource
@@ -120,15 +120,15 @@ class Elbo(DrawSource):
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         training = model.training and torch.is_grad_enabled()
         forward = ForwardPass(
-            batch_size=_batch_size(given),
-            weights=tuple(_position_weights(given)),
+            batch_size=batch_size_of(given),
+            weights=tuple(position_weights_of(given)),
             draws=self.draws,
             adapter_names=self.adapter_names,
             training=training,
         )
         if training:
             self._check_consumed()
-            labels = _loss_items(model, given)
+            labels = loss_items(model, given)
             if labels is not None:
                 forward.items = labels.flatten(1).sum(1) if labels.dim() > 1 else labels
                 # With the micro-batch's mean loss in hand one factor scales data and KL alike. Not

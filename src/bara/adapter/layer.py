@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bara.adapter.elbo import Elbo
 from bara.adapter.forward_pass import ForwardPass
 from bara.errors import BaraError
-from bara.posteriors import Posterior
+from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace, wide
 
 CONTAINER = "lora_posterior"

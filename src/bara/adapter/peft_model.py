@@ -17,10 +17,9 @@ from bara.adapter.elbo import Elbo
 from bara.adapter.heads import add_heads, in_heads
 from bara.adapter.layer import RankSpaceVariant, adapted_layers, posteriors
 from bara.errors import BaraError
-from bara.posteriors import FAMILIES
-from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.posteriors.rank_space import Granularity
+from bara.posteriors.registry import Family, family_of, for_each_family, import_families
 
 
 class BayesianLoraModel(LoraModel):
@@ -48,12 +47,12 @@ class BayesianLoraModel(LoraModel):
             self.elbo.schedules[adapter_name] = schedule
             for _, _, posterior in layers:
                 posterior.schedule = schedule
-        if isinstance(config, CertifiedConfig):
-            add_heads(model, adapter_name, config, self.elbo)
+        if (head := family_of(config).head) is not None:
+            add_heads(model, adapter_name, head, config, self.elbo)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        if isinstance(peft_config, CertifiedConfig) and in_heads(key, peft_config.heads):
+        if in_heads(key, getattr(peft_config, "heads", ())):
             return False
         return LoraModel._check_target_module_exists(peft_config, key)
 
@@ -95,7 +94,8 @@ class BayesianLoraModel(LoraModel):
         variant = RankSpaceVariant(current_key, elbo)
         layer.lora_variant[adapter_name] = variant
         with torch.random.fork_rng(devices=[]):  # a seed gives all layers the A of plain LoRA
-            posterior = FAMILIES[type(lora_config)](lora_config, layer.r[adapter_name], granularity)
+            family = family_of(lora_config)
+            posterior = family.posterior(lora_config, layer.r[adapter_name], granularity)
             variant.init(layer, adapter_name, posterior)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
@@ -165,10 +165,13 @@ def resolve_granularity(config: BayesianConfig, model: nn.Module) -> Granularity
     return "token" if generates else config.DEFAULT_GRANULARITY
 
 
-def register() -> None:
-    """Enters the methods into PEFT's type mappings, so that PEFT builds, saves and loads them."""
-    for config in FAMILIES:
-        name: Any = config.METHOD
-        peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config
-        peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = BayesianLoraModel
-        peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = BayesianLoraModel.prefix
+def enter_into_peft(family: Family) -> None:
+    """Enters a family into PEFT's type mappings, so that PEFT builds, saves and loads it."""
+    name: Any = family.config.ABOUT.peft_type
+    peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = family.config
+    peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = BayesianLoraModel
+    peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = BayesianLoraModel.prefix
+
+
+import_families()
+for_each_family(enter_into_peft)

@@ -48,7 +48,7 @@ def _write_report(
     path: Path, rows: dict[str, list[Row]], shown: dict[str, list[Table]], baseline: str
 ) -> None:
     environment = Environment(
-        loader=PackageLoader("bara"),
+        loader=PackageLoader("bara.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -13,6 +13,7 @@ from typing import Any
 from bara.bench.tasks import check_task, task_version
 from bara.errors import BaraError
 from bara.methods.recipe import TrainRecipe, read_yaml, refuse_unknown
+from bara.methods.table import check_recipe
 
 CORRUPTIONS = ("typo", "drop", "shuffle")
 METHOD_FIELDS = {"name": str, "method": str, "method_options": dict, "training": dict}
@@ -255,7 +256,7 @@ class Benchmark:
         for task in {*self.tasks, *_all(self.ood), *_all(self.transfer)}:
             check_task(task, self.data)
         for cell in self.cells():
-            recipe_of(cell, "unused").check()
+            check_recipe(recipe_of(cell, "unused"))
 
     def cells(self) -> Iterator[Cell]:
         """The cells, all methods of one setting before the next setting."""
@@ -295,7 +296,7 @@ class Benchmark:
 
 
 def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainRecipe:
-    """How `bara.finetuning.finetune.finetune` trains a cell; the model is still the benchmark's name."""
+    """How `finetune` trains a cell; the model is still the benchmark's name."""
     return TrainRecipe(
         model=cell.model,
         output=str(output),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.errors import BaraError, first_line
 
 CONFIG_FILE = "adapter_config.json"

@@ -21,11 +21,12 @@ SECTIONS = ("method", "rank", "metrics")
 HERE = "path/to/this/folder"
 
 
-def _rows(values: Mapping[str, Any]) -> str:
+def table_rows(values: Mapping[str, Any]) -> str:
+    """The rows of a table of two columns."""
     return "\n".join(f"| {name} | {value} |" for name, value in values.items())
 
 
-def _write(
+def write_sections(
     folder: Path, sections: Mapping[str, str], tags: tuple[str, ...], empty: str = EMPTY_CARD
 ) -> None:
     """Replaces sections of the card, at its top in the order of `SECTIONS`."""

@@ -118,7 +118,7 @@ def loading_code(
     imports, before, after = [PEFT_IMPORT], "", ""
     if task == "SEQ_CLS" and saved.sentence:
         if library == "bara":
-            imports.append("from bara.models.sentence import SentenceClassifier")
+            imports.append("from bara import SentenceClassifier")
             base = f"SentenceClassifier.from_encoder({json.dumps(name)}, {labels})"
         else:
             imports += [

@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from bara.cards.card_file import HERE, table_rows, write_sections
 from bara.cards.loading_code import SavedAdapter, loading_code, task_type
-
-if TYPE_CHECKING:
-    from bara.posteriors.config import BayesianConfig
-from bara.cards.card_file import HERE, _rows, _write
 
 MOST_NAMES = 8
 """More target modules than this are counted, not listed."""
 
-METHOD = """# {name} adapter
+METHOD = """# {title} adapter
 
 A Bayesian low-rank adapter, trained with [bara](https://pypi.org/project/bara-peft/) on
-[PEFT](https://github.com/huggingface/peft): {what}
+[PEFT](https://github.com/huggingface/peft): {what}.
 
 | | |
 |---|---|
@@ -35,7 +32,7 @@ With `bara`, which gives the posterior and so the uncertainty:
 
 {with_bara}
 If `bara train` made it, `bara predict FOLDER --data TABLE` does all this, and
-`model, tokenizer, task = bara.finetuning.load.load_adapter(FOLDER)` also builds the base model and the
+`model, tokenizer, task = bara.load_adapter(FOLDER)` also builds the base model and the
 tokeniser.
 
 Without `bara`: `bara export FOLDER --mode mean --data TABLE --output plain-lora` writes the
@@ -43,22 +40,20 @@ posterior mean as a plain LoRA adapter, once, and from then on PEFT alone loads 
 
 {without_bara}"""
 
-WHAT = {
-    "BARA": "BaRA (arXiv 2606.29184), whose gates decide which of the factors of the adapter the "
-    "task and each input use.",
-    "BALORA": "BaLoRA (arXiv 2605.08110), LoRA with input-adaptive Gaussian noise on A.",
-}
-NAMES = {"BARA": "BaRA", "BALORA": "BaLoRA"}
 
+def write_method_card(folder: str | Path, config: Any, title: str, what: str) -> None:
+    """Writes what the configuration tells; earlier measurements are removed.
 
-def write_method_card(folder: str | Path, config: BayesianConfig) -> None:
-    """Writes what the configuration tells; earlier measurements are removed."""
-    method = config.METHOD
-    name = NAMES.get(method, method)
+    Args:
+        folder: of the adapter.
+        config: its `LoraConfig`, with `num_observations`.
+        title: of the method.
+        what: the method is, in a line.
+    """
     saved = SavedAdapter.read(Path(folder))
     facts = {
         "base model": config.base_model_name_or_path,
-        "method": name,
+        "method": title,
         "r": _factors(config.r, saved.ranks),
         "lora alpha": config.lora_alpha,
         "target modules": _modules(config.target_modules),
@@ -66,14 +61,15 @@ def write_method_card(folder: str | Path, config: BayesianConfig) -> None:
         "num observations": config.num_observations,
     }
     section = METHOD.format(
-        name=name,
-        what=WHAT.get(method, f"the method {method}."),
-        facts=_rows(facts),
+        title=title,
+        what=what,
+        facts=table_rows(facts),
         with_bara=loading_code(config, saved, HERE, library="bara"),
         without_bara=loading_code(config, saved, "plain-lora", library="peft"),
     )
     sections = {"method": section, "rank": "", "metrics": ""}
-    _write(Path(folder), sections, tags=("bara", method.lower()))
+    tag = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    write_sections(Path(folder), sections, tags=("bara", tag))
 
 
 def _factors(r: int, ranks: tuple[int, ...]) -> str:

@@ -1,7 +1,7 @@
 """Bounds on the generalisation error: PAC-Bayes-kl, and a complexity term in the rank.
 
-Numbers in, numbers out; `bara.finetuning.certified_prior` takes them from a model. The derivations are in
-docs/certificates.md.
+Numbers in, numbers out; `bara.certificates.certificate` takes them from a model. The
+derivations are in docs/certificates.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from bara.adapter.elbo import elbo_of
-from bara.adapter.heads import GaussianLinear
 from bara.adapter.layer import posteriors
 from bara.certificates.bounds import (
     MONTE_CARLO_SHARE,
@@ -22,7 +21,12 @@ from bara.certificates.bounds import (
 )
 from bara.draws.draws import Draws
 from bara.errors import BaraError
-from bara.posteriors.certified import PRIOR_STDS, CertifiedConfig, CertifiedPosterior
+from bara.posteriors.certified import (
+    PRIOR_STDS,
+    CertifiedConfig,
+    CertifiedPosterior,
+    GaussianLinear,
+)
 from bara.prediction.batches import Collate, batches, repeat_rows, to_device
 
 NUM_PRIORS = len(PRIOR_STDS) ** 2
@@ -48,8 +52,8 @@ class Certificate:
         majority_error: error rate on the n examples of always answering the most frequent class.
         effective_rank: s_bar, the posterior's mean number of factors in a layer.
         max_rank: mean maximum rank of the layers.
-        complexity_effective, complexity_max: `bara.certificates.bounds.complexity_term` of either rank. They
-            are no part of the bound.
+        complexity_effective, complexity_max: `complexity_term` of either rank. They are no part
+            of the bound.
     """
 
     bound: float

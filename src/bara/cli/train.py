@@ -67,6 +67,7 @@ def train(
     from bara.language.tasks import LANGUAGE_TASKS
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
+    from bara.methods.table import check_recipe
     from bara.models.gguf import smollm2_path
 
     quieten_libraries()
@@ -97,7 +98,7 @@ def train(
     recipe = recipe.with_options({**parse_options(options or []), **given})
     if recipe.task in LANGUAGE_TASKS and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
-    recipe.check()
+    check_recipe(recipe)
     if save_config:
         atomic_write_text(save_config, recipe.to_yaml())
     if dry_run:

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
-from bara.errors import first_line
 
 FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-from bara.errors import first_line
 
 TaskType = Literal["classification", "regression"]
 TEXT_COLUMNS = ("text", "sentence", "sentence1")

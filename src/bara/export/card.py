@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bara.cards.card_file import HERE, PLAIN_CARD, write_sections
 from bara.cards.loading_code import SavedAdapter, loading_code
-
-if TYPE_CHECKING:
-    from bara.evaluation.difference import Difference
-    from bara.posteriors.config import BayesianConfig
-from bara.cards.card_file import HERE, PLAIN_CARD, _write
-from bara.cards.method_card import NAMES
+from bara.evaluation.difference import Difference
+from bara.posteriors.config import BayesianConfig
 
 MERGED = """from transformers import {class_name}
 
@@ -35,7 +31,7 @@ def write_merged_card(
         class_name: the class of transformers that loads it, or `SentenceTransformer`.
         difference: to the adapter's own predictions.
     """
-    name = NAMES.get(config.METHOD, config.METHOD)
+    name = config.ABOUT.title
     code = MERGED_SENTENCE if class_name == "SentenceTransformer" else MERGED
     section = (
         f"# {config.base_model_name_or_path} with {name} merged\n\nThe base model with the "
@@ -44,14 +40,15 @@ def write_merged_card(
         f"```python\n{code.format(class_name=class_name, folder=HERE)}```\n\n"
         f"{_measured(difference)}"
     )
-    _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("bara",), empty=PLAIN_CARD)
+    sections = {"method": section, "rank": "", "metrics": ""}
+    write_sections(folder, sections, tags=("bara",), empty=PLAIN_CARD)
 
 
 def write_export_card(
     folder: Path, config: BayesianConfig, mode: str, num_draws: int, difference: Difference | None
 ) -> None:
     """The card of a plain LoRA adapter, or of several draws, that was made of another adapter."""
-    name = NAMES.get(config.METHOD, config.METHOD)
+    name = config.ABOUT.title
     if mode == "draws":
         what = (
             f"{num_draws} plain LoRA adapters, `draw-0` and so on: draws of the posterior of a "
@@ -66,7 +63,7 @@ def write_export_card(
     saved = SavedAdapter.read(folder / first)
     section += loading_code(config, saved, str(Path(HERE) / first), library="peft")
     section += f"\n{_measured(difference)}"
-    _write(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
+    write_sections(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
 
 
 def _measured(difference: Difference | None) -> str:

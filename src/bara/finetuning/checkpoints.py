@@ -19,7 +19,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise BaraError(f"{output} is a file; give a folder with --output")
     checkpoint = newest_checkpoint(output / CHECKPOINTS)
@@ -40,7 +40,7 @@ def _check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite:
         )
 
 
-def _prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> Path | None:
+def prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> Path | None:
     checkpoint = newest_checkpoint(folder) if resume else None
     try:
         for other in folder.glob("checkpoint-*"):

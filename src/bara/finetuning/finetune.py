@@ -24,12 +24,14 @@ from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.certified_prior import prepare
+from bara.finetuning.checkpoints import CHECKPOINTS, check_output, prepare_checkpoints
+from bara.finetuning.save import save_adapter
 from bara.finetuning.task_inputs import model_inputs, predict_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
-from bara.methods.table import Method, parse_method
+from bara.methods.table import Method, check_recipe, parse_method
 from bara.models.base import load_base, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
@@ -41,8 +43,6 @@ from bara.training.loss import elbo_loss
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-from bara.finetuning.checkpoints import CHECKPOINTS, _check_output, _prepare_checkpoints
-from bara.finetuning.save import save_adapter
 
 MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
@@ -87,10 +87,10 @@ def finetune(
         BaraError: an option, the data or the model cannot be used, the loss is not finite, or
             saving failed. An earlier adapter and the last checkpoint are then as they were.
     """
-    recipe.check()
+    check_recipe(recipe)
     method, tempered = parse_method(recipe.method)
     output = Path(recipe.output)
-    _check_output(output, recipe, resume=resume, overwrite=overwrite)
+    check_output(output, recipe, resume=resume, overwrite=overwrite)
     if train is None:
         if not recipe.data:
             raise BaraError("which data? Give a file or a hub data set with --data")
@@ -122,7 +122,7 @@ def finetune(
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
             temperature = base_temperature(model, tokenizer, train, task, recipe.seed)
         set_temperature(model, temperature)
-    checkpoint = _prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
+    checkpoint = prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
     else:

@@ -19,27 +19,26 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-import bara  # noqa: F401  (enters the methods into PEFT's mappings)
+from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, read_shapes
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
+from bara.finetuning.task_inputs import load_task
 from bara.language.tasks import (
     LanguageTask,
+    Task,
     is_multiple_choice,
 )
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.probabilistic_peft import PveraDraws, PveraTrainer
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import parse_method
-from bara.methods.weights import WeightDraws
+from bara.methods.weight_draws import WeightDraws
+from bara.models.base import load_base, load_tokenizer
 from bara.models.sentence import SentenceClassifier
 from bara.prediction.temperature import load_temperature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, read_shapes
-from bara.finetuning.task_inputs import load_task
-from bara.language.tasks import Task
-from bara.models.base import load_base, load_tokenizer
 
 
 def load_adapter(

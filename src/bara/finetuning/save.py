@@ -16,7 +16,7 @@ from bara.evaluation import abstention
 from bara.files import atomic_directory
 from bara.language.tasks import Task
 from bara.methods.recipe import TrainRecipe
-from bara.methods.weights import WeightDraws
+from bara.methods.weight_draws import WeightDraws
 from bara.prediction.temperature import save_temperature
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def save_adapter(
     recipe: TrainRecipe,
     beside: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write everything that `bara.finetuning.load.load_adapter` reads, all of it or nothing.
+    """Write everything that `bara.load_adapter` reads, all of it or nothing.
 
     Args:
         folder: where.

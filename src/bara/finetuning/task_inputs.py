@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-import bara  # noqa: F401  (enters the methods into PEFT's mappings)
+from bara.cards.adapter_files import TASK_FILE
 from bara.data.text_task import TextTask, tokenise
 from bara.errors import BaraError
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import (
     LANGUAGE_TASKS,
     LanguageTask,
+    Task,
     is_multiple_choice,
     questions,
     tokenise_language,
@@ -25,8 +26,6 @@ from bara.prediction.predictive import Predictive
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-from bara.cards.adapter_files import TASK_FILE
-from bara.language.tasks import Task
 
 
 def load_task(folder: Path) -> Task:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError, first_line
+from bara.language.answer import Generation
 from bara.language.prompts import (
     Prompt,
     context,
@@ -31,7 +32,6 @@ from bara.prediction.batches import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from bara.language.answer import Generation
 
 MAX_NEW_TOKENS = 128
 REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale")

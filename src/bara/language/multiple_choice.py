@@ -15,13 +15,13 @@ from torch.nn.utils.rnn import pad_sequence
 from bara.draws.draws import Draws, draw_source
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
+from bara.language.question import LETTERS, Question, Scoring
 from bara.prediction.batches import repeat_rows, to_device
 from bara.prediction.predictive import ClassificationPredictive
 from bara.prediction.temperature import get_temperature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from bara.language.question import LETTERS, Question, Scoring
 
 
 def multiple_choice(

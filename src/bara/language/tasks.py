@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
+from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
 from bara.language.question import Question, Scoring
@@ -16,18 +17,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import bara  # noqa: F401  (enters the methods into PEFT's mappings)
-from bara.data.text_task import TextTask
-from bara.errors import BaraError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 LANGUAGE_TASKS = ("causal-lm", "multiple-choice")
 

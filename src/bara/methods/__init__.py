@@ -3,7 +3,7 @@
 from bara.methods.ensemble import EnsembleDraws
 from bara.methods.laplace import LaplaceOptions, laplace
 from bara.methods.tfb import tfb
-from bara.methods.weights import Factors, WeightDraws
+from bara.methods.weight_draws import Factors, WeightDraws
 from bara.prediction.temperature import fit_temperature, set_temperature
 
 __all__ = [

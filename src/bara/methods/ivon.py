@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError
-from bara.methods.weights import Factors, WeightDraws
+from bara.methods.weight_draws import Factors, WeightDraws
 from bara.training.trainer import AdapterTrainer
 
 

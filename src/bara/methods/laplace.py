@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
-from bara.methods.weights import Factors, WeightDraws
+from bara.methods.weight_draws import Factors, WeightDraws
 from bara.prediction.batches import pad_rows, to_device
 from bara.training.trainer import AdapterTrainer
 

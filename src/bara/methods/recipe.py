@@ -42,8 +42,6 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 8,
 }
 """Where language models differ from `TRAINING_DEFAULTS`."""
-ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
-"""Options of `TrainingArguments` that the recipe sets from a field of its own."""
 
 
 @dataclass
@@ -59,8 +57,8 @@ class TrainRecipe:
             `bara.data.text_task.TextTask.infer`. For `task` causal-lm or multiple-choice see
             `bara.language.tasks.LanguageTask`, which has fixed columns.
         scoring: for multiple choice, `text` or `letter`.
-        method: a name of `bara.methods.table.METHODS`, with the suffix `+temperature` for a temperature
-            fitted on the validation table.
+        method: a name of `bara.methods.table.METHODS`, with the suffix `+temperature` for a
+            temperature fitted on the validation table.
         method_options: fields of the method's configuration class and its own options, over
             `METHOD_DEFAULTS`.
             Without `target_modules` the attention's projections are adapted.
@@ -101,32 +99,6 @@ class TrainRecipe:
         self.model_options = {"dtype": "float32", **self.model_options}
         for group, defaults in _defaults(self.method, self.task).items():
             setattr(self, group, {**defaults, **getattr(self, group)})
-
-    def check(self) -> None:
-        """Check the method and the names of all options (imports the training libraries).
-
-        Raises:
-            BaraError: a name is unknown (the message has the nearest that is known), or the method
-                does not fit the task.
-        """
-        from transformers import TrainingArguments
-
-        if not self.model:
-            raise BaraError("which model? Give a folder or a hub name with --model")
-        from bara.methods.table import parse_method
-
-        method, tempered = parse_method(self.method)
-        method.check(self.method_options)
-        if tempered and self.task == "causal-lm":
-            raise BaraError(
-                f"method {self.method}: a temperature is fitted to classes, choices or numbers, "
-                "which causal-lm does not predict; leave out +temperature"
-            )
-        for name, instead in ELSEWHERE.items():
-            if name in self.training:
-                raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
-        known = {option.name for option in fields(TrainingArguments)} - set(ELSEWHERE)
-        refuse_unknown(self.training, known, "training")
 
     def with_options(self, options: Mapping[str, Any]) -> TrainRecipe:
         """A copy with some options changed; `training.learning_rate` names a nested one."""

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftConfig, PveraConfig
+from transformers import TrainingArguments
 
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
@@ -16,21 +17,17 @@ from bara.methods.ensemble import EnsembleOptions
 from bara.methods.ivon import IvonOptions, IvonTrainer
 from bara.methods.laplace import LaplaceOptions, LaplaceTrainer
 from bara.methods.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
-from bara.methods.recipe import METHOD_DEFAULTS, refuse_unknown
+from bara.methods.recipe import METHOD_DEFAULTS, TrainRecipe, refuse_unknown
 from bara.methods.tfb import TfbOptions, TfbTrainer
-from bara.posteriors.balora import BaloraConfig
-from bara.posteriors.bara_config import BaraConfig
-from bara.posteriors.blob import BlobConfig
-from bara.posteriors.certified import CertifiedConfig
-from bara.posteriors.mc_dropout import McDropoutConfig
-from bara.posteriors.rankwise import RankwiseConfig
-from bara.posteriors.scalabl import ScalablConfig
+from bara.posteriors.registry import Family, for_each_family
 from bara.training.trainer import AdapterTrainer
 
 TEMPERED = "+temperature"
 """Suffix of a method's name for a temperature fitted on held-out data."""
 
 
+ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
+"""Options of `TrainingArguments` that the recipe sets from a field of its own."""
 TASKS = ("classification", "regression", *LANGUAGE_TASKS)
 
 
@@ -119,40 +116,6 @@ METHODS: dict[str, Method] = {
         translate=adalora_options,
         trainer=AdaloraTrainer,
     ),
-    "bara": Method(
-        "adaptive rank: sparse, input-dependent factors",
-        "gates and scale of the factors",
-        "arXiv 2606.29184",
-        config=BaraConfig,
-    ),
-    "balora": Method(
-        "input-adaptive Gaussian noise on A", "A", "arXiv 2605.08110", config=BaloraConfig
-    ),
-    "certified": Method(
-        "an adapter whose every fitted number has a posterior, for bara certify",
-        "gates, B and the head",
-        "docs/certificates.md",
-        config=CertifiedConfig,
-    ),
-    "blob": Method("a Gaussian on every element of A", "A", "arXiv 2406.11675", config=BlobConfig),
-    "scalabl": Method(
-        "a Gaussian on the r-dimensional diagonal between B and A",
-        "the diagonal",
-        "arXiv 2506.21408",
-        config=ScalablConfig,
-    ),
-    "rankwise": Method(
-        "variational dropout with one variance per factor",
-        "A",
-        "arXiv 2506.22809",
-        config=RankwiseConfig,
-    ),
-    "mc-dropout": Method(
-        "dropout on the adapter's inputs that stays on",
-        "inputs of A that are dropped",
-        "arXiv 1506.02142",
-        config=McDropoutConfig,
-    ),
     "ensemble": Method(
         "LoRA adapters trained from different seeds on one base model",
         "the member",
@@ -200,7 +163,15 @@ METHODS: dict[str, Method] = {
         trainer=PveraTrainer,
     ),
 }
-"""All methods by name. Each also exists with the suffix `+temperature`."""
+"""All methods by name, with every posterior family. Each also exists with `+temperature`."""
+
+
+def _add(family: Family) -> None:
+    about = family.config.ABOUT
+    METHODS[about.name] = Method(about.summary, about.random, about.paper, config=family.config)
+
+
+for_each_family(_add)
 
 
 def parse_method(name: str) -> tuple[Method, bool]:
@@ -212,3 +183,26 @@ def parse_method(name: str) -> tuple[Method, bool]:
     base = name.lower().removesuffix(TEMPERED)
     refuse_unknown([base], METHODS, "method")
     return METHODS[base], base != name.lower()
+
+
+def check_recipe(recipe: TrainRecipe) -> None:
+    """Checks the method and the names of all options.
+
+    Raises:
+        BaraError: a name is unknown (the message has the nearest that is known), or the method
+            does not fit the task.
+    """
+    if not recipe.model:
+        raise BaraError("which model? Give a folder or a hub name with --model")
+    method, tempered = parse_method(recipe.method)
+    method.check(recipe.method_options)
+    if tempered and recipe.task == "causal-lm":
+        raise BaraError(
+            f"method {recipe.method}: a temperature is fitted to classes, choices or numbers, "
+            "which causal-lm does not predict; leave out +temperature"
+        )
+    for name, instead in ELSEWHERE.items():
+        if name in recipe.training:
+            raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
+    known = {option.name for option in fields(TrainingArguments)} - set(ELSEWHERE)
+    refuse_unknown(recipe.training, known, "training")

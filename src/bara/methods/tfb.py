@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
-from bara.methods.weights import Factors, WeightDraws
+from bara.methods.weight_draws import Factors, WeightDraws
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.prediction.temperature import negative_log_likelihood

@@ -11,17 +11,16 @@ from transformers import (
     AutoTokenizer,
 )
 
-import bara  # noqa: F401  (enters the methods into PEFT's mappings)
 from bara.errors import BaraError, first_line
 from bara.language.tasks import (
     LanguageTask,
+    Task,
 )
 from bara.models.gguf import load_gguf, source
 from bara.models.sentence import SentenceClassifier, is_sentence_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from bara.language.tasks import Task
 
 HEADS = ("classifier", "score")
 """Modules that PEFT saves with every sequence-classification adapter."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import scale_noise_kl
 from bara.posteriors.posterior import Posterior, PosteriorOutput, relative_noise_draw
 from bara.posteriors.rank_space import Granularity, RankSpace, rms_normalised, wide
+from bara.posteriors.registry import register
 
 
 @dataclass
@@ -28,8 +28,6 @@ class BaloraConfig(BayesianConfig):
 
     Its mean is exactly a LoRA adapter and merges exactly.
     """
-
-    METHOD: ClassVar[str] = "BALORA"
 
     kl_weight: float = field(
         default=0.1,
@@ -116,3 +114,16 @@ class BaloraPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         return relative_noise_draw(a, self._calibrated(), noise), None
+
+
+register(
+    BaloraConfig,
+    BaloraPosterior,
+    About(
+        name="balora",
+        title="BaLoRA",
+        summary="input-adaptive Gaussian noise on A",
+        random="A",
+        paper="arXiv 2605.08110",
+    ),
+)

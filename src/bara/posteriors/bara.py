@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from bara.draws.draws import Noise
 from bara.posteriors.bara_config import BaraConfig
+from bara.posteriors.config import About
 from bara.posteriors.distributions import (
     OPEN_SHIFT,
     bernoulli_kl,
@@ -34,6 +35,7 @@ from bara.posteriors.distributions import (
 )
 from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput, relative_noise_draw
 from bara.posteriors.rank_space import Granularity, RankSpace, position_mean, rms_normalised, wide
+from bara.posteriors.registry import register
 
 MOST_OPEN = 11
 """Factors of a layer that an input starts with, at most."""
@@ -316,3 +318,16 @@ class BaraPosterior(Posterior):
             average = self._calibrated()
             factors.append(average.to(factors[0]) if factors else average)
         return reduce(torch.mul, factors) if factors else None
+
+
+register(
+    BaraConfig,
+    BaraPosterior,
+    About(
+        name="bara",
+        title="BaRA",
+        summary="adaptive rank: sparse, input-dependent factors",
+        random="gates and scale of the factors, and A",
+        paper="arXiv 2606.29184",
+    ),
+)

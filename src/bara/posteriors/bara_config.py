@@ -24,7 +24,6 @@ class BaraConfig(BayesianConfig):
     `bara.effective_rank`.
     """
 
-    METHOD: ClassVar[str] = "BARA"
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
     POSITIVE = ("noise_prior", "intensity_prior", "logit_scale")
 

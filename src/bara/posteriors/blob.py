@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.registry import register
 
 
 @dataclass
@@ -26,7 +26,6 @@ class BlobConfig(BayesianConfig):
     Its mean is exactly a LoRA adapter and merges exactly.
     """
 
-    METHOD: ClassVar[str] = "BLOB"
     POSITIVE = ("prior_std", "init_noise")
 
     kl_weight: float = field(
@@ -79,3 +78,16 @@ class BlobPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         return a + (self.std() * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None
+
+
+register(
+    BlobConfig,
+    BlobPosterior,
+    About(
+        name="blob",
+        title="BLoB",
+        summary="a Gaussian on every element of A",
+        random="A",
+        paper="arXiv 2406.11675",
+    ),
+)

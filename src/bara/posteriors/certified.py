@@ -14,13 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.nn.functional import linear
 
 from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import TEMPERATURE, logistic_noise
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.registry import register
 
 PRIOR_STDS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """The grid of prior standard deviations that a certificate's union bound pays for."""
@@ -38,7 +40,6 @@ class CertifiedConfig(BayesianConfig):
     that has no posterior.
     """
 
-    METHOD: ClassVar[str] = "CERTIFIED"
     FROZEN: ClassVar[tuple[str, ...]] = ("lora_A",)
     POSITIVE = ("logit_scale",)
 
@@ -184,3 +185,83 @@ class CertifiedPosterior(Posterior):
             "A certified adapter is not merged: its certificate is for draws of the posterior, "
             "not for their mean."
         )
+
+
+class GaussianLinear(nn.Module):
+    """A linear layer whose weight and bias are N(mean, std^2), element by element.
+
+    The prior's mean is the layer's start, so that a saved head is complete.
+    """
+
+    def __init__(self, layer: nn.Linear, config: CertifiedConfig) -> None:
+        super().__init__()
+        self.scale = config.logit_scale
+        self.names = [name for name, _ in layer.named_parameters()]  # weight, and perhaps bias
+        for name, value in layer.named_parameters():
+            mean = wide(value.detach()).clone()
+            log_std = torch.full_like(mean, math.log(config.head_prior_std))
+            self.register_parameter(f"mean_{name}", nn.Parameter(mean))
+            self.register_parameter(f"spread_{name}", nn.Parameter(torch.zeros_like(mean)))
+            self.register_buffer(f"prior_mean_{name}", mean.clone())
+            self.register_buffer(f"prior_log_std_{name}", log_std)
+
+    def _part(self, kind: str, name: str) -> Tensor:
+        return getattr(self, f"{kind}_{name}")
+
+    def _mean(self, name: str) -> Tensor:
+        return wide(self._part("mean", name))
+
+    def _log_std(self, name: str) -> Tensor:
+        return wide(self._part("prior_log_std", name)) + self.scale * wide(
+            self._part("spread", name)
+        )
+
+    def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
+        """Applies a draw to each row of x, (B, ..., d_in), or the mean if `noise` is None."""
+        with torch.autocast(x.device.type, enabled=False):
+            means = {name: self._mean(name) for name in self.names}
+            x = x.to(means["weight"].dtype)
+            output = linear(x, means["weight"], means.get("bias"))
+            if noise is None:
+                return output
+            draw = {
+                name: noise.normal(name, tuple(mean.shape)) * self._log_std(name).exp()
+                for name, mean in means.items()
+            }
+            rows = x.reshape(x.shape[0], -1, x.shape[-1])
+            change = torch.einsum("bti,boi->bto", rows, draw["weight"])
+            if "bias" in draw:
+                change = change + draw["bias"].unsqueeze(1)
+            return output + change.reshape(output.shape)
+
+    def kl(self) -> Tensor:
+        """KL(posterior || prior), a scalar in nats."""
+        terms = []
+        for name in self.names:
+            posterior = Normal(self._mean(name), self._log_std(name).exp())
+            prior_std = wide(self._part("prior_log_std", name)).exp()
+            prior = Normal(wide(self._part("prior_mean", name)), prior_std)
+            terms.append(kl_divergence(posterior, prior).sum())
+        return torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def take_as_prior(self) -> None:
+        """Makes the posterior the prior."""
+        for name in self.names:
+            self._part("prior_log_std", name).copy_(self._log_std(name))
+            self._part("prior_mean", name).copy_(self._mean(name))
+            self._part("spread", name).zero_()
+
+
+register(
+    CertifiedConfig,
+    CertifiedPosterior,
+    About(
+        name="certified",
+        title="the certified mode",
+        summary="an adapter whose every fitted number has a posterior, for bara certify",
+        random="gates, B and the head",
+        paper="docs/certificates.md",
+    ),
+    head=GaussianLinear,
+)

@@ -8,8 +8,33 @@ from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 
+from bara.cards.method_card import write_method_card
 from bara.errors import BaraError
 from bara.posteriors.schedule import LossSchedule
+
+
+@dataclass(frozen=True)
+class About:
+    """What is said of a family wherever methods are listed.
+
+    Attributes:
+        name: what commands call it, in lower case.
+        title: how its paper writes it.
+        summary: what it is, in a line.
+        random: what differs between draws.
+        paper: its source.
+    """
+
+    name: str
+    title: str
+    summary: str
+    random: str
+    paper: str
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method."""
+        return self.name.upper()
 
 
 @dataclass
@@ -23,7 +48,8 @@ class BayesianConfig(LoraConfig):
     raise `BaraError` (a `ValueError`) when the config is made.
     """
 
-    METHOD: ClassVar[str]
+    ABOUT: ClassVar[About]
+    """Set by the family's registration."""
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "sequence"
     FROZEN: ClassVar[tuple[str, ...]] = ()
     """Parts of the adapter that are never trained, by PEFT's names."""
@@ -69,7 +95,7 @@ class BayesianConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         # a plain string: PEFT's type mappings take it, and its enum stays as it is
-        self.peft_type = self.METHOD
+        self.peft_type = self.ABOUT.peft_type
         self._refuse_other_variants()
         self._require("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
         n = self.num_observations
@@ -101,10 +127,11 @@ class BayesianConfig(LoraConfig):
 
         `PeftModel.save_pretrained` calls this after it has written its own model card.
         """
-        from bara.cards.method_card import write_method_card  # not needed to train
 
         super().save_pretrained(save_directory, **kwargs)
-        write_method_card(save_directory, self)
+        about = self.ABOUT
+        what = f"{about.title} ({about.paper}), {about.summary}"
+        write_method_card(save_directory, self, about.title, what)
 
     def _require(self, name: str, value: Any, valid: bool, what: str) -> None:
         if not valid:

@@ -7,14 +7,14 @@ that a draw is one thinned adapter (Gal and Ghahramani 2016, arXiv 1512.05287).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from torch import Tensor
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, trailing
+from bara.posteriors.registry import register
 
 
 @dataclass
@@ -24,8 +24,6 @@ class McDropoutConfig(BayesianConfig):
     Its mean is exactly a LoRA adapter and merges exactly. There is no KL: give a weight decay to
     the optimiser for a Gaussian prior.
     """
-
-    METHOD: ClassVar[str] = "MC-DROPOUT"
 
     dropout_rate: float = field(
         default=0.1, metadata={"help": "Probability in (0, 1) that a feature is dropped."}
@@ -64,3 +62,16 @@ class McDropoutPosterior(Posterior):
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         mask = self._mask(a.shape[1], noise)[0]
         return a * trailing(mask, a.dim() - 1).to(a.dtype), None
+
+
+register(
+    McDropoutConfig,
+    McDropoutPosterior,
+    About(
+        name="mc-dropout",
+        title="MC-dropout",
+        summary="dropout on the adapter's inputs that stays on",
+        random="inputs of A that are dropped",
+        paper="arXiv 1506.02142",
+    ),
+)

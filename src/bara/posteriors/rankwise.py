@@ -9,16 +9,16 @@ task does not need. B is deterministic.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import log_uniform_kl
 from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, trailing, wide
+from bara.posteriors.registry import register
 
 
 @dataclass
@@ -27,8 +27,6 @@ class RankwiseConfig(BayesianConfig):
 
     Its mean is exactly a LoRA adapter and merges exactly.
     """
-
-    METHOD: ClassVar[str] = "RANKWISE"
 
     kl_weight: float = field(
         default=0.001,
@@ -80,3 +78,16 @@ class RankwisePosterior(Posterior):
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         std = trailing(self.variance().sqrt(), a.dim())
         return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None
+
+
+register(
+    RankwiseConfig,
+    RankwisePosterior,
+    About(
+        name="rankwise",
+        title="rank-wise variational dropout",
+        summary="variational dropout with one variance per factor",
+        random="A",
+        paper="arXiv 2506.22809",
+    ),
+)

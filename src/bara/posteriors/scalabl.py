@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
 from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.registry import register
 
 
 @dataclass
@@ -30,7 +30,6 @@ class ScalablConfig(BayesianConfig):
     Its mean is a LoRA adapter and merges exactly.
     """
 
-    METHOD: ClassVar[str] = "SCALABL"
     POSITIVE = ("prior_std", "init_noise")
 
     prior_std: float = field(
@@ -89,3 +88,16 @@ class ScalablPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         return a, self.mean() + self.std() * noise.normal("s", (self.rank,))[0]
+
+
+register(
+    ScalablConfig,
+    ScalablPosterior,
+    About(
+        name="scalabl",
+        title="ScalaBL",
+        summary="a Gaussian on the r-dimensional diagonal between B and A",
+        random="the diagonal",
+        paper="arXiv 2506.21408",
+    ),
+)

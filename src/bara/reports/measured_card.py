@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bara.cards.card_file import table_rows, write_sections
 from bara.errors import BaraError
-
-if TYPE_CHECKING:
-    from bara.ranks.effective_rank import EffectiveRank
-from bara.cards.card_file import _rows, _write
+from bara.ranks.effective_rank import EffectiveRank
 
 
 def write_model_card(
@@ -43,12 +40,12 @@ def write_model_card(
         sections["metrics"] = _metrics_section(metrics, num_draws, data)
     if rank is not None:
         sections["rank"] = _rank_section(rank, data)
-    _write(Path(folder), sections, tags=())
+    write_sections(Path(folder), sections, tags=())
 
 
 def _metrics_section(metrics: Mapping[str, float], num_draws: int | None, data: str | None) -> str:
     where = _where(data) + (f"{num_draws} posterior draws." if num_draws else "")
-    rows = _rows({name: f"{value:.4f}" for name, value in metrics.items()})
+    rows = table_rows({name: f"{value:.4f}" for name, value in metrics.items()})
     lines = ["## Calibration metrics\n", f"{where}\n", "| metric | value |", "|---|---|", rows]
     return "\n".join(lines) + "\n"
 

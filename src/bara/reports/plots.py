@@ -21,10 +21,10 @@ from torch import Tensor
 from bara.errors import BaraError
 from bara.evaluation.metrics import Evaluation, reliability, selective_risk
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
+from bara.reports.style import LIGHT, Theme, series_styles, style_axes
 
 if TYPE_CHECKING:
     from bara.ranks.effective_rank import EffectiveRank
-from bara.reports.style import LIGHT, Theme, series_styles, style_axes
 
 
 def reliability_diagram(evaluations: Mapping[str, Evaluation], theme: Theme = LIGHT) -> Figure:

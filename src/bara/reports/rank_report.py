@@ -16,6 +16,7 @@ from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.ranks.effective_rank import EffectiveRank, RankShift, rank_shift
 from bara.reports import plots
 from bara.reports.report import picture, rank_numbers, render_page
+from bara.reports.style import save_figure
 
 HEADINGS = ("module", "layers", "soft", "± draws", "hard", "lowest", "highest", "maximum")
 EXAMPLES = 5
@@ -193,7 +194,7 @@ def write_rank_report(folder: str | Path, report: RankReport, notes: Sequence[st
     )
     with atomic_directory(folder) as temporary:
         for name, (draw, *subjects) in drawings.items():
-            plots.save_figure(draw(*subjects), temporary / f"{name}.png")
+            save_figure(draw(*subjects), temporary / f"{name}.png")
         (temporary / "ranks.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
         (temporary / "report.html").write_text(page, "utf-8", errors="replace")
 

@@ -16,6 +16,7 @@ from bara.evaluation.metrics import Evaluation, selective_risk
 from bara.files import atomic_write_text
 from bara.prediction.predictive import ClassificationPredictive
 from bara.reports import plots
+from bara.reports.style import DARK, LIGHT, to_png
 
 if TYPE_CHECKING:
     from bara.ranks.effective_rank import EffectiveRank
@@ -128,7 +129,7 @@ def write_report(
 def render_page(template: str, **values: Any) -> str:
     """A page of `templates/`, with every value escaped."""
     environment = Environment(
-        loader=PackageLoader("bara"),
+        loader=PackageLoader("bara.reports"),
         # Not `select_autoescape`: it goes by the name's end, and `.html.j2` is not `.html`.
         autoescape=True,
         undefined=StrictUndefined,
@@ -141,9 +142,8 @@ def render_page(template: str, **values: Any) -> str:
 def picture(draw: Callable[..., Figure], *subjects: Any) -> dict[str, str]:
     """The picture in both modes, as data URIs."""
     return {
-        mode: "data:image/png;base64,"
-        + base64.b64encode(plots.to_png(draw(*subjects, theme))).decode()
-        for mode, theme in (("light", plots.LIGHT), ("dark", plots.DARK))
+        mode: "data:image/png;base64," + base64.b64encode(to_png(draw(*subjects, theme))).decode()
+        for mode, theme in (("light", LIGHT), ("dark", DARK))
     }
 
 
