@@ -55,7 +55,7 @@ def adapter(tmp_path: Path, tiny_model_dir: Path, table: Path) -> Path:
 def make_adapter(
     tmp_path: Path, model_dir: Path, table: Path, method: str, temperature: float | None = None
 ) -> Path:
-    options = {"r": 3} | ({"logit_scale": 20.0} if method == "bara" else {})  # as helpers.adapt
+    options = {"r": 3}
     name = f"{method}+temperature" if temperature else method
     recipe = TrainRecipe(model=str(model_dir), method=name, method_options=options)
     rows = [json.loads(line) for line in table.read_text().splitlines()]

@@ -38,6 +38,41 @@ class About:
 
 
 @dataclass
+class Resolved:
+    """The numbers in force on one attached adapter: its configuration's, and for those left to the
+    data, the layers or the steps what these made of them.
+
+    Attributes:
+        num_observations: N; None until it is known.
+        kl_weight: of KL_global / N.
+        local_kl_weight: of KL_local.
+    """
+
+    num_observations: int | None = None
+    kl_weight: float = 1.0
+    local_kl_weight: float = 0.0
+
+    def set_by_steps(self, num_steps: int) -> None:
+        """Adjusts defaults to the optimiser steps that training is going to take."""
+
+
+class PeftName(str):
+    """A method's name as PEFT handles the members of its own enumeration of methods."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The name itself."""
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        """The name itself."""
+        return str(self)
+
+
+@dataclass
 class BayesianConfig(LoraConfig):
     """What all Bayesian adapters share: the weights of the ELBO (design 2.4).
 
@@ -51,6 +86,10 @@ class BayesianConfig(LoraConfig):
     ABOUT: ClassVar[About]
     """Set by the family's registration."""
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "sequence"
+    RESOLVED: ClassVar[type[Resolved]] = Resolved
+    """The numbers that an adapter of this family has in force."""
+    RETIRED: ClassVar[dict[str, Any]] = {}
+    """Options of earlier versions, each with the one value that adapters can still be read with."""
     FROZEN: ClassVar[tuple[str, ...]] = ()
     """Parts of the adapter that are never trained, by PEFT's names."""
     POSITIVE: ClassVar[tuple[str, ...]] = ()
@@ -92,10 +131,20 @@ class BayesianConfig(LoraConfig):
         },
     )
 
+    resolved: Any = field(
+        default=None,
+        metadata={
+            "help": "The numbers in force on the attached adapter (`bara.posteriors.config."
+            "Resolved`), saved with it; not an option. None before the adapter is attached."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        # a plain string: PEFT's type mappings take it, and its enum stays as it is
-        self.peft_type = self.ABOUT.peft_type
+        # a string: PEFT's type mappings take it, and its enumeration stays as it is
+        self.peft_type = PeftName(self.ABOUT.peft_type)
+        if isinstance(self.resolved, dict):  # as JSON brings it back
+            self.resolved = self._resolved_from(self.resolved)
         self._refuse_other_variants()
         self._require("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
         n = self.num_observations
@@ -112,11 +161,21 @@ class BayesianConfig(LoraConfig):
             "'auto', 'sequence' or 'token'",
         )
 
-    def set_by_layers(self, num_layers: int) -> None:
-        """Fills in the fields left at None that depend on how many layers the adapter is on."""
+    def resolve(self, num_layers: int) -> Resolved:
+        """The numbers in force on an adapter of this many layers, before training.
 
-    def set_by_steps(self, num_steps: int) -> None:
-        """Adjusts what was filled in to the optimiser steps that training is going to take."""
+        What was saved with an adapter is taken over; a field that is set has the last word.
+        """
+        resolved = self.RESOLVED(**self.defaults_by_layers(max(1, num_layers)))  # PEFT allows none
+        for number in fields(resolved):
+            for source in (self.resolved, self):
+                if (value := getattr(source, number.name, None)) is not None:
+                    setattr(resolved, number.name, value)
+        return resolved
+
+    def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
+        """What the fields left at None stand for on this many layers, by name."""
+        return {}
 
     def loss_schedule(self) -> LossSchedule | None:
         """A new schedule that the adapter's KL and noise follow; None without one."""
@@ -130,8 +189,38 @@ class BayesianConfig(LoraConfig):
 
         super().save_pretrained(save_directory, **kwargs)
         about = self.ABOUT
-        what = f"{about.title} ({about.paper}), {about.summary}"
-        write_method_card(save_directory, self, about.title, what)
+        write_method_card(
+            save_directory,
+            self,
+            title=about.title,
+            what=f"{about.title} ({about.paper}), {about.summary}",
+            num_observations=(self.resolved or self).num_observations,
+        )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Leaves out the options of earlier versions, which a saved adapter may name.
+
+        Raises:
+            BaraError: one has a value that this version cannot read.
+        """
+        for name, readable in cls.RETIRED.items():
+            value = kwargs.pop(name, readable)
+            if value != readable:
+                raise BaraError(
+                    f"{cls.__name__}: {name} = {value!r} of an earlier version is no longer "
+                    f"supported, only {readable!r}; train again, or load it with bara 0.1."
+                )
+        return super().check_kwargs(**kwargs)
+
+    def _resolved_from(self, saved: dict[str, Any]) -> Resolved:
+        try:
+            return self.RESOLVED(**saved)
+        except TypeError as error:
+            known = ", ".join(number.name for number in fields(self.RESOLVED))
+            raise BaraError(
+                f"{type(self).__name__}: resolved must be numbers among {known}, got {saved!r}."
+            ) from error
 
     def _require(self, name: str, value: Any, valid: bool, what: str) -> None:
         if not valid:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bara.adapter.elbo import elbo_of
+from bara.adapter.forward_pass import Observer
 from bara.draws.draws import Draws, FixedNoise
 from bara.errors import BaraError
 from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace
 from bara.prediction.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
-
-Observer = Callable[[str, Posterior, RankSpace], None]
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None
 
 
 def _set_by_steps(model: nn.Module, elbo: Elbo, num_steps: int) -> None:
-    """Adjusts the configurations of the adapters in training."""
-    for name, config in elbo.configs.items():
+    """Adjusts the numbers of the adapters in training."""
+    for name, adapter in elbo.adapters.items():
         posteriors = (posterior for _, _, posterior in adapted_layers(model, name))
         if any(p.requires_grad for posterior in posteriors for p in posterior.parameters()):
-            config.set_by_steps(num_steps)
+            adapter.resolved.set_by_steps(num_steps)
 
 
 class BayesianCallback(TrainerCallback):
@@ -73,15 +73,16 @@ class BayesianCallback(TrainerCallback):
         n = self.num_observations
         if n is None:
             n = count_observations(kwargs["train_dataloader"], model)
-        for name, config in elbo.configs.items():
-            if config.num_observations not in (None, n):
+        for name, adapter in elbo.adapters.items():
+            given = adapter.config.num_observations
+            if given not in (None, n):
                 warnings.warn(
-                    f"Adapter {name!r} was configured with num_observations="
-                    f"{config.num_observations}, but the training data has {n}; using {n}. Pass "
+                    f"Adapter {name!r} was configured with num_observations={given}, but "
+                    f"the training data has {n}; using {n}. Pass "
                     "BayesianCallback(num_observations=...) to set another value.",
                     stacklevel=2,
                 )
-            config.num_observations = n
+            adapter.resolved.num_observations = n
         if state.max_steps > 0:
             _set_by_steps(model, elbo, state.max_steps)
         self._set_progress(elbo, state)
@@ -90,6 +91,12 @@ class BayesianCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._set_progress(elbo_of(kwargs["model"]), state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # a trainer whose loss leaves the KL out stops before its first step, not after
+        elbo_of(kwargs["model"]).check_consumed()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

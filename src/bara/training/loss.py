@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo, elbo_of
 from bara.errors import BaraError
 
@@ -54,14 +55,17 @@ def elbo_loss(
     ) -> Tensor:
         if labels is None:
             raise BaraError("elbo_loss: the batch has no labels; add a `labels` column.")
-        total = data_loss(outputs, labels)
         elbo = Elbo.of(model)
-        training = model.training and torch.is_grad_enabled()
-        if elbo is not None and training and elbo.last is not None and elbo.last.kl is not None:
-            total = total + elbo.kl_loss(total).to(total.device)
-        if num_items_in_batch is not None:
-            total = total * (labels.ne(-100).sum() / num_items_in_batch)
-        return total
+        training = elbo is not None and model.training and torch.is_grad_enabled()
+        forward = elbo.last if training and elbo is not None else None
+        if forward is not None and forward.kl_in_loss:
+            raise BaraError(
+                "elbo_loss: the KL of this step is in outputs.loss already, because labels were "
+                "given to the model."
+            )
+        share = share_of(labels.ne(-100), num_items_in_batch)
+        total = data_loss(outputs, labels)
+        return share * total if elbo is None else elbo.complete(total, forward, share=share)
 
     return loss
 
