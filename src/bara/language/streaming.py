@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from bara.draws.sharing import decoding
 from bara.errors import BaraError
 from bara.language.generation import DrawSampler, Pieces, Step, seeded
 from bara.language.prompts import Prompt, encode_prompt, left_padded, require_decoder
@@ -80,7 +81,7 @@ def _stream(sampler: DrawSampler, ids: list[int], seed: int) -> Iterator[Streame
 
     def decode() -> None:
         try:
-            with seeded(seed), sampler.mixed() as steps:
+            with decoding(sampler.model, stream=True), seeded(seed), sampler.mixed() as steps:
                 criteria = sampler.options.get("stopping_criteria") or []
                 sampler.run(
                     left_padded(sampler.tokenizer, [ids]),

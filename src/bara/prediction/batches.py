@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from bara.errors import BaraError
 
+Item = TypeVar("Item")
 Batch = dict[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
@@ -85,12 +87,7 @@ def batches(
     """
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
-    show = sys.stderr.isatty() if progress is None else progress
-
-    def bar(items: Iterable[Any], total: int | None) -> Iterable[Any]:
-        console = Console(stderr=True)
-        return track(items, description, total, console=console, transient=True, disable=not show)
-
+    bar = partial(progress_bar, description=description, progress=progress)
     if isinstance(data, Mapping):
         yield dict(data), list(range(num_rows(data)))
     elif isinstance(data, DataLoader):
@@ -99,7 +96,7 @@ def batches(
             total: int | None = len(data)
         except TypeError:  # an iterable data set
             total = None
-        for batch in bar(data, total):
+        for batch in bar(data, total=total):
             rows = num_rows(batch)
             yield dict(batch), list(range(seen, seen + rows))
             seen += rows
@@ -117,7 +114,7 @@ def batches(
         order = _by_length(data, first)
         pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
         starts = range(0, len(order), batch_size)
-        for start in bar(starts, len(starts)):
+        for start in bar(starts):
             index = order[start : start + batch_size]
             items = [data[i] for i in index]
             yield dict(collate_fn(items) if collate_fn else pad_rows(items, pad)), index
@@ -126,6 +123,26 @@ def batches(
             "data must be a tokenised datasets.Dataset, a DataLoader or a batch (a mapping of "
             f"tensors), got {type(data).__name__}."
         )
+
+
+def progress_bar(
+    items: Iterable[Item],
+    *,
+    description: str,
+    progress: bool | None,
+    total: int | None = None,
+) -> Iterable[Item]:
+    """The items, with a bar on standard error.
+
+    Args:
+        items: what is worked through.
+        description: the work, in a word.
+        progress: show a bar; None decides by whether standard error is a terminal.
+        total: the number of items, if they have no length.
+    """
+    show = sys.stderr.isatty() if progress is None else progress
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not show)
 
 
 def _is_numeric(value: Any) -> bool:
@@ -146,13 +163,3 @@ def _by_length(data: Any, first: Mapping[str, Any]) -> list[int]:
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def repeat_rows(batch: Mapping[str, Any], times: int) -> Batch:
-    """The batch repeated block by block, as `bara.sampling` wants it."""
-    return {
-        name: value.repeat(times, *[1] * (value.dim() - 1))
-        if isinstance(value, Tensor) and value.dim() > 0
-        else value
-        for name, value in batch.items()
-    }
