@@ -54,7 +54,7 @@ def generate_stream(
     """Yields the tokens of `bara.generate`'s answer to one prompt as soon as they are chosen.
 
     Decoding runs in a thread of its own, one token ahead; it stops when the iterator is closed.
-    Until then the model must not be used otherwise. With `do_sample` tokens are drawn from torch's
+    Until then the model decodes nothing else. With `do_sample` tokens are drawn from torch's
     global generator: they are those of `bara.generate` if nothing else draws from it meanwhile.
 
     Args:

@@ -30,6 +30,11 @@ class BaraResolved(Resolved):
     weight_noise: float = 0.0
     whole_weight_noise: float | None = None
 
+    def give(self, name: str, value: Any) -> None:
+        super().give(name, value)
+        if name == "weight_noise":
+            self.whole_weight_noise = None
+
     def set_by_steps(self, num_steps: int) -> None:
         if self.whole_weight_noise is not None:
             self.weight_noise = self.whole_weight_noise * rise(num_steps, FIRST_NOISY, FULLY_NOISY)
@@ -175,7 +180,7 @@ class BaraConfig(BayesianConfig):
 
     def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
         noise = min(4.0, WEIGHT_NOISE / num_layers)
-        by_steps = self.weight_noise is None and self.explained is None and self._learns_noise()
+        by_steps = self.explained is None and self._learns_noise()
         return {
             "kl_weight": min(1.0, GLOBAL_KL / num_layers),
             "local_kl_weight": LOCAL_KL / num_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -51,6 +52,10 @@ class Resolved:
     num_observations: int | None = None
     kl_weight: float = 1.0
     local_kl_weight: float = 0.0
+
+    def give(self, name: str, value: Any) -> None:
+        """Sets a number that the user has given."""
+        setattr(self, name, value)
 
     def set_by_steps(self, num_steps: int) -> None:
         """Adjusts defaults to the optimiser steps that training is going to take."""
@@ -167,11 +172,20 @@ class BayesianConfig(LoraConfig):
         What was saved with an adapter is taken over; a field that is set has the last word.
         """
         resolved = self.RESOLVED(**self.defaults_by_layers(max(1, num_layers)))  # PEFT allows none
-        for number in fields(resolved):
-            for source in (self.resolved, self):
-                if (value := getattr(source, number.name, None)) is not None:
-                    setattr(resolved, number.name, value)
+        names = [number.name for number in fields(resolved)]
+        if self.resolved is not None:
+            resolved = copy.copy(self.resolved)
+        for name in names:
+            if (given := getattr(self, name, None)) is not None:
+                resolved.give(name, given)
         return resolved
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A number that is given to an attached adapter is in force from then on."""
+        super().__setattr__(name, value)
+        resolved = self.__dict__.get("resolved")
+        if isinstance(resolved, Resolved) and value is not None and name in vars(resolved):
+            resolved.give(name, value)
 
     def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
         """What the fields left at None stand for on this many layers, by name."""
