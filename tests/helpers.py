@@ -152,3 +152,9 @@ def layer_posterior(model: nn.Module) -> tuple[Any, Any]:
     """The first adapted layer and its posterior."""
     layer = next(m for m in model.modules() if hasattr(m, "lora_posterior"))
     return layer, layer.lora_posterior["default"]
+
+
+def balora_network(posterior: Any, features: Tensor) -> Tensor:
+    """What BaLoRA's network makes of normalised features, (..., 1)."""
+    hidden = features @ posterior.hidden_weight.T + posterior.hidden_bias
+    return torch.tanh(hidden) @ posterior.output_weight.T + posterior.output_bias

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -107,8 +108,9 @@ def test_an_adapter_of_version_0_1_loads(tmp_path):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(tmp_path / "adapter_model.safetensors")
+    names = {"hidden_": "default.network.0.", "output_": "default.network.2."}
     old = {
-        key.replace("lora_posterior.network", "lora_posterior.default.network"): tensor
+        re.sub("(?<=lora_posterior.)(hidden_|output_)", lambda part: names[part[0]], key): tensor
         for key, tensor in weights.items()
     }
     assert old.keys() != weights.keys()

@@ -577,7 +577,7 @@ def test_a_shared_layer_pays_its_kl_once(method):
         torch.manual_seed(0)
         model = stir(adapt(Shared(times), method, target_modules=["layer"])).train()
         if method == "balora":  # make alpha the same for every input
-            torch.nn.init.zeros_(layer_posterior(model)[1].network[-1].weight)
+            torch.nn.init.zeros_(layer_posterior(model)[1].output_weight)
         model(x=torch.ones(2, 6))
         values.append(bara.kl_terms(model)["kl_global"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)

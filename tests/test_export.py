@@ -21,7 +21,7 @@ from bara.adapter.layer import adapted_layers
 from bara.models.sentence import SentenceClassifier
 from bara.prediction.predictive import ClassificationPredictive
 from conftest import tiny_bert_config
-from helpers import TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import TinyNet, adapt, balora_network, layer_posterior, stir, tiny_gpt2, tiny_llama
 
 DRAWS, SEED = 3, 5
 FOR_LANGUAGE_MODELS = {("bara", "mean"), ("global", "draws"), ("balora", "mean")}
@@ -251,7 +251,7 @@ def test_balora_draws_sample_a_with_the_average_noise(exported):
         handle = layer.lora_A["default"].register_forward_hook(
             lambda module, args, u, p=posterior, out=alphas: out.append(
                 torch.nn.functional.softplus(
-                    10 * p.network(_pooled(u) / _pooled(u).square().mean(-1, True).sqrt())
+                    10 * balora_network(p, _pooled(u) / _pooled(u).square().mean(-1, True).sqrt())
                 ).mean()
             )
         )

@@ -8,7 +8,17 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import bara
 from bara.adapter.layer import adapted_layers
-from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import (
+    CONFIGS,
+    TinyConv,
+    TinyNet,
+    adapt,
+    balora_network,
+    layer_posterior,
+    stir,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 METHODS = list(CONFIGS)
 
@@ -153,7 +163,7 @@ def test_rank_space_noise_has_the_moments_of_sampled_weights(method):
     if method == "bara":
         alpha = torch.tensor(0.7)
     else:
-        alpha = (torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6).detach()
+        alpha = (torch.nn.functional.softplus(10 * balora_network(posterior, h)) + 1e-6).detach()
     torch.manual_seed(0)
     draws = 40_000
     weights = a + alpha.sqrt() * a.abs() * torch.randn(draws, *a.shape)
@@ -232,7 +242,7 @@ def test_balora_kl_counts_every_element_of_a():
     with torch.no_grad():
         u = x @ layer.lora_A["default"].weight.T
         h = u / u.square().mean(-1, keepdim=True).sqrt()
-        alpha = torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6
+        alpha = torch.nn.functional.softplus(10 * balora_network(posterior, h)) + 1e-6
         c = 0.2 / 0.8
         kl = 4 * 6 * 0.5 * ((alpha + 1) / c - 1 - torch.log(alpha / c))
     assert bara.kl_terms(model)["kl_global"] == pytest.approx(kl.mean().item(), rel=1e-4)
@@ -242,7 +252,7 @@ def test_balora_kl_counts_every_element_of_a():
 def test_gradients_of_the_elbo_match_finite_differences(method):
     model = net(method, local_kl_weight=0.1).double().train()
     if method == "balora":  # its features have no gradient by design: make alpha constant in A
-        torch.nn.init.zeros_(layer_posterior(model)[1].network[-1].weight)
+        torch.nn.init.zeros_(layer_posterior(model)[1].output_weight)
     x, y = torch.randn(3, 6).double().requires_grad_(), torch.randn(3, 5).double()
 
     def loss():
@@ -371,7 +381,7 @@ def test_balora_convolution_noise_has_the_variance_of_sampled_weights():
     a = layer.lora_A["default"].weight.detach()
     pooled = layer.lora_A["default"](x).mean(dim=(2, 3))
     h = pooled / pooled.square().mean(-1, keepdim=True).sqrt()
-    alpha = (torch.nn.functional.softplus(10 * posterior.network(h)) + 1e-6).detach()
+    alpha = (torch.nn.functional.softplus(10 * balora_network(posterior, h)) + 1e-6).detach()
     draws = 4000
     weights = a + alpha.view(1, 1, 1, 1) ** 0.5 * a.abs() * torch.randn(draws, *a.shape)
     u = torch.stack([torch.nn.functional.conv2d(x, w, padding=1)[0] for w in weights])

@@ -65,7 +65,7 @@ def make_adapter(
     stir(model, 0.1)
     if method == "bara":
         for _, _, posterior in adapted_layers(model, "default"):
-            posterior.global_logit.data[:] = torch.tensor([-1.0, 0.2, 0.1])
+            posterior.global_logit.data[:] = torch.tensor([-0.2, 0.04, 0.02])
     if temperature:
         set_temperature(model, temperature)
     save_adapter(tmp_path / name, model, tokenizer, task, recipe)

@@ -271,12 +271,19 @@ def add_posterior(module: LoraLayer, adapter: str, posterior: Posterior) -> None
     module._move_adapter_to_device_of_base_layer(adapter)
 
 
+OLD_NAMES = {"network.0": "hidden", "network.2": "output"}
+"""Parts of BaLoRA's posterior by their names in version 0.1."""
+
+
 def renamed_key(key: str) -> str:
     """A saved tensor's name today.
 
     Version 0.1 left the adapter's name in front of what lies deeper in a posterior than PEFT looks.
     """
-    return re.sub(rf"(\.{CONTAINER})\.[^.]+(\.(?:network|schedule)\.)", r"\1\2", key)
+    key = re.sub(rf"(\.{CONTAINER})\.[^.]+(\.(?:network|schedule)\.)", r"\1\2", key)
+    for old, new in OLD_NAMES.items():
+        key = key.replace(f".{CONTAINER}.{old}.", f".{CONTAINER}.{new}_")
+    return key
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Posterior]]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, _ConvNd
+from peft.utils import hotswap
 from torch import Tensor, nn
 
 from bara.adapter.elbo import AttachedAdapter, Elbo
@@ -222,6 +223,9 @@ def enter_into_peft(family: Family) -> None:
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = family.config
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = BayesianLoraModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = BayesianLoraModel.prefix
+    if family.head is None:  # PEFT swaps what layers hold, and nothing else
+        keys = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+        hotswap.CONFIG_KEYS_TO_CHECK[name] = [*keys, *family.config.hotswap_keys()]
 
 
 import_families()

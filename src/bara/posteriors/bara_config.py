@@ -30,6 +30,9 @@ class BaraResolved(Resolved):
     weight_noise: float = 0.0
     whole_weight_noise: float | None = None
 
+    def used_by_draws(self) -> dict[str, float]:
+        return {"weight_noise": self.weight_noise}
+
     def give(self, name: str, value: Any) -> None:
         super().give(name, value)
         if name == "weight_noise":

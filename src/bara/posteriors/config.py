@@ -13,6 +13,10 @@ from bara.cards.method_card import write_method_card
 from bara.errors import BaraError
 from bara.posteriors.schedule import LossSchedule
 
+NEEDS = "import bara (pip install bara-peft) before PEFT loads this adapter"
+TRAINING_ONLY = {"num_observations", "kl_weight", "local_kl_weight", "warmup", "resolved", "needs"}
+"""Fields that predictions do not depend on."""
+
 
 @dataclass(frozen=True)
 class About:
@@ -52,6 +56,10 @@ class Resolved:
     num_observations: int | None = None
     kl_weight: float = 1.0
     local_kl_weight: float = 0.0
+
+    def used_by_draws(self) -> dict[str, float]:
+        """Those that draws of the trained adapter depend on, besides its tensors."""
+        return {}
 
     def give(self, name: str, value: Any) -> None:
         """Sets a number that the user has given."""
@@ -141,6 +149,17 @@ class BayesianConfig(LoraConfig):
         metadata={
             "help": "The numbers in force on the attached adapter (`bara.posteriors.config."
             "Resolved`), saved with it; not an option. None before the adapter is attached."
+        },
+    )
+
+    needs: str = field(
+        default=NEEDS, metadata={"help": "What reads this file needs; not an option."}
+    )
+    used_by_draws: Any = field(
+        default=None,
+        metadata={
+            "help": "What draws depend on besides the tensors, of `resolved`: written when saving, "
+            "and compared when adapters are hot-swapped; not an option."
         },
     )
 
@@ -235,6 +254,19 @@ class BayesianConfig(LoraConfig):
             raise BaraError(
                 f"{type(self).__name__}: resolved must be numbers among {known}, got {saved!r}."
             ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as PEFT saves and compares them."""
+        used = self.resolved.used_by_draws() if self.resolved else None
+        return {**super().to_dict(), "used_by_draws": used}
+
+    @classmethod
+    def hotswap_keys(cls) -> list[str]:
+        """Fields that have to be equal for one adapter's tensors to be put in another's place."""
+        own = {option.name for option in fields(cls)} - {
+            option.name for option in fields(LoraConfig)
+        }
+        return sorted(own - TRAINING_ONLY | {"r", "rank_pattern"})
 
     def _require(self, name: str, value: Any, valid: bool, what: str) -> None:
         if not valid:
