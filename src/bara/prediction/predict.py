@@ -40,7 +40,8 @@ def predict(
 
     Args:
         model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs).
-        data: a tokenised `datasets.Dataset`, a DataLoader or one batch; labels are kept.
+        data: a tokenised `datasets.Dataset` or `IterableDataset`, a DataLoader or one batch; labels
+            are kept.
         num_draws: S, draws of the posterior. All are computed in one pass as far as `batch_size`
             allows. The same seed gives the same draws, whatever the batch size.
         deterministic: use the posterior mean, as `model.eval()` does, instead of draws.

@@ -11,8 +11,10 @@ from bara.adapter.elbo import Elbo
 class KLMixin:
     """Adds the KL to the loss of a `Trainer` that does not use the model's own.
 
-    TRL's trainers compute theirs from the log-probabilities of the labels:
+    So does `Trainer` itself with `label_smoothing_factor`, and TRL's trainers compute theirs from
+    the log-probabilities of the labels:
 
+        class BayesianTrainer(bara.KLMixin, Trainer): ...
         class BayesianSFTTrainer(bara.KLMixin, SFTTrainer): ...
         class BayesianDPOTrainer(bara.KLMixin, DPOTrainer): ...
 
@@ -34,9 +36,8 @@ class KLMixin:
         if elbo is None or not model.training or elbo.last is None or elbo.last.kl is None:
             return result
         share: Any = 1.0
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None and elbo.last.items is not None:
             # the trainer adds up the batches that are accumulated, in place of averaging them
-            assert elbo.last.items is not None
             share = share_of(elbo.last.items, num_items_in_batch)
             if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
                 share = share * self.accelerator.num_processes  # type: ignore[attr-defined]
