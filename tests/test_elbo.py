@@ -690,3 +690,16 @@ def test_a_batch_without_labels_tells_a_schedule_nothing():
 def test_an_impossible_schedule_is_refused(explained):
     with pytest.raises(bara.BaraError, match="explained must be None or two numbers"):
         bara.BaraConfig(explained=explained)
+
+
+def test_an_adapter_whose_gates_have_closed_says_so():
+    model = net(warmup=0.0)
+    x, y = batch()
+    model(x=x, labels=y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bara.kl_terms(model)["effective_rank"] > 1
+    layer_posterior(model)[1].global_logit.data.fill_(-0.1)
+    model(x=x, labels=y)
+    with pytest.warns(UserWarning, match=r"gates of adapter 'default' are closed .*learning rate"):
+        assert bara.kl_terms(model)["effective_rank"] < 0.01

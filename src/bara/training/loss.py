@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo, elbo_of
 from bara.errors import BaraError
+
+CLOSED = 0.1
+"""Mean effective rank of a layer below which an adapter does next to nothing."""
 
 
 def kl_loss(model: nn.Module, data_loss: Tensor | None = None) -> Tensor:
@@ -81,7 +85,7 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
     if last is None:
         return {}
     values: dict[str, float] = {}
-    for terms in last.terms.values():
+    for adapter, terms in last.terms.items():
         for name, kl in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
             if kl is not None:
                 values[name] = values.get(name, 0.0) + float(kl.detach())
@@ -91,4 +95,15 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
                 for activity in terms.activity
             ]
             values["effective_rank"] = float(torch.cat(ranks).mean())
+            _warn_if_closed(adapter, values["effective_rank"])
     return values
+
+
+def _warn_if_closed(adapter: str, effective_rank: float) -> None:
+    if effective_rank < CLOSED:
+        warnings.warn(
+            f"Nearly all gates of adapter {adapter!r} are closed (effective rank "
+            f"{effective_rank:.3f}): it hardly changes the base model, and closed gates rarely "
+            "open again. Lower the learning rate, or kl_weight.",
+            stacklevel=3,
+        )
