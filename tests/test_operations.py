@@ -12,7 +12,7 @@ BESIDE_LORA = {
     "rankwise": 69,
     "blob": 52,
     "balora": 66,
-    "bara": 101,
+    "bara": 105,
 }
 """Operations of an adapted layer beyond LoRA's; the goal is 30 for BaRA and 16 for BaLoRA."""
 

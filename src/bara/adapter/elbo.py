@@ -154,6 +154,8 @@ class Elbo(DrawSource):
             observers=self.observers or (),
         )
         if training:
+            for adapter in self.adapters.values():
+                adapter.resolved.held = self._part_of_warmup(adapter.config) == 0
             self.check_consumed()
             self.last = None
             items = loss_items(model, given)
@@ -209,20 +211,21 @@ class Elbo(DrawSource):
 
     def ramp(self, config: BayesianConfig) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""
-        if config.warmup == 0:
-            return 1.0
-        if self.progress is None:
-            if not self._warned_of_progress:
-                self._warned_of_progress = True
-                warnings.warn(
-                    "The KL's warm-up does not know how far training is, so the KL has its full "
-                    "weight from the first step. Call bara.set_progress(model, step / steps, "
-                    "steps) in every step (bara.BayesianCallback does), or configure warmup=0.",
-                    stacklevel=2,
-                )
-            return 1.0
+        if self.progress is None and config.warmup > 0 and not self._warned_of_progress:
+            self._warned_of_progress = True
+            warnings.warn(
+                "The KL's warm-up does not know how far training is, so the KL has its full "
+                "weight from the first step. Call bara.set_progress(model, step / steps, "
+                "steps) in every step (bara.BayesianCallback does), or configure warmup=0.",
+                stacklevel=2,
+            )
+        return self._part_of_warmup(config)
+
+    def _part_of_warmup(self, config: BayesianConfig) -> float:
         # Adam takes full steps along even the smallest KL gradient while B is still near zero, so
         # a weight that starts to rise at once would close the gates before the data has a say.
+        if config.warmup == 0 or self.progress is None:
+            return 1.0
         return rise(self.progress / config.warmup, HOLD, 1)
 
     # -- the objective -------------------------------------------------------------------------

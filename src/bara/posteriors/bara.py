@@ -34,6 +34,7 @@ from bara.posteriors.posterior import (
     LayerSetup,
     Posterior,
     PosteriorOutput,
+    ScaledGradient,
     relative_noise_draw,
 )
 from bara.posteriors.rank_space import RankSpace, position_mean, rms_normalised, wide
@@ -123,11 +124,22 @@ class BaraPosterior(Posterior):
         """The posterior on one batch."""
         return self.task_variables()._replace(g=self.linear_outputs(space).get("gate"))
 
+    def _location(self, parameter: Tensor) -> Tensor:
+        """A parameter, over `LOGIT_SCALE`, whose step does not depend on that factor.
+
+        The change of a logit under plain gradient descent is that of a logit which is a parameter
+        itself, in place of 10,000 times it; Adam, which divides by the gradient's size, does not
+        see the difference. While the KL has no weight the gates stay open: their gradient is noise
+        then, of which Adam makes whole steps.
+        """
+        factor = 0.0 if self.resolved.held else LOGIT_SCALE**-2
+        return ScaledGradient.apply(wide(parameter), factor)
+
     def task_variables(self) -> Variables:
         """The part of the posterior that no input changes."""
         return Variables(
-            z=wide(self.global_logit) if self.config.global_gate else None,
-            log_alpha=wide(self.noise_logit) if self.config.factor_noise else None,
+            z=self._location(self.global_logit) if self.config.global_gate else None,
+            log_alpha=self._location(self.noise_logit) if self.config.factor_noise else None,
         )
 
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:
@@ -138,7 +150,7 @@ class BaraPosterior(Posterior):
         if not self.depends_on_input:
             return {}
         features = rms_normalised(space.pooled(self.granularity))
-        weight, bias = wide(self.gate_weight), wide(self.gate_bias)
+        weight, bias = self._location(self.gate_weight), self._location(self.gate_bias)
         return {"gate": linear(features, weight * self._gate_scale(), bias)}
 
     def _gate_scale(self) -> float:

@@ -57,6 +57,10 @@ class Resolved:
     kl_weight: float = 1.0
     local_kl_weight: float = 0.0
 
+    held = False
+    """Whether the KL has no weight yet, so that gates are to stay where they start (no number, and
+    not saved)."""
+
     def used_by_draws(self) -> dict[str, float]:
         """Those that draws of the trained adapter depend on, besides its tensors."""
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from bara.posteriors.schedule import LossSchedule
 LOG_SCALE = 10.0
 """Fixed factor between a parameter and the logarithm or log-odds that it stands for: at LoRA's
 learning rates a parameter that is one itself would hardly move."""
+
+
+class ScaledGradient(torch.autograd.Function):
+    """A value as it is, with a multiple of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        """The value."""
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient times the factor."""
+        return gradient * ctx.factor, None
+
 
 Config = TypeVar("Config", bound=BayesianConfig, covariant=True)
 
