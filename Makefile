@@ -16,6 +16,6 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml scripts/install.sh
+$(STAMP): pyproject.toml scripts/install.sh scripts/no-deps.txt
 	scripts/install.sh $(VENV)
 	touch $@

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment (the folder given, .venv by default) with bara, the quickstart's
-# model and texts, and the development tools. Safe to run again.
+# model and texts, and everything that the development tools and the tests need. Nothing is compiled.
+# Safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -37,3 +38,4 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null &&
 fi
 echo "Installing bara into $venv ..."
 pip install -e '.[dev]'
+pip install --no-deps -r scripts/no-deps.txt
