@@ -168,7 +168,7 @@ assert main(["--help"]) == 0
 print(type(model).__name__, importlib.metadata.version("bara-peft"), bara.__file__)
 """
     *help_page, last = installed("python", "-c", script).splitlines()
-    for command in ("quickstart", "train", "evaluate", "predict"):
+    for command in ("quickstart", "doctor", "train", "evaluate", "predict"):
         assert any(command in line.split() for line in help_page)
     kind, version, path = last.split(maxsplit=2)
     assert kind == "PeftModelForSequenceClassification"
