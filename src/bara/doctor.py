@@ -122,7 +122,8 @@ def self_test(device: str | torch.device = "cpu") -> list[Check]:
 
 def _compare(name: str, found: Tensor, expected: Tensor, tolerance: Tensor | float) -> Check:
     """The pair that is furthest apart for its tolerance; NaN counts as furthest."""
-    wide = torch.as_tensor(tolerance).expand_as(found)
+    found, expected = found.cpu(), expected.cpu()
+    wide = torch.as_tensor(tolerance, dtype=found.dtype).cpu().expand_as(found)
     off = ((found - expected).abs() / wide).nan_to_num(torch.inf).flatten()
     worst = int(off.argmax())
     return Check(name, *(float(values.flatten()[worst]) for values in (found, expected, wide)))
