@@ -21,7 +21,7 @@ from bara.data.examples import load_news, load_sentiment
 from bara.files import atomic_write_text
 from bara.finetuning.load import load_adapter
 from bara.machine import quieten_libraries, versions
-from bara.posteriors.bara import BaraPosterior
+from bara.posteriors.bara import LOGIT_SCALE, OPEN, BaraPosterior
 from bara.posteriors.distributions import open_logit
 from bara.quickstart import METHODS, run_method
 
@@ -76,15 +76,14 @@ def gate_movement(adapter: Path) -> dict[str, float]:
     posteriors = [m for m in model.modules() if isinstance(m, BaraPosterior)]
     if not posteriors:
         return {}
-    logits = torch.cat([p.config.logit_scale * p.global_logit for p in posteriors])
-    start = posteriors[0].config.init_logit
+    logits = torch.cat([LOGIT_SCALE * p.global_logit for p in posteriors])
     opened = torch.sigmoid(open_logit(logits))
     return {
-        "inclusion_start": float(torch.sigmoid(open_logit(torch.tensor(start)))),
+        "inclusion_start": float(torch.sigmoid(open_logit(torch.tensor(OPEN)))),
         "inclusion_min": float(opened.min()),
         "inclusion_mean": float(opened.mean()),
         "inclusion_max": float(opened.max()),
-        "gate_logit_moved": float((logits - start).abs().mean()),
+        "gate_logit_moved": float((logits - OPEN).abs().mean()),
     }
 
 

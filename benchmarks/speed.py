@@ -32,6 +32,7 @@ from bara.errors import BaraError
 from bara.files import atomic_write_text
 from bara.machine import quieten_libraries, versions
 from bara.methods.table import METHODS
+from operations import section as operations_section
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/speed.jsonl"
@@ -284,7 +285,7 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
             f"{row['draws_ratio_lora_forwards']:.2f} | {row['draws_ratio_own_forwards']:.2f} |"
             for method, row in ((method, summary(mine)) for method, mine in pairs.items())
         ]
-    atomic_write_text(page, "\n".join(lines) + "\n")
+    atomic_write_text(page, "\n".join(lines) + "\n" + operations_section())
 
 
 def main() -> None:

@@ -169,7 +169,7 @@ def test_accumulation_and_batch_size_train_the_same(tokenizer, tmp_path, batch_s
         )
         with bara.sampling(model, seed=0):  # the same draw in every batch
             trainer.train()
-        assert model.peft_config["default"].num_observations == 4  # questions, not tokens
+        assert model.peft_config["default"].resolved.num_observations == 4  # questions, not tokens
         return {n: p.detach() - before[n] for n, p in model.named_parameters() if n in before}
 
     expected, found = step(4, 1), step(batch_size, accumulation)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bara
-from bara.prediction.batches import repeat_rows
+from bara.draws.blocks import Blocks
 from language_models import adapted_lm
 
 ARCHITECTURES = ["llama", "llama-tied", "qwen2", "gpt2", "mistral", "mixtral"]
@@ -32,7 +32,7 @@ class Forward:
     def output(self, **inputs):
         context = nullcontext() if self.mean else bara.sampling(self.model, num_draws=2, seed=3)
         with context:
-            return self.model(**repeat_rows(inputs, 2))
+            return self.model(**Blocks(2).repeat(inputs))
 
     def __call__(self, **inputs):
         logits = self.output(**inputs).logits

@@ -19,7 +19,7 @@ def test_a_sound_installation_passes(run):
     assert f"{len(NAMES)} of {len(NAMES)} checks" in printed
     for word in ("bara-peft", "torch 2.", "device", "bfloat16", "quickstart", "(always)"):
         assert word in printed
-    assert len(NAMES) >= 14
+    assert len(NAMES) >= 12
     assert bfloat16_speed(size=64, repeats=1) > 0
 
 
@@ -34,8 +34,6 @@ def off(factor):
         (distributions, "gaussian_kl", off(1.0001), {"KL of Gaussians"}),
         (distributions, "scale_noise_kl", off(1.0001), {"KL of relative noise"}),
         (distributions, "bernoulli_kl", off(1.0001), {"KL of gates"}),
-        (distributions, "beta_bernoulli_kl", off(1.0001), {"KL of gates, prior learned"}),
-        (distributions, "weibull_gamma_kl", off(1.01), {"KL of intensities"}),
         (distributions, "hard_concrete_mean", off(1.05), {"gates, mean"}),
         (distributions, "open_logit", off(1.2), {"gates, share open"}),
         (

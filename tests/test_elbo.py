@@ -64,7 +64,7 @@ def test_left_alone_neither_kl_nor_noise_grows_with_the_layers(num_layers):
     base = tiny_llama(num_hidden_layers=num_layers)
     model = adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)
     posterior = layer_posterior(model)[1]
-    alpha = torch.exp(posterior.config.logit_scale * posterior.noise_logit.detach()).tolist()
+    alpha = torch.exp(100 * posterior.noise_logit.detach()).tolist()
     stir(model).train()
     ids = torch.arange(12).reshape(2, 6) + 1
     with bara.sampling(model, seed=0):
@@ -77,7 +77,7 @@ def test_left_alone_neither_kl_nor_noise_grows_with_the_layers(num_layers):
         3: (1.0, 0.006, 4.0, 0.5),
         48: (0.0625, 0.000375, 1.5, 1 / 3),
     }[num_layers]
-    assert model.peft_config["default"].weight_noise == noise
+    assert model.peft_config["default"].resolved.weight_noise == noise
     assert alpha == pytest.approx([init] * 4)
     expected = data + weight / 50 * terms["kl_global"] + local * terms["kl_local"]
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-5)
@@ -127,9 +127,9 @@ def test_warm_up_scales_the_kl():
 @pytest.mark.parametrize(("num_steps", "noise"), [(1, 0.0), (40, 0.0), (80, 2.0), (9999, 4.0)])
 def test_the_default_noise_grows_with_the_number_of_steps(num_steps, noise):
     model = net()
-    assert model.peft_config["default"].weight_noise == 4
+    assert model.peft_config["default"].resolved.weight_noise == 4
     bara.set_progress(model, 0.0, num_steps)
-    assert model.peft_config["default"].weight_noise == noise
+    assert model.peft_config["default"].resolved.weight_noise == noise
 
 
 def test_noise_that_was_given_or_stands_alone_or_belongs_to_a_frozen_adapter_stays():
@@ -137,13 +137,13 @@ def test_noise_that_was_given_or_stands_alone_or_belongs_to_a_frozen_adapter_sta
     for options, noise in (({"weight_noise": 1.5}, 1.5), (off, 4.0)):
         model = net(**options)
         bara.set_progress(model, 0.0, 1)
-        assert model.peft_config["default"].weight_noise == noise
+        assert model.peft_config["default"].resolved.weight_noise == noise
     model = net()
     model.add_adapter("second", bara.BaraConfig(r=2, target_modules=["layer"]))
     model.set_adapter("second")
     bara.set_progress(model, 0.0, 1)
-    assert model.peft_config["default"].weight_noise == 4
-    assert model.peft_config["second"].weight_noise == 0
+    assert model.peft_config["default"].resolved.weight_noise == 4
+    assert model.peft_config["second"].resolved.weight_noise == 0
     with pytest.raises(bara.BaraError, match="num_steps must be at least 1, got 0"):
         bara.set_progress(model, 0.0, 0)
 
@@ -246,7 +246,7 @@ def test_trainer_accumulation_does_not_change_the_elbo_of_a_language_model(make,
         steps.append(trainer.recorded)
         # the first label of a row is never predicted
         counted = sum(min(length, 7) for length in (3, 8, 5, 8, 2, 7, 8, 4))
-        assert model.peft_config["default"].num_observations == counted
+        assert model.peft_config["default"].resolved.num_observations == counted
     assert_same(*steps, rtol=1e-3, atol=1e-6)
 
 
@@ -321,11 +321,11 @@ def test_training_without_n_stops():
         model(x=x, labels=y)
 
 
-def test_forgetting_the_kl_warns_at_the_next_step():
+def test_forgetting_the_kl_stops_the_next_step():
     model = net()
     x, y = batch()
     (model(x=x)["logits"] - y).square().mean().backward()
-    with pytest.warns(UserWarning, match="plain LoRA"):
+    with pytest.raises(bara.BaraError, match="plain LoRA"):
         model(x=x)
 
 
@@ -339,7 +339,7 @@ def test_a_warm_up_that_never_hears_of_progress_warns_once():
         model(x=x, labels=y)
 
 
-def test_steps_that_used_the_kl_do_not_warn():
+def test_steps_that_used_the_kl_go_on():
     model = net(warmup=0.0)
     x, y = batch()
     with warnings.catch_warnings():
@@ -442,12 +442,12 @@ def test_resumed_training_equals_uninterrupted_training(tiny_bert, tmp_path, exp
 def test_the_callback_logs_kl_and_rank(tiny_bert, tmp_path):
     model = adapt(tiny_bert, task_type="SEQ_CLS", num_observations=None)
     trainer = trainer_step(model, classification_rows(), tmp_path, 4, logging_steps=1)
-    assert model.peft_config["default"].weight_noise == 0  # after a single step
+    assert model.peft_config["default"].resolved.weight_noise == 0  # after a single step
     entry = trainer.state.log_history[0]
     assert entry["kl_global"] > 0
     assert entry["kl_local"] > 0
     assert 0 < entry["effective_rank"] <= 4
-    assert model.peft_config["default"].num_observations == 8
+    assert model.peft_config["default"].resolved.num_observations == 8
 
 
 def test_the_callback_says_so_when_it_overrides_n(tiny_bert, tmp_path):
@@ -577,7 +577,7 @@ def test_a_shared_layer_pays_its_kl_once(method):
         torch.manual_seed(0)
         model = stir(adapt(Shared(times), method, target_modules=["layer"])).train()
         if method == "balora":  # make alpha the same for every input
-            torch.nn.init.zeros_(layer_posterior(model)[1].network[-1].weight)
+            torch.nn.init.zeros_(layer_posterior(model)[1].output_weight)
         model(x=torch.ones(2, 6))
         values.append(bara.kl_terms(model)["kl_global"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
@@ -690,3 +690,16 @@ def test_a_batch_without_labels_tells_a_schedule_nothing():
 def test_an_impossible_schedule_is_refused(explained):
     with pytest.raises(bara.BaraError, match="explained must be None or two numbers"):
         bara.BaraConfig(explained=explained)
+
+
+def test_an_adapter_whose_gates_have_closed_says_so():
+    model = net(warmup=0.0)
+    x, y = batch()
+    model(x=x, labels=y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bara.kl_terms(model)["effective_rank"] > 1
+    layer_posterior(model)[1].global_logit.data.fill_(-0.1)
+    model(x=x, labels=y)
+    with pytest.warns(UserWarning, match=r"gates of adapter 'default' are closed .*learning rate"):
+        assert bara.kl_terms(model)["effective_rank"] < 0.01

@@ -21,7 +21,7 @@ from bara.adapter.layer import adapted_layers
 from bara.models.sentence import SentenceClassifier
 from bara.prediction.predictive import ClassificationPredictive
 from conftest import tiny_bert_config
-from helpers import TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import TinyNet, adapt, balora_network, layer_posterior, stir, tiny_gpt2, tiny_llama
 
 DRAWS, SEED = 3, 5
 FOR_LANGUAGE_MODELS = {("bara", "mean"), ("global", "draws"), ("balora", "mean")}
@@ -136,7 +136,7 @@ def constant_mean(model, data):
 
         def record(module, args, u, name=name, posterior=posterior):
             h = u / u.square().mean(-1, keepdim=True).sqrt()
-            logit = 20 * (h @ posterior.gate_weight.T / posterior.rank**0.5 + posterior.gate_bias)
+            logit = 100 * (h @ posterior.gate_weight.T / posterior.rank**0.5 + posterior.gate_bias)
             noise = torch.logit(torch.linspace(0.00005, 0.99995, 10000))
             gate = ((logit[..., None] + noise) / 0.66).sigmoid() * 1.2 - 0.1
             sums[name] = gate.clamp(0, 1).mean(-1).flatten(0, -2)
@@ -173,7 +173,7 @@ def test_local_gates_are_at_their_average(exported, kind):
     weights = load_file(exported.folder / f"{kind}-bara-mean" / "adapter_model.safetensors")
     for name, layer, posterior in adapted_layers(model, "default"):
         noise = torch.logit(torch.linspace(0.00005, 0.99995, 10000))
-        gate = ((20 * posterior.global_logit[:, None] + noise) / 0.66).sigmoid() * 1.2 - 0.1
+        gate = ((100 * posterior.global_logit[:, None] + noise) / 0.66).sigmoid() * 1.2 - 0.1
         scale = gate.clamp(0, 1).mean(-1) * average[name]
         torch.testing.assert_close(
             weights[f"base_model.model.{name}.lora_B.weight"],
@@ -219,7 +219,7 @@ def test_draws_keep_local_gates_at_their_average(exported):
             b = layer.lora_B["default"].weight
             scale = (weights[f"base_model.model.{name}.lora_B.weight"] / b).mean(0) / average[name]
             # z (1 + sqrt(alpha) eps), where z is 0 ... 1
-            alpha = torch.exp(posterior.config.logit_scale * posterior.noise_logit)
+            alpha = torch.exp(100 * posterior.noise_logit)
             bound = 1 + 5 * alpha.sqrt()
             assert (scale.abs() <= bound).all()
 
@@ -232,7 +232,7 @@ def test_bara_draws_sample_a_with_its_fixed_noise(exported):
         a = layer.lora_A["default"].weight.detach()
         drawn = torch.stack([f[f"base_model.model.{name}.lora_A.weight"] for f in files])
         standard = (drawn - a) / a.abs()
-        c, count = posterior.config.weight_noise, standard.numel()
+        c, count = posterior.resolved.weight_noise, standard.numel()
         assert c > 0
         assert standard.mean().abs() < 5 * (c / count) ** 0.5
         assert standard.square().mean().item() == pytest.approx(c, rel=6 * (2 / count) ** 0.5)
@@ -251,7 +251,7 @@ def test_balora_draws_sample_a_with_the_average_noise(exported):
         handle = layer.lora_A["default"].register_forward_hook(
             lambda module, args, u, p=posterior, out=alphas: out.append(
                 torch.nn.functional.softplus(
-                    10 * p.network(_pooled(u) / _pooled(u).square().mean(-1, True).sqrt())
+                    10 * balora_network(p, _pooled(u) / _pooled(u).square().mean(-1, True).sqrt())
                 ).mean()
             )
         )

@@ -30,7 +30,6 @@ RANK_OPTIONS: list[dict[str, bool]] = [
     {},
     {"global_gate": False},
     {"local_gate": False},
-    {"intensity": True},
 ]
 IDS = torch.randint(1, 64, (6, 9), generator=torch.Generator().manual_seed(0))
 IDS[1, :4] = 0

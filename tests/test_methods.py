@@ -1,6 +1,8 @@
 """Every method by name: trained, saved, loaded and predicted with through one interface."""
 
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,11 @@ def test_defaults_follow_the_method():
     assert recipe.method_options == {}
     given = TrainRecipe(training={"learning_rate": 0.5}).with_options({"method": "full"})
     assert given.training["learning_rate"] == 0.5
+
+
+def test_the_table_of_methods_in_the_docs_is_that_of_the_registrations():
+    script = Path(__file__).parents[1] / "scripts" / "methods_table.py"
+    names = runpy.run_path(str(script))
+    text = names["PAGE"].read_text("utf-8")
+    assert names["page"](text) == text
+    assert all(f"| `{name}` |" in text for name in METHODS)

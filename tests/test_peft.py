@@ -227,7 +227,7 @@ def test_patterns_scaling_targets_and_saved_modules(method, tiny_bert, tmp_path)
 def test_merging_is_exact_where_the_mean_is_a_matrix(kind, name, safe):
     options = {} if kind == "balora" else {"local_gate": False}
     model = stir(adapt(MODELS[name](), kind.split(" ")[0], task_type="CAUSAL_LM", **options))
-    model.peft_config["default"].num_observations = None
+    model.peft_config["default"].resolved.num_observations = None
     mean = logits(model)
     model.merge_adapter(safe_merge=safe)
     torch.testing.assert_close(logits(model), mean, atol=1e-4, rtol=1e-4)
@@ -259,9 +259,9 @@ def test_calibrated_gates_merge_at_their_average():
         h = u / u.square().mean(-1, keepdim=True).sqrt()
         v = (torch.arange(20_000) + 0.5) / 20_000
         shift = 0.66 * torch.log((v + 0.1) / (1.1 - v))
-        local = 20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
+        local = 100 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
         g = torch.sigmoid(local.unsqueeze(-1) - shift).mean(-1).mean(0)
-        z = torch.sigmoid((20 * posterior.global_logit).unsqueeze(-1) - shift).mean(-1)
+        z = torch.sigmoid((100 * posterior.global_logit).unsqueeze(-1) - shift).mean(-1)
         b = layer.lora_B["default"].weight * (z * g)
         expected = layer.base_layer(x) + 2.0 * u @ b.T
         unmerged = model(x=x)["logits"]
@@ -328,7 +328,7 @@ def test_grouped_convolutions():
         ({"local_prior": 0}, "local_prior must be"),
         ({"noise_prior": 0.0}, "noise_prior must be"),
         ({"prior_std": 0.0}, "prior_std must be a number in .* or None"),
-        ({"global_prior_beta": (1.0, -1.0)}, "global_prior_beta must be"),
+        ({"explained": (0.5, 0.2)}, "explained must be"),
         ({"use_dora": True}, "use_dora selects another variant"),
         ({"use_qalora": True}, "use_qalora cannot be combined"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* start with B = 0"),
@@ -380,12 +380,12 @@ def test_embeddings_are_refused():
 
 
 def test_a_configuration_survives_json(tmp_path):
-    config = BaraConfig(global_prior_beta=(1.0, 2.0), target_modules=["a"], kl_weight=0.5)
+    config = BaraConfig(explained=(0.2, 0.5), target_modules=["a"], kl_weight=0.5)
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["peft_type"] == "BARA"
     loaded = PeftConfig.from_pretrained(tmp_path)
-    assert loaded.global_prior_beta == (1.0, 2.0)
+    assert loaded.explained == (0.2, 0.5)
     assert loaded.kl_weight == 0.5
 
 
@@ -414,7 +414,7 @@ def test_adapters_of_different_rank_draw_together():
 def test_adapters_that_are_active_together_draw_independently():
     model = two_adapters(rank=4)
     layer, _ = layer_posterior(model)
-    keys = [layer.lora_variant[name]._noise_key(layer, name) for name in ("default", "other")]
+    keys = [layer.lora_variant[name].noise_key(layer, name) for name in ("default", "other")]
     assert keys == ["layer", "layer#1"]
     x = torch.randn(1, 6)
 
@@ -472,8 +472,8 @@ def test_a_bias_of_b_is_scaled_as_in_peft(method):
 
 def test_peft_can_attach_to_no_layer_at_all():
     config = BaraConfig(target_modules="dummy-target-modules")
-    get_peft_model(TinyNet(), config)
-    assert config.kl_weight == 1
+    model = get_peft_model(TinyNet(), config)
+    assert model.peft_config["default"].resolved.kl_weight == 1
 
 
 @pytest.mark.parametrize(

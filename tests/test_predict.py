@@ -149,13 +149,13 @@ def test_effective_rank_by_hand(granularity):
     with torch.no_grad():
         u = x @ layer.lora_A["default"].weight.T
         shift = 0.66 * torch.log(torch.tensor(0.1 / 1.1))
-        z = torch.sigmoid(20 * posterior.global_logit - shift)
+        z = torch.sigmoid(100 * posterior.global_logit - shift)
         for i in range(4):
             tokens = u[i, : int(mask[i].sum())]
             if granularity == "sequence":
                 tokens = tokens.mean(0, keepdim=True)
             h = tokens / tokens.square().mean(-1, keepdim=True).sqrt()
-            local = 20 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
+            local = 100 * (h @ posterior.gate_weight.T / 2 + posterior.gate_bias)
             p = z * torch.sigmoid(local - shift)
             assert rank.soft[0, i].item() == pytest.approx(p.sum(-1).mean().item(), rel=1e-4)
             hard = (p > 0.5).sum(-1).float().mean().item()

@@ -103,24 +103,20 @@ def test_draws_keep_their_distribution():
 
 def test_gates_are_fitted_by_least_squares_to_their_old_logits(batch):
     torch.manual_seed(0)
-    options = {"target_modules": ["layer"], "intensity": True}
+    options = {"target_modules": ["layer"]}
     model = close(stir(adapt(TinyNet(), **options), 0.2).eval(), [1, 3])
     layer, posterior = layer_posterior(model)
     x = torch.randn(50, 6)
     u = (x @ layer.lora_A["default"].weight.T).double().detach()
     h = u / u.square().mean(1, keepdim=True).sqrt()
-    old = {
-        "gate": h @ posterior.gate_weight.double().T / math.sqrt(4) + posterior.gate_bias,
-        "intensity": h @ posterior.intensity_weight.double().T + posterior.intensity_bias,
-    }
+    old = h @ posterior.gate_weight.double().T / math.sqrt(4) + posterior.gate_bias
     pruned = layer_posterior(bara.prune(model, {"x": x}).model)[1]
     left = u[:, [0, 2]] / u[:, [0, 2]].square().mean(1, keepdim=True).sqrt()
     design = torch.cat([left, torch.ones(50, 1)], dim=1)
-    for name, scale in (("gate", math.sqrt(2)), ("intensity", 1.0)):
-        best = torch.linalg.lstsq(design, old[name][:, [0, 2]].detach()).solution
-        weight, bias = getattr(pruned, f"{name}_weight"), getattr(pruned, f"{name}_bias")
-        torch.testing.assert_close(weight.double() / scale, best[:2].T, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(bias.double(), best[2], atol=1e-5, rtol=1e-4)
+    best = torch.linalg.lstsq(design, old[:, [0, 2]].detach()).solution
+    weight = pruned.gate_weight.double() / math.sqrt(2)
+    torch.testing.assert_close(weight, best[:2].T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pruned.gate_bias.double(), best[2], atol=1e-5, rtol=1e-4)
 
 
 def test_padding_does_not_enter_the_fit(bert, batch):
@@ -148,7 +144,7 @@ def test_inclusion_is_the_probability_of_an_open_gate(bert, batch):
     pruning = bara.prune(bert, batch, threshold=0.0)
     assert pruning.removed == 0
     for name, _, posterior in adapted_layers(bert, "default"):
-        expected = torch.sigmoid(open_logit(20 * posterior.global_logit))
+        expected = torch.sigmoid(open_logit(100 * posterior.global_logit))
         torch.testing.assert_close(pruning.inclusion[name], expected.detach())
 
 

@@ -55,7 +55,7 @@ def adapter(tmp_path: Path, tiny_model_dir: Path, table: Path) -> Path:
 def make_adapter(
     tmp_path: Path, model_dir: Path, table: Path, method: str, temperature: float | None = None
 ) -> Path:
-    options = {"r": 3} | ({"logit_scale": 20.0} if method == "bara" else {})  # as helpers.adapt
+    options = {"r": 3}
     name = f"{method}+temperature" if temperature else method
     recipe = TrainRecipe(model=str(model_dir), method=name, method_options=options)
     rows = [json.loads(line) for line in table.read_text().splitlines()]
@@ -65,7 +65,7 @@ def make_adapter(
     stir(model, 0.1)
     if method == "bara":
         for _, _, posterior in adapted_layers(model, "default"):
-            posterior.global_logit.data[:] = torch.tensor([-1.0, 0.2, 0.1])
+            posterior.global_logit.data[:] = torch.tensor([-0.2, 0.04, 0.02])
     if temperature:
         set_temperature(model, temperature)
     save_adapter(tmp_path / name, model, tokenizer, task, recipe)

@@ -20,7 +20,12 @@ from test_report import HOSTILE, PNG, Page
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return stir(adapt(TinyNet(), target_modules=["layer"], init_logit=0.0), 0.1).eval()
+    model = adapt(TinyNet(), target_modules=["layer"])
+    _, posterior = layer_posterior(model)
+    with torch.no_grad():  # gates that are half open
+        posterior.global_logit.zero_()
+        posterior.gate_bias.zero_()
+    return stir(model, 0.1).eval()
 
 
 def active_factors(model, x, seed, num_draws):

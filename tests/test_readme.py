@@ -30,7 +30,7 @@ def test_the_first_example_runs(tiny_bert, tmp_path, capsys):
     }
     exec(code.group(1), names)
     assert isinstance(names["predictive"], bara.ClassificationPredictive)
-    assert names["model"].peft_config["default"].num_observations == 8
+    assert names["model"].peft_config["default"].resolved.num_observations == 8
     printed = capsys.readouterr().out
     assert "nll" in printed.lower()
     assert "effective rank s_bar" in printed

@@ -91,7 +91,7 @@ def test_sft_counts_label_tokens_and_trains_the_elbo(tmp_path, options):
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message="(?!The last training step|Gradients reached)")
         trainer.train()
-    assert model.peft_config["default"].num_observations == LABELS
+    assert model.peft_config["default"].resolved.num_observations == LABELS
     logs = trainer.state.log_history[0]
     assert logs["kl_global"] > 0
     moved = [n for n, p in model.named_parameters() if n in before and not p.equal(before[n])]
@@ -118,7 +118,7 @@ def test_conversations_count_the_labels_of_the_assistants_words(tmp_path):
         callbacks=[bara.BayesianCallback()],
     )
     trainer.train()
-    assert model.peft_config["default"].num_observations == LABELS
+    assert model.peft_config["default"].resolved.num_observations == LABELS
     assert trainer.state.log_history[0]["kl_global"] > 0
 
 
@@ -152,7 +152,7 @@ def test_a_schedule_follows_the_mean_loss_of_the_batch(tmp_path, items):
     batch = next(iter(trainer.get_train_dataloader()))
     model.train()
     loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items).item()
-    (schedule,) = Elbo.of(model).schedules.values()
+    schedule = Elbo.of(model).adapters["default"].schedule
     assert schedule.first == pytest.approx(loss if items is None else 2 * loss, rel=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_dpo_trains_and_its_reference_is_the_base_model(tmp_path):
     model = lm()
     trainer = dpo(tmp_path, model)
     trainer.train()
-    assert model.peft_config["default"].num_observations == len(PAIRS)
+    assert model.peft_config["default"].resolved.num_observations == len(PAIRS)
     assert trainer.state.log_history[0]["kl_global"] > 0
 
     seen = {}
@@ -188,7 +188,7 @@ def test_dpo_trains_and_its_reference_is_the_base_model(tmp_path):
     )
 
 
-def test_without_the_mixin_the_next_step_warns(tmp_path):
+def test_without_the_mixin_training_stops_before_its_first_step(tmp_path):
     model = lm()
     trainer = trl.SFTTrainer(
         model=model,
@@ -197,6 +197,7 @@ def test_without_the_mixin_the_next_step_warns(tmp_path):
         processing_class=word_tokenizer(),
         callbacks=[bara.BayesianCallback()],
     )
-    with pytest.warns(UserWarning, match="trained without the prior"):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(bara.BaraError, match=r"without the prior.*KLMixin"):
         trainer.train()
-    assert Elbo.of(model) is not None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

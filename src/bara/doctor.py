@@ -1,7 +1,7 @@
 """What `bara doctor` finds out: the machine, the packages, and whether draws and KL are right here.
 
-The self-test compares with closed forms that are computed another way: by `torch.distributions`, by
-numerical integration, or by the formula written out. Seeds are fixed, and the bounds of what is
+The self-test compares with closed forms that are computed another way: by `torch.distributions` or
+by the formula written out. Seeds are fixed, and the bounds of what is
 drawn are six standard errors wide: on a sound installation a check fails never, not seldom.
 """
 
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from peft import get_peft_model
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Beta, Gamma, Normal, Weibull, kl_divergence
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
 from bara.draws.sampling import sampling
 from bara.posteriors import distributions
@@ -108,8 +108,6 @@ def self_test(device: str | torch.device = "cpu") -> list[Check]:
         _compare("KL of Gaussians", *_gaussian_kl()),
         _compare("KL of relative noise", *_scale_noise_kl()),
         _compare("KL of gates", *_bernoulli_kl()),
-        _compare("KL of gates, prior learned", *_beta_bernoulli_kl()),
-        _compare("KL of intensities", *_weibull_gamma_kl()),
         _compare("gates, share open", *_gate_draws(lambda gates: (gates > 0).double(), _open)),
         _compare(
             "gates, mean", *_gate_draws(lambda gates: gates, distributions.hard_concrete_mean)
@@ -147,33 +145,6 @@ def _bernoulli_kl() -> tuple[Tensor, Tensor, float]:
     logit, prior = _grid(-9, 9), 0.125
     expected = kl_divergence(Bernoulli(logits=logit), Bernoulli(torch.full_like(logit, prior)))
     return distributions.bernoulli_kl(logit.sigmoid(), logit, prior), expected, 1e-9
-
-
-def _beta_bernoulli_kl() -> tuple[Tensor, Tensor, float]:
-    """Both terms apart: the gates' KL under the mean of the prior, and the prior's own KL."""
-    logit, a, b = _grid(-4, 4), 2.0, 5.0
-    p = logit.sigmoid()
-    posterior = Beta(a + p.sum(), b + (1 - p).sum())
-    total = a + b + len(p)
-    log_pi = torch.digamma(posterior.concentration1) - _digamma(total)
-    log_rest = torch.digamma(posterior.concentration0) - _digamma(total)
-    gates = -Bernoulli(p).entropy().sum() - (p * log_pi + (1 - p) * log_rest).sum()
-    prior = kl_divergence(posterior, Beta(*logit.new_tensor([a, b])))
-    return distributions.beta_bernoulli_kl(logit, a, b), gates + prior, 1e-9
-
-
-def _digamma(value: float) -> Tensor:
-    return torch.digamma(torch.tensor(value, dtype=torch.float64))
-
-
-def _weibull_gamma_kl() -> tuple[Tensor, Tensor, float]:
-    """The mean of the log-ratio over the posterior's quantiles."""
-    shape, scale, a, b = _grid(1.5, 6, 5), _grid(0.5, 2, 5), 3.0, 2.0
-    u = ((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000).unsqueeze(-1)
-    x = distributions.weibull_sample(shape, scale, u)
-    prior = Gamma(*u.new_tensor([a, b]))
-    expected = (Weibull(scale, shape).log_prob(x) - prior.log_prob(x)).mean(0)
-    return distributions.weibull_gamma_kl(shape, scale, a, b), expected, 1e-3
 
 
 def _gate_draws(

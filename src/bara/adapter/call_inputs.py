@@ -17,6 +17,7 @@ def _is_multiple_choice(given: dict[str, Any]) -> bool:
 
 
 def batch_size_of(given: dict[str, Any]) -> int:
+    """Rows of the batch that a model's layers see."""
     if _is_multiple_choice(given):
         return given["input_ids"].shape[0] * given["input_ids"].shape[1]
     inputs = [given.get(name) for name in ("input_ids", "inputs_embeds")]  # positions may be 1 row
@@ -25,6 +26,7 @@ def batch_size_of(given: dict[str, Any]) -> int:
 
 
 def position_weights_of(given: dict[str, Any]) -> Iterator[Tensor]:
+    """For each padding mask what a position counts in a mean over its row, (B, T)."""
     dim = 3 if _is_multiple_choice(given) else 2
     for name in MASKS:
         mask = given.get(name)
@@ -57,6 +59,16 @@ def loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
         if labels.dim() > 1 and predicts_next_token(model):
             labels = labels[..., 1:]
     return labels.ne(-100)
+
+
+def share_of(items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """The part of an accumulated batch's loss terms that a micro-batch has; 1 if unknown.
+
+    Args:
+        items: which labels of the micro-batch are terms of the loss.
+        num_items_in_batch: such labels in all micro-batches that are accumulated.
+    """
+    return 1.0 if num_items_in_batch is None else items.sum() / num_items_in_batch
 
 
 def predicts_next_token(model: nn.Module) -> bool:

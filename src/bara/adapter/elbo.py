@@ -3,52 +3,79 @@
 A root hook opens a `ForwardPass` for every call of the adapted model. The layers read from it what
 they cannot see themselves (padding, draws) and hand their KL up to it; when the call ends the hook
 adds the weighted KL to `outputs.loss`, so that any trainer that uses the model's own loss trains
-the ELBO.
+the ELBO. Every loss, whoever computed it, becomes the ELBO in `Elbo.complete`.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bara.adapter.call_inputs import (
-    batch_size_of,
-    loss_items,
-    position_weights_of,
-)
-from bara.adapter.forward_pass import ForwardPass
+from bara.adapter.call_inputs import batch_size_of, loss_items, position_weights_of, share_of
+from bara.adapter.call_outputs import tensors_of, with_loss
+from bara.adapter.forward_pass import ForwardPass, Observer
+from bara.draws.context import PerContext, PerThread
 from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
-from bara.posteriors.config import BayesianConfig
-from bara.posteriors.posterior import Posterior
-from bara.posteriors.rank_space import RankSpace
+from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.schedule import LossSchedule, rise
 
 HOLD = 0.4
 """Part of the warm-up during which the KL has no weight."""
 
 
+@dataclass
+class AttachedAdapter:
+    """One Bayesian adapter of a model.
+
+    Attributes:
+        config: what the user wrote.
+        resolved: the numbers in force.
+        schedule: what its KL and noise follow besides the steps; None for nothing.
+    """
+
+    config: BayesianConfig
+    resolved: Resolved
+    schedule: LossSchedule | None = None
+
+    def weight(self, ramp: float) -> float:
+        """The factor on both KL weights now, in [0, 1], of the warm-up's."""
+        return ramp * (self.schedule.part if self.schedule else 1.0)
+
+
 class Elbo(DrawSource):
-    """What all forward passes of one adapted model share. Lives on the model as `bara_elbo`."""
+    """What all forward passes of one adapted model share. Lives on the model as `bara_elbo`.
+
+    Attributes:
+        adapters: its Bayesian adapters by name.
+        progress: how far training is, in [0, 1]; None if nobody says.
+        last: the last training pass.
+        draws: the draws in force here; None for the posterior mean.
+        adapter_names: PEFT's adapters of the rows of a mixed batch that runs here.
+        observers: told of every layer that runs here.
+        forward: the open pass here.
+    """
 
     batched = True
+    draws = PerContext()
+    adapter_names = PerContext()
+    observers = PerContext()
+    forward = PerThread()
 
     def __init__(self, model: nn.Module) -> None:
-        self.configs: dict[str, BayesianConfig] = {}
-        self.schedules: dict[str, LossSchedule] = {}
+        self.adapters: dict[str, AttachedAdapter] = {}
         self.progress: float | None = None
+        self.last: ForwardPass | None = None
         self._warned_of_progress = False
-        self.draws: Draws | None = None
-        self.adapter_names: tuple[str, ...] | None = None
-        self.forward: ForwardPass | None = None  # the open one, or the one being differentiated
-        self.last: ForwardPass | None = None  # the last training pass
-        self.observers: list[Callable[[str, Posterior, RankSpace], None]] = []  # told every layer
+        self._recomputed: dict[int, ForwardPass] = {}  # by the backward pass that needs them
         self._arguments = list(inspect.signature(model.forward).parameters)
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -74,11 +101,10 @@ class Elbo(DrawSource):
 
     def current(self) -> ForwardPass | None:
         """The open forward pass, or in a backward pass the one that is being differentiated."""
-        forward = self.forward
-        if forward is None or forward.open:
-            return forward
-        recomputing = torch._C._current_graph_task_id() != -1
-        return forward if recomputing else None
+        forward: ForwardPass | None = self.forward
+        if forward is None and self._recomputed:
+            return self._recomputed.get(torch._C._current_graph_task_id())
+        return forward
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
@@ -91,14 +117,15 @@ class Elbo(DrawSource):
             self.draws = before
 
     @contextmanager
-    def observing(self, observe: Callable[[str, Posterior, RankSpace], None]) -> Iterator[None]:
+    def observing(self, observe: Observer) -> Iterator[None]:
         """Every adapted layer's forward pass inside calls `observe(layer, posterior, space)`, with
         autocast off."""
-        self.observers.append(observe)
+        before = self.observers
+        self.observers = (*(before or ()), observe)
         try:
             yield
         finally:
-            self.observers.remove(observe)
+            self.observers = before
 
     def detach(self, root: nn.Module) -> None:
         """Removes the state and its hooks from a model that has been unloaded."""
@@ -108,8 +135,7 @@ class Elbo(DrawSource):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model starts without the graphs of passes it has not made
-        transient: dict[str, Any] = {"forward": None, "last": None, "draws": None, "observers": []}
-        return {**self.__dict__, **transient}
+        return {**self.__dict__, "last": None, "_recomputed": {}}
 
     # -- one forward pass ----------------------------------------------------------------------
 
@@ -125,17 +151,17 @@ class Elbo(DrawSource):
             draws=self.draws,
             adapter_names=self.adapter_names,
             training=training,
+            observers=self.observers or (),
         )
         if training:
-            self._check_consumed()
-            labels = loss_items(model, given)
-            if labels is not None:
-                forward.items = labels.flatten(1).sum(1) if labels.dim() > 1 else labels
+            self.check_consumed()
+            self.last = None
+            items = loss_items(model, given)
+            if items is not None:
+                forward.items = items.flatten(1).sum(1) if items.dim() > 1 else items
                 # With the micro-batch's mean loss in hand one factor scales data and KL alike. Not
                 # every model's loss honours num_items_in_batch, so it never sees it.
-                total = kwargs.pop("num_items_in_batch", None)
-                if total is not None:
-                    forward.share = labels.sum() / total
+                forward.share = share_of(items, kwargs.pop("num_items_in_batch", None))
         self.forward = forward
         return args, kwargs
 
@@ -148,45 +174,38 @@ class Elbo(DrawSource):
             return outputs
         forward.open = False
         # checkpointing starts with the last layer again, which must compute what it did before
-        forward.latest_input = None
+        forward.shared = None
         if outputs is None or not (forward.training or forward.trainable):
             return outputs
         if forward.training:
             self.last = forward
             forward.reduce()
             forward.kl = self._weighted_kl(forward)
-        self._watch(forward, outputs)
+        self._watch_gradients(forward, outputs)
+        self._reopen_in_backward(forward, outputs)
         if kwargs.get("fused_lm_head"):
             return outputs  # TRL's trainers use its log-probabilities, not its loss: see KLMixin
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
-        return self._complete(outputs, forward, has_labels=given.get("labels") is not None)
+        return with_loss(
+            outputs,
+            lambda loss: self.complete(loss, forward, share=forward.share),
+            has_labels=given.get("labels") is not None,
+        )
 
     def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
         """beta_g / N KL_global + beta_l KL_local, summed over the active adapters."""
         weighted = []
-        for adapter, terms in forward.terms.items():
-            config = self.configs[adapter]
-            assert config.num_observations is not None
-            assert config.kl_weight is not None  # set_by_layers has filled it in
-            assert config.local_kl_weight is not None
+        for name, terms in forward.terms.items():
+            adapter = self.adapters[name]
+            resolved = adapter.resolved
+            assert resolved.num_observations is not None
             for kl, weight in (
-                (terms.kl_global, config.kl_weight / config.num_observations),
-                (terms.kl_local, config.local_kl_weight),
+                (terms.kl_global, resolved.kl_weight / resolved.num_observations),
+                (terms.kl_local, resolved.local_kl_weight),
             ):
                 if kl is not None:
-                    weighted.append(self._part(adapter) * weight * kl)
+                    weighted.append(adapter.weight(self.ramp(adapter.config)) * weight * kl)
         return sum(weighted[1:], weighted[0]) if weighted else None
-
-    def _part(self, adapter: str) -> float:
-        """The factor on both KL weights now, in [0, 1]."""
-        schedule = self.schedules.get(adapter)
-        return self.ramp(self.configs[adapter]) * (schedule.part if schedule else 1.0)
-
-    def observe_loss(self, forward: ForwardPass, loss: Tensor) -> None:
-        """Tells the schedules of the adapters in a training pass its data loss."""
-        for schedule in (self.schedules.get(adapter) for adapter in forward.terms):
-            if schedule is not None:
-                schedule.observe(float(loss.detach()))
 
     def ramp(self, config: BayesianConfig) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""
@@ -206,54 +225,31 @@ class Elbo(DrawSource):
         # a weight that starts to rise at once would close the gates before the data has a say.
         return rise(self.progress / config.warmup, HOLD, 1)
 
-    def require_observations(self, adapter: str) -> None:
-        """Raises BaraError if the adapter is about to train without N."""
-        if self.configs[adapter].num_observations is None:
-            raise BaraError(
-                f"Adapter {adapter!r} cannot train: num_observations (N, the number of training "
-                "examples, or of label tokens for a language model) is not known, and without it "
-                "the KL has no weight. Add bara.BayesianCallback() to the Trainer's callbacks, or "
-                f"pass num_observations=... to {type(self.configs[adapter]).__name__}."
-            )
+    # -- the objective -------------------------------------------------------------------------
 
-    # -- nothing passes unnoticed --------------------------------------------------------------
+    def complete(
+        self,
+        loss: Tensor,
+        forward: ForwardPass | None,
+        *,
+        share: Tensor | float = 1.0,
+        shared: bool = False,
+    ) -> Tensor:
+        """The ELBO of a pass from its data loss: share * (loss + KL).
 
-    def _watch(self, forward: ForwardPass, outputs: Any) -> None:
-        """Notes which gradients arrive, and gives the pass back to layers recomputed for it."""
-        reached, recomputation = forward.reached, forward.for_recomputation()
-        without_kl = forward.trainable and not forward.asked
+        Whoever computes a loss (the model, `elbo_loss`, a trainer of TRL) completes it here.
 
-        def kl_reached(_: Tensor) -> None:
-            reached.kl = True
-
-        def data_reached(_: Tensor) -> None:
-            self.forward = recomputation
-            if without_kl and not reached.data:
-                warnings.warn(
-                    "Gradients reached a Bayesian adapter in a pass without KL, because the model "
-                    "or a part of it was in evaluation mode: it trains as plain LoRA does. Call "
-                    "model.train() before training.",
-                    stacklevel=2,
-                )
-            reached.data = True
-
-        if forward.kl is not None and forward.kl.requires_grad:
-            forward.kl.register_hook(kl_reached)
-        for tensor in _tensors(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(data_reached)
-
-    def _check_consumed(self) -> None:
-        last, self.last = self.last, None
-        if last is None or not last.terms:
-            return
-        if last.reached.data and not last.reached.kl:
-            warnings.warn(
-                "The last training step differentiated the model's outputs but not its KL: it "
-                "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "
-                "or add bara.kl_loss(model) to your loss.",
-                stacklevel=2,
-            )
+        Args:
+            loss: mean over the labels of the micro-batch.
+            forward: the pass; without a KL, or with one that is in a loss already, it adds none.
+            share: part of the accumulated batch that this micro-batch is.
+            shared: the loss has been multiplied by the share already.
+        """
+        if forward is None or forward.kl is None:
+            return loss if shared else share * loss
+        self.observe_loss(forward, loss / share if shared else loss)
+        kl = forward.take_kl().to(loss.device)
+        return loss + share * kl if shared else share * (loss + kl)
 
     def kl_loss(self, data_loss: Tensor | None = None) -> Tensor:
         """See `bara.kl_loss`."""
@@ -270,7 +266,7 @@ class Elbo(DrawSource):
             )
         if data_loss is not None:
             self.observe_loss(last, data_loss)
-        elif any(adapter in self.schedules for adapter in last.terms):
+        elif any(self.adapters[name].schedule for name in last.terms):
             raise BaraError(
                 "An adapter with `explained` follows the data loss: give it, as in loss + "
                 "bara.kl_loss(model, data_loss=loss)."
@@ -278,39 +274,86 @@ class Elbo(DrawSource):
         assert last.kl is not None
         return last.kl
 
-    def _complete(self, outputs: Any, forward: ForwardPass, has_labels: bool) -> Any:
-        """The outputs with their loss completed to the ELBO, if they have a loss."""
+    def observe_loss(self, forward: ForwardPass, loss: Tensor) -> None:
+        """Tells the schedules of the adapters in a training pass its data loss."""
+        for schedule in (self.adapters[name].schedule for name in forward.terms):
+            if schedule is not None:
+                schedule.observe(float(loss.detach()))
 
-        def elbo(loss: Tensor) -> Tensor:
-            if forward.kl is not None:
-                self.observe_loss(forward, loss)
-                forward.kl_in_loss = True
-                loss = loss + forward.kl.to(loss.device)
-                forward.release()
-            return forward.share * loss
+    # -- nothing passes unnoticed --------------------------------------------------------------
 
-        if isinstance(outputs, tuple):
-            first = outputs[0] if outputs else None
-            if not (has_labels and isinstance(first, Tensor) and first.dim() == 0):
-                return outputs
-            completed = (elbo(first), *outputs[1:])
-            return type(outputs)(*completed) if hasattr(outputs, "_fields") else completed
-        if isinstance(outputs, Mapping):
-            if isinstance(outputs.get("loss"), Tensor):
-                outputs["loss"] = elbo(outputs["loss"])  # type: ignore[index]
-        elif isinstance(getattr(outputs, "loss", None), Tensor):
-            outputs.loss = elbo(outputs.loss)
-        return outputs
+    def require_observations(self, name: str) -> None:
+        """Raises BaraError if the adapter is about to train without N."""
+        adapter = self.adapters[name]
+        if adapter.resolved.num_observations is None:
+            raise BaraError(
+                f"Adapter {name!r} cannot train: num_observations (N, the number of training "
+                "examples, or of label tokens for a language model) is not known, and without it "
+                "the KL has no weight. Add bara.BayesianCallback() to the Trainer's callbacks, or "
+                f"pass num_observations=... to {type(adapter.config).__name__}."
+            )
 
+    def _watch_gradients(self, forward: ForwardPass, outputs: Any) -> None:
+        """Notes which gradients of the pass are computed."""
+        reached, without_kl = forward.reached, forward.trainable and not forward.asked
 
-def _tensors(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        outputs = outputs.values()
-    elif not isinstance(outputs, (tuple, list)):
-        outputs = vars(outputs).values() if hasattr(outputs, "__dict__") else ()
-    return [value for value in outputs if isinstance(value, Tensor)]
+        def kl_reached(_: Tensor) -> None:
+            reached.kl = True
+
+        def data_reached(_: Tensor) -> None:
+            if without_kl and not reached.data:
+                warnings.warn(
+                    "Gradients reached a Bayesian adapter in a pass without KL, because the model "
+                    "or a part of it was in evaluation mode: it trains as plain LoRA does. Call "
+                    "model.train() before training.",
+                    stacklevel=2,
+                )
+            reached.data = True
+
+        if forward.kl is None or not forward.kl.requires_grad:
+            reached.kl = True  # there is nothing to reach
+        else:
+            forward.kl.register_hook(kl_reached)
+        for tensor in tensors_of(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(data_reached)
+
+    def _reopen_in_backward(self, forward: ForwardPass, outputs: Any) -> None:
+        """Gives the pass back to layers that gradient checkpointing recomputes.
+
+        By the number of the backward pass, not by thread: autograd runs each device in one of its
+        own.
+        """
+        recomputation = forward.for_recomputation()
+
+        def reopen(_: Tensor) -> None:
+            task = torch._C._current_graph_task_id()
+            if task not in self._recomputed:
+                torch.autograd.Variable._execution_engine.queue_callback(partial(self._close, task))
+            self._recomputed[task] = recomputation  # a later pass is differentiated first
+
+        for tensor in tensors_of(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(reopen)
+
+    def _close(self, task: int) -> None:
+        self._recomputed.pop(task, None)
+
+    def check_consumed(self) -> None:
+        """Refuses to go on if the last training pass was differentiated without its KL.
+
+        Raises:
+            BaraError: it was, so that the step trained as plain LoRA.
+        """
+        last = self.last
+        if last is not None and last.terms and last.reached.data and not last.reached.kl:
+            raise BaraError(
+                "The last training step differentiated the model's outputs but not its KL: it "
+                "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "
+                "or add bara.kl_loss(model) to your loss; a Trainer that computes its own loss "
+                "(label smoothing, class weights, TRL's) takes it from bara.KLMixin: class "
+                "MyTrainer(bara.KLMixin, Trainer)."
+            )
 
 
 def adapted_root(model: nn.Module) -> nn.Module:
@@ -319,6 +362,11 @@ def adapted_root(model: nn.Module) -> nn.Module:
 
 
 def elbo_of(model: nn.Module) -> Elbo:
+    """The state of an adapted model.
+
+    Raises:
+        BaraError: it has no Bayesian adapter.
+    """
     elbo = Elbo.of(model)
     if elbo is None:
         raise BaraError(

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Draws, FixedNoise, FreshNoise, Noise
-from bara.posteriors.posterior import Kl
+from bara.posteriors.posterior import Kl, Posterior
+from bara.posteriors.rank_space import RankSpace, SharedInput
+
+Observer = Callable[[str, Posterior, RankSpace], None]
+"""Is called with a layer's name, its posterior and what the posterior works on."""
 
 
-class Use(NamedTuple):
+class LayerUse(NamedTuple):
     """What one use of a module handed up: its posterior, what its KL is made of, and how.
 
     The uses of a pass are a chain from the latest to the first, and have no names: for a list, or
@@ -25,7 +29,7 @@ class Use(NamedTuple):
     posterior: nn.Module
     parts: Mapping[str, Tensor]
     kl: Callable[[Mapping[str, Tensor]], Kl]
-    before: Use | None
+    before: LayerUse | None
 
     def kind(self) -> tuple[object, ...]:
         """The same for uses whose KL can be computed together."""
@@ -34,7 +38,7 @@ class Use(NamedTuple):
 
 
 @dataclass
-class Terms:
+class KlTerms:
     """The KL terms of one adapter in one forward pass.
 
     Layers hand up their uses, which are reduced when the pass is over: recomputation under gradient
@@ -49,18 +53,23 @@ class Terms:
         activity: P(active) of the factors of layers alike, (L, ..., r).
     """
 
-    latest: Use | None = None
+    latest: LayerUse | None = None
     kl_global: Tensor | None = None
     kl_local: Tensor | None = None
     activity: list[Tensor] = field(default_factory=list)
 
-    def uses(self) -> list[Use]:
+    def uses(self) -> list[LayerUse]:
         """All uses of the pass, the first one first."""
         uses, use = [], self.latest
         while use is not None:
             uses.append(use)
             use = use.before
         return uses[::-1]
+
+    def detach(self) -> None:
+        """Lets go of the graph."""
+        self.kl_global = None if self.kl_global is None else self.kl_global.detach()
+        self.kl_local = None if self.kl_local is None else self.kl_local.detach()
 
 
 @dataclass
@@ -84,10 +93,12 @@ class ForwardPass:
         draws: the draws in force, or None (fresh noise in training, else the mean).
         adapter_names: PEFT's adapter per row of a mixed batch.
         training: whether KL is collected: train mode with gradients.
+        observers: told of every layer.
         terms: KL collected, by adapter.
         trainable: whether a layer that can be trained took part.
         asked: whether a layer was asked for its KL.
         kl: the weighted KL, until it is in a loss.
+        shared: the latest input of a layer, which its siblings may read too, and whose it is.
     """
 
     batch_size: int
@@ -97,38 +108,30 @@ class ForwardPass:
     draws: Draws | None = None
     adapter_names: tuple[str, ...] | None = None
     training: bool = False
-    terms: dict[str, Terms] = field(default_factory=dict)
+    observers: tuple[Observer, ...] = ()
+    terms: dict[str, KlTerms] = field(default_factory=dict)
     trainable: bool = False
     asked: bool = False
     open: bool = True
     kl: Tensor | None = None
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
-    latest_input: tuple[Tensor, tuple[object, ...], dict[str, Tensor]] | None = None
+    shared: tuple[SharedInput, tuple[object, ...]] | None = None
 
-    def of_input(
-        self, x: Tensor, layer: str, what: str, make: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """make(x), shared by layers of one module that read the same input (query, key, value).
+    def input_of(self, x: Tensor, layer: str) -> SharedInput:
+        """A layer's input, shared by the layers of one module that read the same (q, k, v).
 
         Not beyond the module: what is checkpointed has to compute the same again on its own.
         """
         # an inference tensor has no version: it may have been changed in place; and a compiler sees
         # by itself what is computed twice
         if torch.compiler.is_compiling() or x.is_inference():
-            return make(x)
+            return SharedInput(x)
         needs_grad = x.requires_grad and torch.is_grad_enabled()
         key = (layer.rpartition(".")[0], x._version, needs_grad)
-        if (
-            self.latest_input is None
-            or self.latest_input[0] is not x
-            or self.latest_input[1] != key
-        ):
-            self.latest_input = x, key, {}
-        made = self.latest_input[2]
-        if what not in made:
-            made[what] = make(x)
-        return made[what]
+        if self.shared is None or self.shared[0].x is not x or self.shared[1] != key:
+            self.shared = SharedInput(x), key
+        return self.shared[0]
 
     def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
         """The weights for a layer with this many positions per row, None without a mask for it."""
@@ -181,15 +184,15 @@ class ForwardPass:
             return
         self.asked = True
         if parts:  # else a family without KL
-            terms = self.terms.setdefault(adapter, Terms())
-            terms.latest = Use(posterior, parts, kl, terms.latest)
+            terms = self.terms.setdefault(adapter, KlTerms())
+            terms.latest = LayerUse(posterior, parts, kl, terms.latest)
 
     def reduce(self) -> None:
         """Computes the terms of what the layers have handed up, layers alike together."""
         for terms in self.terms.values():
             every, terms.latest = terms.uses(), None
             counts = Counter(use.posterior for use in every)
-            alike: dict[tuple[object, ...], list[Use]] = {}
+            alike: dict[tuple[object, ...], list[LayerUse]] = {}
             for use in every:
                 alike.setdefault(use.kind(), []).append(use)
             for uses in alike.values():
@@ -212,13 +215,13 @@ class ForwardPass:
         term = (self.mean_over_rows(values) * share.to(values)).sum()
         return term if total is None else total + term.to(total.device)
 
-    def release(self) -> None:
-        """Lets go of the graph of the KL, once it is part of a loss."""
-        self.kl = None
+    def take_kl(self) -> Tensor:
+        """The weighted KL, which is from now on part of a loss; the pass lets go of its graph."""
+        assert self.kl is not None
+        kl, self.kl, self.kl_in_loss = self.kl, None, True
         for terms in self.terms.values():
-            for name in ("kl_global", "kl_local"):
-                if (value := getattr(terms, name)) is not None:
-                    setattr(terms, name, value.detach())
+            terms.detach()
+        return kl
 
     def for_recomputation(self) -> ForwardPass:
         """What a layer needs when it runs again in the backward pass, without the graph."""

@@ -13,11 +13,14 @@ from bara.adapter.elbo import Elbo
 from bara.errors import BaraError
 from bara.posteriors.posterior import Kl
 
+HEAD_CONTAINER = "lora_head"
+"""Name of the module dict that holds a head's posteriors."""
+
 
 class PosteriorHead(nn.Module, BaseTunerLayer):
     """PEFT's view of a head: the base model's layer, and the posterior that replaces it."""
 
-    adapter_layer_names = ("lora_head",)
+    adapter_layer_names = (HEAD_CONTAINER,)
 
     def __init__(
         self, layer: nn.Linear, name: str, adapter: str, head: nn.Module, config: Any, elbo: Elbo

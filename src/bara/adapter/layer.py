@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +14,42 @@ from torch import Tensor, nn
 
 from bara.adapter.elbo import Elbo
 from bara.adapter.forward_pass import ForwardPass
+from bara.draws.draws import Noise
 from bara.errors import BaraError
-from bara.posteriors.posterior import Posterior
-from bara.posteriors.rank_space import RankSpace, wide
+from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.rank_space import Projection, RankSpace, wide
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer arranges what its A gives, which a posterior sees as (rows, positions, r).
+
+    Attributes:
+        shape: of A x: (..., r), or (B, r, ...) of a convolution.
+        convolution: which of them.
+        rows: inputs of the batch; 0 if unknown.
+    """
+
+    shape: torch.Size
+    convolution: bool
+    rows: int
+
+    def flatten(self, u: Tensor) -> Tensor:
+        """A x as (rows, positions, r)."""
+        if self.convolution:
+            return u.flatten(2).transpose(1, 2)
+        # windows or flattened tokens of one input follow each other
+        rows = self.rows if self.rows and u.shape[0] % self.rows == 0 else u.shape[0]
+        return u.reshape(rows, -1, u.shape[-1])
+
+    def restore(self, flat: Tensor) -> Tensor:
+        """Back from (rows, positions, features)."""
+        if self.convolution:
+            return flat.transpose(1, 2).reshape(self.shape)
+        return flat.reshape(*self.shape[:-1], flat.shape[-1])
 
 
 class RankSpaceVariant(LoraVariant):
@@ -30,19 +62,6 @@ class RankSpaceVariant(LoraVariant):
     def supports_lora_conversion(self) -> bool:
         return False
 
-    def init(  # type: ignore[override]
-        self, module: LoraLayer, adapter_name: str, posterior: Posterior
-    ) -> None:
-        """Adds the posterior's parameters to the layer."""
-        if not hasattr(module, CONTAINER):
-            module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
-            setattr(module, CONTAINER, nn.ModuleDict())
-        posteriors(module)[adapter_name] = posterior
-        a, b = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
-        assert isinstance(a, Tensor)
-        assert isinstance(b, Tensor)
-        posterior.start(a, b)
-
     def forward(  # type: ignore[override]
         self,
         module: LoraLayer,
@@ -54,54 +73,75 @@ class RankSpaceVariant(LoraVariant):
         """PEFT's hook: the layer's output with the adapter's contribution."""
         posterior = posteriors(module)[active_adapter]
         forward = self._forward_pass(posterior, x)
+        with_kl = self._asks_for_kl(module, active_adapter, posterior, forward)
+        x = module.lora_dropout[active_adapter](x)
+        space, layout = self._rank_space(module, active_adapter, x, forward)
+        noise = self._noise(module, active_adapter, posterior, space, forward)
+        output = posterior(space, noise, with_kl=with_kl)
+        if with_kl:
+            forward.add(active_adapter, posterior, output.kl, posterior.kl)
+        self._tell_observers(posterior, space, forward)
+        return result + self._through_b(module, active_adapter, output, layout)
+
+    def _asks_for_kl(
+        self, module: LoraLayer, adapter: str, posterior: Posterior, forward: ForwardPass
+    ) -> bool:
+        """Whether this use of the layer trains, and so pays its KL."""
         trainable = any(
             parameter.requires_grad
-            for part in (module.lora_A[active_adapter], module.lora_B[active_adapter], posterior)
+            for part in (module.lora_A[adapter], module.lora_B[adapter], posterior)
             for parameter in part.parameters()
         )
         if trainable and torch.is_grad_enabled():
             forward.trainable = True
         trainable = trainable and posterior.training
-        with_kl = trainable and torch.is_grad_enabled()
-        if with_kl:
-            self.elbo.require_observations(active_adapter)
-        elif trainable and forward.training:
+        if trainable and torch.is_grad_enabled():
+            self.elbo.require_observations(adapter)
+            return True
+        if trainable and forward.training:
             raise BaraError(
                 "Reentrant gradient checkpointing would drop the KL of the recomputed layers. Use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
+        return False
 
-        x = module.lora_dropout[active_adapter](x)
-        space, restore = self._rank_space(module, active_adapter, x, forward)
-        rows = forward.rows_of(active_adapter, x.device)
-        noise = forward.noise(
-            self._noise_key(module, active_adapter),
-            rows,
-            space.u.shape[0],
-            x.device,
-            posterior.training,
-        )
-        output = posterior(space, noise, with_kl=with_kl)
-        if with_kl:
-            forward.add(active_adapter, posterior, output.kl, posterior.kl)
-        if self.elbo.observers:
-            with torch.autocast(x.device.type, enabled=False):
-                for observe in self.elbo.observers:
-                    observe(self.layer, posterior, space)
-        lora_b, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
-        if lora_b.bias is None:
-            update = lora_b(restore(output.u * scaling))  # in rank space it costs least
-        else:
-            update = lora_b(restore(output.u)) * scaling
-        if output.from_b is not None:
-            update = update + restore(output.from_b).to(update.dtype) * scaling
-        return result + update
+    def _noise(
+        self,
+        module: LoraLayer,
+        adapter: str,
+        posterior: Posterior,
+        space: RankSpace,
+        forward: ForwardPass,
+    ) -> Noise | None:
+        """The layer's random numbers; None for the posterior mean."""
+        device, key = space.u.device, self.noise_key(module, adapter)
+        rows = forward.rows_of(adapter, device)
+        return forward.noise(key, rows, space.u.shape[0], device, posterior.training)
 
-    def _noise_key(self, module: LoraLayer, adapter: str) -> str:
+    def noise_key(self, module: LoraLayer, adapter: str) -> str:
         """Adapters that are active together draw independently; a lone one whatever its name."""
         active = module.active_adapters
         position = active.index(adapter) if adapter in active else 0
         return f"{self.layer}#{position}" if position else self.layer
+
+    def _tell_observers(self, posterior: Posterior, space: RankSpace, forward: ForwardPass) -> None:
+        if forward.observers:
+            with torch.autocast(space.u.device.type, enabled=False):
+                for observe in forward.observers:
+                    observe(self.layer, posterior, space)
+
+    def _through_b(
+        self, module: LoraLayer, adapter: str, output: PosteriorOutput, layout: Layout
+    ) -> Tensor:
+        """s B u, with what the noise of B adds."""
+        lora_b, scaling = module.lora_B[adapter], module.scaling[adapter]
+        if lora_b.bias is None:
+            update = lora_b(layout.restore(output.u * scaling))  # in rank space it costs least
+        else:
+            update = lora_b(layout.restore(output.u)) * scaling
+        if output.from_b is not None:
+            update = update + layout.restore(output.from_b).to(update.dtype) * scaling
+        return update
 
     def _forward_pass(self, posterior: Posterior, x: Tensor) -> ForwardPass:
         forward = self.elbo.current()
@@ -122,62 +162,35 @@ class RankSpaceVariant(LoraVariant):
 
     def _rank_space(
         self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
-    ) -> tuple[RankSpace, Any]:
-        """The layer's rank space as (rows, positions, r), and the way back to its own layout."""
+    ) -> tuple[RankSpace, Layout]:
+        """The layer's rank space, and how the layer itself arranges it."""
         lora_a: Any = module.lora_A[adapter]
         lora_b: Any = module.lora_B[adapter]
         convolution = not isinstance(lora_a, nn.Linear)
         rows = forward.rows_of(adapter, x.device)
+        shared = forward.input_of(x, self.layer)
+        # autocast would cast x in every layer again
+        arranged = lora_a(shared.cast(autocast_dtype(x)))
         batch = forward.batch_size if rows is None else len(rows)
-
-        def flatten(u: Tensor) -> Tensor:
-            if convolution:
-                return u.flatten(2).transpose(1, 2)
-            # windows or flattened tokens of one input follow each other
-            size = batch if batch and u.shape[0] % batch == 0 else u.shape[0]
-            return u.reshape(size, -1, u.shape[-1])
-
-        dtype, cast = autocast_dtype(x), x
-        if dtype != x.dtype:  # autocast would do it in every layer again
-            cast = forward.of_input(x, self.layer, f"{dtype}", lambda x: x.to(dtype))
-        u = lora_a(cast)
-        layout = u.shape
-
-        def restore(flat: Tensor) -> Tensor:
-            if convolution:
-                return flat.transpose(1, 2).reshape(layout)
-            return flat.reshape(*layout[:-1], flat.shape[-1])
-
-        flat = flatten(u)
-        given = x
+        layout = Layout(arranged.shape, convolution, batch)
+        u = layout.flatten(arranged)
         if not convolution:
-            x = x.reshape(*flat.shape[:2], x.shape[-1])
-
-        def half_squared_input(dtype: torch.dtype) -> Tensor:
-            source = cast if cast.dtype == dtype else given.to(dtype)
-            square = forward.of_input(
-                given, self.layer, f"square {dtype}", lambda _: source * source.detach()
-            )
-            return square.reshape(x.shape)
-
-        def project(x: Tensor, weight: Tensor) -> Tensor:
-            if not convolution:
-                return x @ weight.mT
-            if weight.dim() == lora_a.weight.dim():
-                return flatten(lora_a._conv_forward(x, weight, None))
-
-            def one(image: Tensor, weight: Tensor) -> Tensor:
-                return lora_a._conv_forward(image.unsqueeze(0), weight, None).squeeze(0)
-
-            return flatten(torch.vmap(one)(x, weight))
-
-        weights = None if convolution else forward.position_weights(flat.shape[1], rows)
-        if weights is None and not convolution and flat.shape[1] > 1:
-            self._check_unmasked(posteriors(module)[adapter], forward, flat.shape[1])
-        groups = getattr(lora_b, "groups", 1)
-        a, b = lora_a.weight, lora_b.weight
-        space = RankSpace(flat, wide(flat), x, a, b, weights, project, half_squared_input, groups)
-        return space, restore
+            x = x.reshape(*u.shape[:2], x.shape[-1])
+        weights = None if convolution else forward.position_weights(u.shape[1], rows)
+        if weights is None and not convolution and u.shape[1] > 1:
+            self._check_unmasked(posteriors(module)[adapter], forward, u.shape[1])
+        space = RankSpace(
+            u=u,
+            wide_u=wide(u),
+            input=shared,
+            x=x,
+            a=lora_a.weight,
+            b=lora_b.weight,
+            weights=weights,
+            project=_projection(lora_a),
+            groups=getattr(lora_b, "groups", 1),
+        )
+        return space, layout
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
         if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):
@@ -210,6 +223,15 @@ class RankSpaceVariant(LoraVariant):
             return module.get_delta_weight(adapter)
 
 
+LINEAR = Projection()
+
+
+def _projection(lora_a: Any) -> Projection:
+    if isinstance(lora_a, nn.Linear):
+        return LINEAR
+    return Projection(lora_a.stride, lora_a.padding, lora_a.dilation, lora_a.groups)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The precision in which a linear layer would see x."""
     device = x.device.type
@@ -238,6 +260,30 @@ def scaled_columns(lora_b: Any, scale: Tensor | None) -> Tensor:
     grouped = weight.reshape(groups, -1, *weight.shape[1:])
     shape = (groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
     return (grouped * scale.to(weight).reshape(shape)).reshape(weight.shape)
+
+
+def add_posterior(module: LoraLayer, adapter: str, posterior: Posterior) -> None:
+    """Adds a posterior's parameters to a layer, on the layer's device."""
+    if not hasattr(module, CONTAINER):
+        module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
+        setattr(module, CONTAINER, nn.ModuleDict())
+    posteriors(module)[adapter] = posterior
+    module._move_adapter_to_device_of_base_layer(adapter)
+
+
+OLD_NAMES = {"network.0": "hidden", "network.2": "output"}
+"""Parts of BaLoRA's posterior by their names in version 0.1."""
+
+
+def renamed_key(key: str) -> str:
+    """A saved tensor's name today.
+
+    Version 0.1 left the adapter's name in front of what lies deeper in a posterior than PEFT looks.
+    """
+    key = re.sub(rf"(\.{CONTAINER})\.[^.]+(\.(?:network|schedule)\.)", r"\1\2", key)
+    for old, new in OLD_NAMES.items():
+        key = key.replace(f".{CONTAINER}.{old}.", f".{CONTAINER}.{new}_")
+    return key
 
 
 def adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Posterior]]:

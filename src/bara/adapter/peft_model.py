@@ -1,25 +1,52 @@
-"""Posteriors on PEFT's LoRA: attaching, the layers' forward pass, merging, registration."""
+"""PEFT's LoRA model with posteriors: attaching, saving, merging, registration."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftType
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, _ConvNd
-from torch import nn
+from peft.utils import hotswap
+from torch import Tensor, nn
 
-from bara.adapter.elbo import Elbo
-from bara.adapter.heads import add_heads, in_heads
-from bara.adapter.layer import RankSpaceVariant, adapted_layers, posteriors
+from bara.adapter.elbo import AttachedAdapter, Elbo
+from bara.adapter.heads import HEAD_CONTAINER, add_heads, in_heads
+from bara.adapter.layer import (
+    CONTAINER,
+    RankSpaceVariant,
+    add_posterior,
+    posteriors,
+    renamed_key,
+)
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig
+from bara.posteriors.posterior import LayerSetup
 from bara.posteriors.rank_space import Granularity
 from bara.posteriors.registry import Family, family_of, for_each_family, import_families
+
+
+@dataclass(frozen=True)
+class _NewLayer:
+    """A LoRA layer that is about to get its posterior.
+
+    Attributes:
+        module: PEFT's layer.
+        granularity: of its posterior.
+        rng_state: torch's generator as it was when the layer's A had been drawn, from which a copy
+            draws the posterior: so a seed gives all layers the A of plain LoRA.
+    """
+
+    module: LoraLayer
+    granularity: Granularity
+    rng_state: Tensor
 
 
 class BayesianLoraModel(LoraModel):
@@ -34,21 +61,40 @@ class BayesianLoraModel(LoraModel):
         return self.model(*args, **kwargs)
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
+        """PEFT's hook: makes the LoRA layers, then a posterior for each.
+
+        The adapter gets a copy of the configuration, which stays what the user wrote but for the
+        numbers in force, `resolved`.
+        """
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         assert isinstance(config, BayesianConfig)
-        layers = list(adapted_layers(model, adapter_name))
-        config.set_by_layers(len(layers))
-        for _, _, posterior in layers:
-            posterior.start_values()
-        if (schedule := config.loss_schedule()) is not None:
-            self.elbo.schedules[adapter_name] = schedule
-            for _, _, posterior in layers:
-                posterior.schedule = schedule
-        if (head := family_of(config).head) is not None:
-            add_heads(model, adapter_name, head, config, self.elbo)
+        self._new: list[_NewLayer] = []
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        new, self._new = self._new, []
+        family, schedule = family_of(config), config.loss_schedule()
+        config.resolved = resolved = config.resolve(len(new))
+        self.elbo.adapters[adapter_name] = AttachedAdapter(config, resolved, schedule)
+        empty = init_empty_weights if low_cpu_mem_usage else nullcontext
+        for layer in new:
+            a, b = (getattr(layer.module, m)[adapter_name].weight for m in ("lora_A", "lora_B"))
+            setup = LayerSetup(config, resolved, a, b, layer.granularity, schedule)
+            with torch.random.fork_rng(devices=[]), empty():
+                torch.set_rng_state(layer.rng_state)
+                posterior = family.posterior(setup)
+            add_posterior(layer.module, adapter_name, posterior)
+            active = adapter_name in layer.module.active_adapters
+            posterior.requires_grad_(active and not config.inference_mode)
+        if family.head is not None:
+            add_heads(model, adapter_name, family.head, config, self.elbo)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -87,18 +133,25 @@ class BayesianLoraModel(LoraModel):
         assert isinstance(layer, LoraLayer)
         if lora_config.granularity == "auto" and isinstance(layer, _ConvNd):
             granularity = "sequence"  # a gate per image, not per pixel
-        elbo = self.elbo
-        elbo.configs[adapter_name] = lora_config
         frozen = {adapter_name: lora_config.FROZEN}
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}
-        variant = RankSpaceVariant(current_key, elbo)
-        layer.lora_variant[adapter_name] = variant
-        with torch.random.fork_rng(devices=[]):  # a seed gives all layers the A of plain LoRA
-            family = family_of(lora_config)
-            posterior = family.posterior(lora_config, layer.r[adapter_name], granularity)
-            variant.init(layer, adapter_name, posterior)
-        layer._move_adapter_to_device_of_base_layer(adapter_name)
-        layer.set_adapter(layer.active_adapters, inference_mode=lora_config.inference_mode)
+        layer.lora_variant[adapter_name] = RankSpaceVariant(current_key, self.elbo)
+        self._new.append(_NewLayer(layer, granularity, torch.get_rng_state()))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's hook: it takes the name off the last part only, and posteriors may be modules."""
+        for container in (CONTAINER, HEAD_CONTAINER):
+            key = key.replace(f".{container}.{adapter_name}.", f".{container}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's hook: also reads what earlier versions saved."""
+        renamed = {renamed_key(key): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -113,8 +166,7 @@ class BayesianLoraModel(LoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self.elbo.configs.pop(adapter_name, None)
-        self.elbo.schedules.pop(adapter_name, None)
+        self.elbo.adapters.pop(adapter_name, None)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
@@ -171,6 +223,9 @@ def enter_into_peft(family: Family) -> None:
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = family.config
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = BayesianLoraModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = BayesianLoraModel.prefix
+    if family.head is None:  # PEFT swaps what layers hold, and nothing else
+        keys = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+        hotswap.CONFIG_KEYS_TO_CHECK[name] = [*keys, *family.config.hotswap_keys()]
 
 
 import_families()

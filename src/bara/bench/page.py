@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from bara.bench.figures import figures
 from bara.bench.results import Row, write_csv
 from bara.bench.run import finished
@@ -16,6 +14,7 @@ from bara.bench.spec import Benchmark
 from bara.bench.summary import Table, tables
 from bara.errors import BaraError
 from bara.files import atomic_write_text
+from bara.reports.report import render_page
 from bara.reports.style import DARK, save_figure, to_png
 
 CSV_FILE = "results.csv"
@@ -47,13 +46,6 @@ def write_outputs(
 def _write_report(
     path: Path, rows: dict[str, list[Row]], shown: dict[str, list[Table]], baseline: str
 ) -> None:
-    environment = Environment(
-        loader=PackageLoader("bara.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     sections = []
     for name, found in rows.items():
         dark = figures(found, baseline, DARK)
@@ -62,8 +54,7 @@ def _write_report(
             for picture, figure in figures(found, baseline).items()
         }
         sections.append({"name": name, "tables": shown[name], "pictures": pictures})
-    page = environment.get_template("bench.html.j2").render(sections=sections)
-    atomic_write_text(path, page)
+    atomic_write_text(path, render_page("bench.html.j2", sections=sections))
 
 
 def _data_uri(figure: object) -> str:

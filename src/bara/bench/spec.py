@@ -33,7 +33,7 @@ LISTS = {
 
 
 @dataclass(frozen=True)
-class Method:
+class Contender:
     """One contender.
 
     Attributes:
@@ -48,7 +48,7 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_yaml(cls, value: Any) -> Method:
+    def from_yaml(cls, value: Any) -> Contender:
         """A method from its name, or from a mapping of the fields."""
         if isinstance(value, str):
             return cls(value, value)
@@ -131,7 +131,7 @@ class Benchmark:
         model: a folder, a hub name, or one of `bara.bench.models.MODELS`.
         model_options, max_length: as in a `TrainRecipe`.
         tasks: names of `bara.bench.tasks.TASKS`, `hub:NAME`, or folders in `data`.
-        methods: names of methods, or mappings of `Method`'s fields.
+        methods: names of methods, or mappings of `Contender`'s fields.
         method_options, training: for all methods, as in a `TrainRecipe`.
         seeds: of the choice of training examples, training and draws.
         epochs, train_sizes, ranks: each run with each; `lora_alpha` is twice the rank.
@@ -221,9 +221,9 @@ class Benchmark:
             raise wrong("a list of numbers from 0 on")
 
     @property
-    def contenders(self) -> list[Method]:
+    def contenders(self) -> list[Contender]:
         """The methods."""
-        return [Method.from_yaml(value) for value in self.methods]
+        return [Contender.from_yaml(value) for value in self.methods]
 
     @classmethod
     def load(cls, path: str | Path) -> Benchmark:

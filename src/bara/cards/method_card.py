@@ -41,14 +41,17 @@ posterior mean as a plain LoRA adapter, once, and from then on PEFT alone loads 
 {without_bara}"""
 
 
-def write_method_card(folder: str | Path, config: Any, title: str, what: str) -> None:
+def write_method_card(
+    folder: str | Path, config: Any, *, title: str, what: str, num_observations: int | None
+) -> None:
     """Writes what the configuration tells; earlier measurements are removed.
 
     Args:
         folder: of the adapter.
-        config: its `LoraConfig`, with `num_observations`.
+        config: its `LoraConfig`.
         title: of the method.
         what: the method is, in a line.
+        num_observations: N.
     """
     saved = SavedAdapter.read(Path(folder))
     facts = {
@@ -58,7 +61,7 @@ def write_method_card(folder: str | Path, config: Any, title: str, what: str) ->
         "lora alpha": config.lora_alpha,
         "target modules": _modules(config.target_modules),
         "task type": task_type(config),
-        "num observations": config.num_observations,
+        "num observations": num_observations,
     }
     section = METHOD.format(
         title=title,

@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from bara.adapter.elbo import elbo_of
 from bara.adapter.layer import posteriors
 from bara.certificates.bounds import (
     MONTE_CARLO_SHARE,
@@ -19,7 +18,9 @@ from bara.certificates.bounds import (
     mean_bound,
     pac_bayes_kl_bound,
 )
-from bara.draws.draws import Draws
+from bara.draws.blocks import Blocks
+from bara.draws.portions import Portions
+from bara.draws.sharing import evaluating
 from bara.errors import BaraError
 from bara.posteriors.certified import (
     PRIOR_STDS,
@@ -27,7 +28,7 @@ from bara.posteriors.certified import (
     CertifiedPosterior,
     GaussianLinear,
 )
-from bara.prediction.batches import Collate, batches, repeat_rows, to_device
+from bara.prediction.batches import Batch, Collate, batches, to_device
 
 NUM_PRIORS = len(PRIOR_STDS) ** 2
 """Priors in the union bound: a standard deviation for B and one for the heads."""
@@ -215,26 +216,21 @@ def _errors_of_draws(
     progress: bool | None,
 ) -> tuple[int, list[int]]:
     """Errors among n x num_draws predictions, each with a draw of its own, and the n labels."""
-    elbo = elbo_of(model)
+    draws = Portions(model, num_draws, seed, per_input=True)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    errors, drawn, labels = 0, 0, []
+    errors, labels = 0, []
     inputs = max(1, batch_size // num_draws)
-    try:
+    with evaluating(model):
         for batch, _ in batches(data, model, inputs, collate_fn, progress, "certifying"):
             if not isinstance(batch.get("labels"), Tensor):
                 raise BaraError("certify needs labelled data: add a `labels` column")
             target = batch.pop("labels").cpu()
             labels += target.tolist()
-            at_once = max(1, batch_size // len(target))
-            for first in range(0, num_draws, at_once):
-                times = min(at_once, num_draws - first)
-                draws = Draws(times * len(target), seed, drawn)
-                with elbo.drawing(draws):
-                    logits = model(**repeat_rows(to_device(batch, device), times))["logits"]
-                errors += int((logits.argmax(-1).cpu() != target.repeat(times)).sum())
-                drawn += draws.num_draws
-    finally:
-        model.train(was_training)
+            moved = to_device(batch, device)
+
+            def run(blocks: Blocks, moved: Batch = moved, target: Tensor = target) -> int:
+                logits = model(**blocks.repeat(moved))["logits"]
+                return int((blocks.split(logits.argmax(-1).cpu()) != target).sum())
+
+            errors += sum(draws.map(run, len(target), batch_size))
     return errors, labels

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from bara.draws.blocks import Blocks
 from bara.errors import BaraError
 
 
@@ -67,15 +68,7 @@ class Draws:
         Raises:
             BaraError: the batch size is not a multiple of S.
         """
-        if batch_size % self.num_draws:
-            raise BaraError(
-                f"A batch of {batch_size} rows cannot hold {self.num_draws} draws: inside "
-                f"bara.sampling(model, num_draws={self.num_draws}) the batch must be the inputs "
-                f"repeated {self.num_draws} times, draw by draw (bara.predict does this for you)."
-            )
-        return torch.arange(self.num_draws, device=device).repeat_interleave(
-            batch_size // self.num_draws
-        )
+        return Blocks(self.num_draws).draw_of_rows(batch_size, device)
 
     @torch.compiler.disable  # what is drawn once needs no graph
     def numbers(self, key: str, kind: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

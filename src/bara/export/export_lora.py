@@ -284,9 +284,10 @@ def _task(model: PeftModel) -> tuple[str, list[str] | None]:
     base: Any = model.get_base_model()
     if isinstance(base, PreTrainedModel) and base.can_generate():
         return "causal-lm", None
-    if getattr(model.config, "problem_type", None) == "regression":
+    config = getattr(model, "config", None)
+    if getattr(config, "problem_type", None) == "regression":
         return "regression", None
-    names = getattr(model.config, "id2label", None)
+    names = getattr(config, "id2label", None)
     return "classification", names and [names[number] for number in sorted(names)]
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bara.draws.draws import Draws, draw_source
-from bara.errors import BaraError
+from bara.draws.blocks import Blocks
+from bara.draws.portions import Portions
+from bara.draws.sharing import evaluating
 from bara.language.generation import generate
 from bara.language.tasks import reference, row_prompt
-from bara.prediction.batches import batches, repeat_rows, to_device
+from bara.prediction.batches import Batch, batches, to_device
+from bara.prediction.likelihood import require_finite
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,37 +44,27 @@ def token_metrics(
     Raises:
         BaraError: empty data, or logits that are not finite.
     """
-    source = draw_source(model)
-    count = source.num_draws(num_draws) if source else 1
-    at_once = count if source is None or source.batched else 1
-    portions = [Draws(at_once, seed, first) for first in range(0, count, at_once)]
+    draws = Portions(model, num_draws, seed)
     device = next(model.parameters()).device
     nll, right, tokens = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        for batch, _ in batches(inputs, model, max(1, batch_size // at_once), None, progress):
+    with evaluating(model):
+        size = max(1, batch_size // draws.num_draws)
+        for batch, index in batches(inputs, model, size, None, progress):
             labels = batch.pop("labels")[:, 1:].to(device)
             known = labels.ne(-100)
-            moved = to_device(repeat_rows(batch, at_once), device)
-            parts = []
-            for draws in portions:
-                with torch.no_grad(), source.drawing(draws) if source else nullcontext():
-                    parts.append(model(**moved).logits.unflatten(0, (at_once, -1)))
-            logits = torch.cat(parts)
-            if not torch.isfinite(logits).all():
-                raise BaraError(
-                    "The model's logits are not finite: the adapter was damaged or training "
-                    "diverged."
-                )
-            logits = logits[:, :, :-1][:, known]  # (S, labels, V)
-            log_probs = logits.float().log_softmax(-1).logsumexp(0) - math.log(count)
+            moved = to_device(batch, device)
+
+            def run(blocks: Blocks, moved: Batch = moved, known: Tensor = known) -> Tensor:
+                """Log-probabilities of the next tokens where there is a label, (S, labels, V)."""
+                logits = require_finite(model(**blocks.repeat(moved)).logits)
+                return blocks.split(logits)[:, :, :-1][:, known].float().log_softmax(-1)
+
+            every = torch.cat(draws.map(run, len(index), batch_size))
+            log_probs = every.logsumexp(0) - math.log(draws.num_draws)
             target = labels[known]
             nll -= float(log_probs.gather(1, target.unsqueeze(1)).sum())
             right += int((log_probs.argmax(-1) == target).sum())
             tokens += len(target)
-    finally:
-        model.train(was_training)
     return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "accuracy": right / tokens}
 
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, draw_source
+from bara.draws.sharing import decoding, evaluating
 from bara.errors import BaraError, first_line
 from bara.language.answer import Generation
 from bara.language.prompts import (
@@ -29,6 +32,7 @@ from bara.language.prompts import (
     require_room,
 )
 from bara.prediction.batches import to_device
+from bara.prediction.likelihood import require_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +91,7 @@ def generate(
     sampler = DrawSampler(model, tokenizer, longest, num_draws, seed, deterministic, options)
     at_once = max(1, batch_size // sampler.rows_per_prompt)
     answers: list[Generation] = []
-    with seeded(seed):
+    with decoding(model), seeded(seed):
         for start in range(0, len(ids), at_once):
             part = slice(start, start + at_once)
             answers += sampler.decode(given[part], ids[part], agreement and not deterministic)
@@ -223,11 +227,9 @@ class DrawSampler:
         """`transformers.generate` under the draws, in evaluation mode."""
         if self.setting("stop_strings"):
             options["tokenizer"] = self.tokenizer  # to find them in
-        was_training = self.model.training
-        self.model.eval()
         drawing = self.source.drawing(None if self.mean else self.draws) if self.source else None
         try:
-            with drawing or nullcontext():
+            with evaluating(self.model), drawing or nullcontext():
                 return self.model.generate(
                     **to_device(inputs, next(self.model.parameters()).device),
                     **{**self.options, **options, "return_dict_in_generate": True},
@@ -236,8 +238,6 @@ class DrawSampler:
             raise
         except (ValueError, TypeError) as error:  # what generate says of its options
             raise BaraError(f"generate: {first_line(error)}") from error
-        finally:
-            self.model.train(was_training)
 
     def length(self, tokens: Tensor) -> int:
         """Tokens up to the end-of-text token, or to the padding behind a shorter answer."""
@@ -262,27 +262,19 @@ class DrawSampler:
             The list that every call's last position is added to.
         """
         root = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        count = self.draws.num_draws
-        steps: list[Step] = []
+        blocks = Blocks(self.draws.num_draws)
+        count, steps = blocks.num_draws, list[Step]()
+        thread = get_ident()  # other threads may predict with the model meanwhile
 
-        def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, repeated(kwargs, kwargs["input_ids"].shape[0])
-
-        def repeated(value: Any, rows: int) -> Any:
-            if isinstance(value, dict):  # also a mask for each type of layer
-                return {name: repeated(item, rows) for name, item in value.items()}
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == rows:
-                return value.repeat(count, *[1] * (value.dim() - 1))
-            return value
+        def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            if get_ident() != thread:
+                return None
+            return args, blocks.repeat(kwargs, kwargs["input_ids"].shape[0])
 
         def mix(_: Any, args: Any, output: Any) -> None:
-            draws = output.logits.float().log_softmax(-1)
-            if not torch.isfinite(draws).all():
-                raise BaraError(
-                    "The model's logits are not finite: the adapter was damaged or training "
-                    "diverged."
-                )
-            draws = draws.view(count, -1, *draws.shape[1:])
+            if get_ident() != thread:
+                return
+            draws = blocks.split(require_finite(output.logits.float().log_softmax(-1)))
             output.logits = draws.logsumexp(0) - math.log(count)
             last = output.logits[:, -1]
             steps.append(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from bara.draws.draws import Draws, draw_source
+from bara.draws.blocks import Blocks
+from bara.draws.portions import Portions
+from bara.draws.sharing import evaluating
 from bara.errors import BaraError
 from bara.language.prompts import encode_completion, left_padded, require_decoder, require_room
 from bara.language.question import LETTERS, Question, Scoring
-from bara.prediction.batches import repeat_rows, to_device
+from bara.prediction.batches import progress_bar, to_device
+from bara.prediction.likelihood import require_finite
 from bara.prediction.predictive import ClassificationPredictive
 from bara.prediction.temperature import get_temperature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Encoded = Sequence[tuple[list[int], list[list[int]]]]
+"""Token ids of each question's prompt and of its choices."""
 
 
 def multiple_choice(
@@ -78,29 +82,22 @@ def multiple_choice(
         raise BaraError("There is no question: give at least one.")
     encoded = [encode_choices(tokenizer, question, scoring) for question in asked]
     require_room(model, max(len(prompt) + max(map(len, ends)) for prompt, ends in encoded))
-    source = draw_source(model)
-    count = 1 if deterministic or source is None else source.num_draws(num_draws)
-    most = batch_size if source is None or source.batched else 1
+    draws = Portions(model, None if deterministic else num_draws, seed)
     temperature = get_temperature(model)
-    log_probs = torch.full((count, len(asked), max(len(q.choices) for q in asked)), -torch.inf)
-    was_training = model.training
-    model.eval()
-    try:
-        for index in _batches([len(prompt) for prompt, _ in encoded], count, batch_size, progress):
-            draw = 0
-            while draw < count:
-                at_once = min(count - draw, most, max(1, batch_size // len(index)))
-                draws = None if deterministic else Draws(at_once, seed, draw)
-                with source.drawing(draws) if source else nullcontext():
-                    part = [encoded[i] for i in index]
-                    scores = _scores(model, tokenizer, part, at_once, batch_size)
-                for row, (i, score) in enumerate(zip(index, scores, strict=True)):
-                    assert score.shape == (at_once, len(asked[i].choices)), row
-                    tempered = (score / temperature).log_softmax(-1)
-                    log_probs[draw : draw + at_once, i, : score.shape[1]] = tempered
-                draw += at_once
-    finally:
-        model.train(was_training)
+    most = max(len(question.choices) for question in asked)
+    log_probs = torch.full((draws.num_draws, len(asked), most), -torch.inf)
+    with evaluating(model):
+        lengths = [len(prompt) for prompt, _ in encoded]
+        for index in _batches(lengths, draws.num_draws, batch_size, progress):
+            part = [encoded[i] for i in index]
+
+            def run(blocks: Blocks, part: Encoded = part) -> list[Tensor]:
+                return _scores(model, tokenizer, part, blocks, batch_size)
+
+            portions = draws.map(run, len(index), batch_size)
+            for i, *scores in zip(index, *portions, strict=True):
+                tempered = (torch.cat(scores) / temperature).log_softmax(-1)
+                log_probs[:, i, : tempered.shape[1]] = tempered
     answers = [q.answer for q in asked]
     labels = None if None in answers else torch.tensor(answers)
     return ClassificationPredictive(log_probs, labels, tuple(LETTERS[: log_probs.shape[2]]))
@@ -119,16 +116,10 @@ def _batches(
     lengths: Sequence[int], num_draws: int, batch_size: int, progress: bool | None
 ) -> Iterator[list[int]]:
     """Questions of similar length, together as many as the batch size allows."""
-    from rich.console import Console
-    from rich.progress import track
-
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     size = max(1, batch_size // num_draws)
-    show = sys.stderr.isatty() if progress is None else progress
     starts = range(0, len(order), size)
-    for start in track(
-        starts, "answering", console=Console(stderr=True), transient=True, disable=not show
-    ):
+    for start in progress_bar(starts, description="answering", progress=progress):
         yield order[start : start + size]
 
 
@@ -136,17 +127,17 @@ def _batches(
 def _scores(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: Sequence[tuple[list[int], list[list[int]]]],
-    num_draws: int,
+    encoded: Encoded,
+    blocks: Blocks,
     batch_size: int,
 ) -> list[Tensor]:
     """Mean log-probability of every choice's tokens, (S, choices) for each question."""
-    device = next(model.parameters()).device
+    device, num_draws = next(model.parameters()).device, blocks.num_draws
     prompts = left_padded(tokenizer, [prompt for prompt, _ in encoded])
     mask = prompts["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     output = model(
-        **to_device(repeat_rows({**prompts, "position_ids": positions}, num_draws), device),
+        **to_device(blocks.repeat({**prompts, "position_ids": positions}), device),
         use_cache=True,
         logits_to_keep=1,
     )
@@ -173,7 +164,7 @@ def _scores(
                 "position_ids": mask.sum(1)[asked].unsqueeze(1) + torch.arange(tokens.shape[1] - 1),
             }
             later = model(
-                **to_device(repeat_rows(following, num_draws), device),
+                **to_device(blocks.repeat(following), device),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -182,16 +173,12 @@ def _scores(
                 _log_prob(later.logits[:, t - 1], every, chosen[:, t])
                 for t in range(1, chosen.shape[1])
             ]
-        found = torch.stack(log_probs, dim=1).view(num_draws, *tokens.shape).cpu()
+        found = blocks.split(torch.stack(log_probs, dim=1)).cpu()
         scores[:, group] = torch.where(inside, found, 0).sum(-1) / lengths[group]
     return list(scores.split(sizes, dim=1))
 
 
 def _log_prob(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of a token under each of some rows of logits (n, V)."""
-    if not torch.isfinite(logits).all():
-        raise BaraError(
-            "The model's logits are not finite: the adapter was damaged or training diverged."
-        )
-    logits = logits.float()
+    logits = require_finite(logits).float()
     return logits[rows, tokens] - logits.logsumexp(-1)[rows]

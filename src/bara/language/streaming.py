@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from bara.draws.sharing import decoding
 from bara.errors import BaraError
 from bara.language.generation import DrawSampler, Pieces, Step, seeded
 from bara.language.prompts import Prompt, encode_prompt, left_padded, require_decoder
@@ -53,7 +54,7 @@ def generate_stream(
     """Yields the tokens of `bara.generate`'s answer to one prompt as soon as they are chosen.
 
     Decoding runs in a thread of its own, one token ahead; it stops when the iterator is closed.
-    Until then the model must not be used otherwise. With `do_sample` tokens are drawn from torch's
+    Until then the model decodes nothing else. With `do_sample` tokens are drawn from torch's
     global generator: they are those of `bara.generate` if nothing else draws from it meanwhile.
 
     Args:
@@ -80,7 +81,7 @@ def _stream(sampler: DrawSampler, ids: list[int], seed: int) -> Iterator[Streame
 
     def decode() -> None:
         try:
-            with seeded(seed), sampler.mixed() as steps:
+            with decoding(sampler.model, stream=True), seeded(seed), sampler.mixed() as steps:
                 criteria = sampler.options.get("stopping_criteria") or []
                 sampler.run(
                     left_padded(sampler.tokenizer, [ids]),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from bara.draws.draws import Draws, DrawSource
+from bara.draws.sharing import lock_of
 from bara.errors import BaraError
 
 
@@ -52,10 +53,10 @@ class EnsembleDraws(DrawSource):
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
         """Member `draws.first` is active, or with None the first one."""
-        self.model.set_adapter(
-            member_name(0 if draws is None else draws.first), inference_mode=True
-        )
-        try:
-            yield
-        finally:
-            self.model.set_adapter(member_name(0), inference_mode=True)
+        member = member_name(0 if draws is None else draws.first)
+        with lock_of(self.model):
+            self.model.set_adapter(member, inference_mode=True)
+            try:
+                yield
+            finally:
+                self.model.set_adapter(member_name(0), inference_mode=True)

@@ -81,7 +81,7 @@ def laplace(
     names = _last_layer(model) if options.subset == "last-layer" else _adapter(model)
     collate = partial(pad_rows, pad_token_id=getattr(config, "pad_token_id", None) or 0)
     loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)
-    was_training = model.training
+    was_training = model.training  # laplace-torch changes the mode itself
     with _only(model, names):
         approximation = Laplace(
             _Logits(model),

@@ -12,6 +12,7 @@ from peft.tuners.pvera.layer import PveraLayer
 from torch import nn
 
 from bara.draws.draws import Draws, DrawSource, attach_draws, generator
+from bara.draws.sharing import lock_of
 from bara.training.trainer import AdapterTrainer
 
 
@@ -27,26 +28,31 @@ class PveraDraws(DrawSource):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, PveraLayer)}
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
         """Layers sample with the numbers of draw 0 of `draws`; with None they take the mean."""
-        before = {
-            name: (dict(layer.sample_at_inference), dict(layer.pvera_generator))
-            for name, layer in self.layers.items()
-        }
-        try:
-            for name, layer in self.layers.items():
-                for adapter in layer.sample_at_inference:
-                    layer.sample_at_inference[adapter] = draws is not None
-                    if draws is not None:
-                        key = zlib.crc32(name.encode())
-                        layer.pvera_generator[adapter] = generator(draws.seed, key, draws.first)
-            yield
-        finally:
-            for name, layer in self.layers.items():
-                layer.sample_at_inference, layer.pvera_generator = before[name]
+        with lock_of(self.model):
+            before = {
+                name: (dict(layer.sample_at_inference), dict(layer.pvera_generator))
+                for name, layer in self.layers.items()
+            }
+            try:
+                self._set(draws)
+                yield
+            finally:
+                for name, layer in self.layers.items():
+                    layer.sample_at_inference, layer.pvera_generator = before[name]
+
+    def _set(self, draws: Draws | None) -> None:
+        for name, layer in self.layers.items():
+            for adapter in layer.sample_at_inference:
+                layer.sample_at_inference[adapter] = draws is not None
+                if draws is not None:
+                    key = zlib.crc32(name.encode())
+                    layer.pvera_generator[adapter] = generator(draws.seed, key, draws.first)
 
 
 class PveraTrainer(AdapterTrainer):

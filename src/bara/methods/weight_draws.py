@@ -15,6 +15,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bara.draws.draws import Draws, DrawSource
+from bara.draws.sharing import lock_of
 from bara.errors import BaraError
 
 NOISE_FILE = "weight_noise.safetensors"
@@ -82,29 +83,41 @@ class WeightDraws(DrawSource):
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
         """The model has the weights of draw 0 of `draws`, or with None its mean weights."""
-        if draws is None:
+        with lock_of(self.model):
+            if draws is None:
+                yield
+            elif self.linearised:
+                with self._expanded(self._noise(draws)):
+                    yield
+            else:
+                with self._moved(self._noise(draws)):
+                    yield
+
+    @contextmanager
+    def _expanded(self, noise: dict[str, Tensor]) -> Iterator[None]:
+        """Adds to the logits what the noise changes in them to first order."""
+
+        def expand(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            output["logits"] = output["logits"] + self._change(noise, args, kwargs, handle)
+            return output
+
+        handle = self.model.register_forward_hook(expand, with_kwargs=True)
+        try:
             yield
-        elif self.linearised:
-            noise = self._noise(draws)
+        finally:
+            handle.remove()
 
-            def expand(model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-                output["logits"] = output["logits"] + self._change(noise, args, kwargs, handle)
-                return output
-
-            handle = self.model.register_forward_hook(expand, with_kwargs=True)
-            try:
-                yield
-            finally:
-                handle.remove()
-        else:
-            means = {name: parameter.data for name, parameter in self.parameters.items()}
-            try:
-                for name, change in self._noise(draws).items():
-                    self.parameters[name].data = means[name] + change
-                yield
-            finally:
-                for name, parameter in self.parameters.items():
-                    parameter.data = means[name]
+    @contextmanager
+    def _moved(self, noise: dict[str, Tensor]) -> Iterator[None]:
+        """Adds the noise to the weights."""
+        means = {name: parameter.data for name, parameter in self.parameters.items()}
+        try:
+            for name, change in noise.items():
+                self.parameters[name].data = means[name] + change
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = means[name]
 
     def _noise(self, draws: Draws) -> dict[str, Tensor]:
         """What draw 0 of `draws` adds to the mean weights."""

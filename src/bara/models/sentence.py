@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file, can_return_tuple
 
+from bara.adapter.call_inputs import share_of
 from bara.errors import BaraError
 
 POOLING_FILE = "1_Pooling/config.json"
@@ -93,8 +94,7 @@ class SentenceClassifier(PreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            if num_items_in_batch is not None:
-                loss = loss * labels.ne(-100).sum() / num_items_in_batch
+            loss = loss * share_of(labels.ne(-100), num_items_in_batch)
         return SequenceClassifierOutput(
             loss=loss,
             logits=logits,

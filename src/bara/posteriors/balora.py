@@ -12,13 +12,19 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import linear, softplus
 
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import scale_noise_kl
-from bara.posteriors.posterior import Posterior, PosteriorOutput, relative_noise_draw
-from bara.posteriors.rank_space import Granularity, RankSpace, rms_normalised, wide
+from bara.posteriors.posterior import (
+    LOG_SCALE,
+    LayerSetup,
+    Posterior,
+    PosteriorOutput,
+    relative_noise_draw,
+)
+from bara.posteriors.rank_space import RankSpace, rms_normalised, wide
 from bara.posteriors.registry import register
 
 
@@ -64,34 +70,31 @@ class BaloraConfig(BayesianConfig):
         return self.dropout_prior / (1 - self.dropout_prior)
 
 
-SCALE = 10.0
-"""Fixed factor on the network's output: at LoRA's learning rates alpha would hardly move."""
-
-
 class BaloraPosterior(Posterior):
-    """The network behind one layer's noise level alpha_l(x), and its prior.
+    """The network behind one layer's noise level alpha_l(x): one hidden layer of tanh units.
 
     Its features are the layer's pooled rank-space activations with the gradient stopped: they cost
     nothing, and the network cannot bend A to lower the noise.
     """
 
-    def __init__(self, config: BaloraConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
-        self.network = nn.Sequential(
-            nn.Linear(rank, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, 1)
-        )
-        output = self.network[-1]
-        assert isinstance(output, nn.Linear)
-        nn.init.zeros_(output.weight)
+    def __init__(self, setup: LayerSetup[BaloraConfig]) -> None:
+        super().__init__(setup)
+        self.config = config = setup.config
+        hidden, output = nn.Linear(self.rank, config.hidden_size), nn.Linear(config.hidden_size, 1)
         start = config.noise_prior if config.init_noise is None else config.init_noise
-        nn.init.constant_(output.bias, math.log(math.expm1(start)) / SCALE)
+        # not as modules: PEFT swaps adapters by names that are one part long
+        self.hidden_weight, self.hidden_bias = hidden.weight, hidden.bias
+        self.output_weight = nn.Parameter(torch.zeros_like(output.weight))
+        bias = torch.full_like(output.bias, math.log(math.expm1(start)) / LOG_SCALE)
+        self.output_bias = nn.Parameter(bias)
 
     def alpha(self, space: RankSpace) -> Tensor:
         """The noise level, (B, 1 or T, 1), positive."""
         features = rms_normalised(space.pooled(self.granularity).detach())
-        raw = self.network(features.to(next(self.network.parameters()).dtype))
-        return softplus(SCALE * wide(raw)) + 1e-6
+        features = features.to(self.hidden_weight.dtype)
+        hidden = torch.tanh(linear(features, self.hidden_weight, self.hidden_bias))
+        raw = linear(hidden, self.output_weight, self.output_bias)
+        return softplus(LOG_SCALE * wide(raw)) + 1e-6
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None and not with_kl:

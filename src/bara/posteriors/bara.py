@@ -1,9 +1,9 @@
 """BaRA: sparse, input-dependent factors (arXiv 2606.29184; the details are design 2.1).
 
-    m_k(x) = z_k * g_k(x) * theta_k(x) * (1 + sqrt(alpha_k) * eps_k),    A ~ N(theta_A, c theta_A^2)
+    m_k(x) = z_k * g_k(x) * (1 + sqrt(alpha_k) * eps_k),    A ~ N(theta_A, c theta_A^2)
 
-with the task's gates z, the input's gates g, optional intensities theta, the factors' noise, and
-noise of a fixed relative variance c on the elements of A.
+with the task's gates z, the input's gates g, the factors' noise, and noise of a fixed relative
+variance c on the elements of A.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bara.draws.draws import Noise
-from bara.posteriors.bara_config import BaraConfig
+from bara.posteriors.bara_config import BaraConfig, BaraResolved
 from bara.posteriors.config import About
 from bara.posteriors.distributions import (
     OPEN_SHIFT,
     bernoulli_kl,
-    beta_bernoulli_kl,
     hard_concrete,
     hard_concrete_mean,
     logistic_noise,
     open_logit,
     scale_noise_kl,
-    weibull_gamma_kl,
-    weibull_mean,
-    weibull_sample,
 )
-from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput, relative_noise_draw
-from bara.posteriors.rank_space import Granularity, RankSpace, position_mean, rms_normalised, wide
+from bara.posteriors.posterior import (
+    Kl,
+    LayerSetup,
+    Posterior,
+    PosteriorOutput,
+    relative_noise_draw,
+)
+from bara.posteriors.rank_space import RankSpace, position_mean, rms_normalised, wide
 from bara.posteriors.registry import register
 
+LOGIT_SCALE = 100.0
+"""Fixed factor between a parameter and the logit of a gate (or log alpha): with 1 a gate hardly
+moves at LoRA's learning rates (docs/methods.md)."""
+OPEN = 3.0
+"""Logit at which a gate starts: open with P = 0.99."""
 MOST_OPEN = 11
 """Factors of a layer that an input starts with, at most."""
 
@@ -45,64 +52,55 @@ class Variables(NamedTuple):
     """What the variables are distributed by on one batch; None for those that an adapter lacks.
 
     Attributes:
-        z: location of the task's gates over `logit_scale`, (r,).
+        z: location of the task's gates over `LOGIT_SCALE`, (r,).
         log_alpha: logarithm of the factors' variance, relative to their squared mean, over
-            `logit_scale`, (r,).
-        g: location of the input's gates over `logit_scale`, (B, 1 or T, r).
-        theta: shape (r,) and scale (B, 1 or T, r) of the Weibull intensities.
+            `LOGIT_SCALE`, (r,).
+        g: location of the input's gates over `LOGIT_SCALE`, (B, 1 or T, r).
     """
 
     z: Tensor | None
     log_alpha: Tensor | None
     g: Tensor | None = None
-    theta: tuple[Tensor, Tensor] | None = None
 
     def gates(self) -> dict[str, Tensor]:
-        """The gates' locations over `logit_scale`, by name."""
+        """The gates' locations over `LOGIT_SCALE`, by name."""
         return {n: g for n, g in (("z", self.z), ("g", self.g)) if g is not None}
 
 
 class BaraPosterior(Posterior):
-    """The gates, intensities, noise and priors of one layer's r factors."""
+    """The gates, noise and priors of one layer's r factors."""
 
-    def __init__(self, config: BaraConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
-        scale = config.logit_scale
+    resolved: BaraResolved
+
+    def __init__(self, setup: LayerSetup[BaraConfig]) -> None:
+        super().__init__(setup)
+        self.config = config = setup.config
+        rank = self.rank
         if config.global_gate:
-            self.global_logit = nn.Parameter(torch.full((rank,), config.init_logit / scale))
+            self.global_logit = nn.Parameter(torch.full((rank,), OPEN / LOGIT_SCALE))
         if config.local_gate:
-            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * (0.2 / scale))
-            self.gate_bias = nn.Parameter(torch.full((rank,), self._init_local_logit() / scale))
-        if config.intensity:
-            self.intensity_weight = nn.Parameter(torch.zeros(rank, rank))
-            self.intensity_bias = nn.Parameter(torch.zeros(rank))
-            self.intensity_log_shape = nn.Parameter(torch.full((rank,), math.log(4.0)))
+            start = self._init_local_logit() / LOGIT_SCALE
+            self.gate_weight = nn.Parameter(torch.randn(rank, rank) * (0.2 / LOGIT_SCALE))
+            self.gate_bias = nn.Parameter(torch.full((rank,), start))
         if config.factor_noise:
             # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
-            self.noise_logit = nn.Parameter(torch.zeros(rank))
+            start = math.log(self.resolved.init_noise) / LOGIT_SCALE
+            self.noise_logit = nn.Parameter(torch.full((rank,), start))
 
     @property
     def weight_noise(self) -> float:
         """The relative variance of the noise on A in force."""
-        assert self.config.weight_noise is not None  # set_by_layers has filled it in
-        return self.config.weight_noise * (self.schedule.part if self.schedule else 1.0)
+        return self.resolved.weight_noise * (self.schedule.part if self.schedule else 1.0)
 
     def _init_local_logit(self) -> float:
         """Where the local gates start: the more factors there are, the fewer of them are open."""
-        usual, rank = self.config.init_logit, self.rank
+        rank = self.rank
         if self.config.init_local_logit is not None:
             return self.config.init_local_logit
         if rank <= MOST_OPEN:
-            return usual
+            return OPEN
         odds = MOST_OPEN / (rank - MOST_OPEN)
-        return min(usual, math.log(odds) - OPEN_SHIFT)
-
-    def start_values(self) -> None:
-        if self.config.factor_noise:
-            assert self.config.init_noise is not None  # set_by_layers has filled it in
-            log_alpha = math.log(self.config.init_noise) / self.config.logit_scale
-            nn.init.constant_(self.noise_logit, log_alpha)
+        return min(OPEN, math.log(odds) - OPEN_SHIFT)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -119,15 +117,11 @@ class BaraPosterior(Posterior):
 
     @property
     def depends_on_input(self) -> bool:
-        return self.config.local_gate or self.config.intensity
+        return self.config.local_gate
 
     def variables(self, space: RankSpace) -> Variables:
         """The posterior on one batch."""
-        outputs, theta = self.linear_outputs(space), None
-        if self.config.intensity:
-            shape = wide(self.intensity_log_shape).exp()
-            theta = shape, torch.exp(outputs["intensity"] - torch.lgamma(1 + 1 / shape))
-        return self.task_variables()._replace(g=outputs.get("gate"), theta=theta)
+        return self.task_variables()._replace(g=self.linear_outputs(space).get("gate"))
 
     def task_variables(self) -> Variables:
         """The part of the posterior that no input changes."""
@@ -139,19 +133,13 @@ class BaraPosterior(Posterior):
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:
         """What the maps of the input-dependent parts make of normalised features, by their names.
 
-        `gate` is the location of the input's gates over `logit_scale`, `intensity` the logarithm of
-        the intensities' mean, which starts at 1; each (B, 1 or T, r).
+        `gate` is the location of the input's gates over `LOGIT_SCALE`, (B, 1 or T, r).
         """
         if not self.depends_on_input:
             return {}
-        features, outputs = rms_normalised(space.pooled(self.granularity)), {}
-        if self.config.local_gate:
-            weight, bias = wide(self.gate_weight), wide(self.gate_bias)
-            outputs["gate"] = linear(features, weight * self._gate_scale(), bias)
-        if self.config.intensity:
-            weight, bias = wide(self.intensity_weight), wide(self.intensity_bias)
-            outputs["intensity"] = linear(features, weight, bias)
-        return outputs
+        features = rms_normalised(space.pooled(self.granularity))
+        weight, bias = wide(self.gate_weight), wide(self.gate_bias)
+        return {"gate": linear(features, weight * self._gate_scale(), bias)}
 
     def _gate_scale(self) -> float:
         """On `gate_weight`: 1 / sqrt(r), because the r weights of a gate move together under Adam,
@@ -160,7 +148,7 @@ class BaraPosterior(Posterior):
         return 1 / math.sqrt(self.rank)
 
     def _multipliers(self, variables: Variables, noise: Noise | None) -> list[Tensor]:
-        """z, 1 + sqrt(alpha) eps, g and theta drawn, or without noise their means.
+        """z, 1 + sqrt(alpha) eps and g drawn, or without noise their means.
 
         Each broadcasts to (B, T, r); one random number per input is shared by its tokens.
         """
@@ -169,25 +157,17 @@ class BaraPosterior(Posterior):
             multipliers.append(self._gate("z", variables.z, noise))
         if variables.log_alpha is not None and noise is not None:
             eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
-            std = torch.exp(variables.log_alpha * (self.config.logit_scale / 2))
+            std = torch.exp(variables.log_alpha * (LOGIT_SCALE / 2))
             multipliers.append(1 + std * eps)
         if variables.g is not None:
             multipliers.append(self._gate("g", variables.g, noise))
-        if variables.theta is not None:
-            multipliers.append(self._intensity(*variables.theta, noise))
         return multipliers
 
     def _gate(self, name: str, logit: Tensor, noise: Noise | None) -> Tensor:
-        scale = self.config.logit_scale
         if noise is None:
-            return hard_concrete_mean(scale * logit)
+            return hard_concrete_mean(LOGIT_SCALE * logit)
         uniform = noise.uniform(name, (self.rank,)).unsqueeze(1)
-        return hard_concrete(logit, logistic_noise(uniform), scale)
-
-    def _intensity(self, shape: Tensor, scale: Tensor, noise: Noise | None) -> Tensor:
-        if noise is None:
-            return weibull_mean(shape, scale)
-        return weibull_sample(shape, scale, noise.uniform("theta", (self.rank,)).unsqueeze(1))
+        return hard_concrete(logit, logistic_noise(uniform), LOGIT_SCALE)
 
     def keep_factors(self, kept: Tensor, maps: Mapping[str, Tensor]) -> None:
         """Drops all factors but r' of them.
@@ -201,8 +181,7 @@ class BaraPosterior(Posterior):
         self.calibrated = None
         values = {name: parameter[kept] for name, parameter in self.named_parameters()}
         for name, solution in maps.items():
-            scale = self._gate_scale() if name == "gate" else 1
-            values[f"{name}_weight"] = solution[:, :-1] / scale
+            values[f"{name}_weight"] = solution[:, :-1] / self._gate_scale()
             values[f"{name}_bias"] = solution[:, -1]
         for name, old in list(self.named_parameters()):
             value = values[name].detach().to(old).clone()
@@ -210,7 +189,7 @@ class BaraPosterior(Posterior):
 
     def _kl_parts(self, space: RankSpace, variables: Variables) -> dict[str, Tensor]:
         """|b_k|^2, the variables and the weights of the positions, by name."""
-        z, log_alpha, g, theta = variables
+        z, log_alpha, g = variables
         parts = {"columns": space.squared_columns()}
         if z is not None:
             parts["z"] = z
@@ -218,8 +197,6 @@ class BaraPosterior(Posterior):
             parts["log_alpha"] = log_alpha
         if g is not None:
             parts["g"] = g
-        if theta is not None:
-            parts |= {"shape": theta[0], "scale": theta[1]}
         if self.granularity == "token" and self.depends_on_input and space.weights is not None:
             parts["weights"] = space.weights
         return parts
@@ -236,13 +213,10 @@ class BaraPosterior(Posterior):
         if "z" in parts:
             opened = self._open_logit(parts["z"])
             active = torch.sigmoid(opened)
-            if config.global_prior_beta is None:
-                assert config.global_prior is not None  # the config replaced its None
-                kl_global.append(bernoulli_kl(active, opened, config.global_prior).sum(-1))
-            else:
-                kl_global.append(beta_bernoulli_kl(opened, *config.global_prior_beta))
+            assert config.global_prior is not None  # the config replaced its None
+            kl_global.append(bernoulli_kl(active, opened, config.global_prior).sum(-1))
         if "log_alpha" in parts:
-            alpha = torch.exp(config.logit_scale * parts["log_alpha"])
+            alpha = torch.exp(LOGIT_SCALE * parts["log_alpha"])
             kl_global.append((scale_noise_kl(alpha, config.noise_prior) * active).sum(-1))
         if config.prior_std is not None:
             kl_global.append((columns * active).sum(-1) / (2 * config.prior_std**2))
@@ -256,26 +230,21 @@ class BaraPosterior(Posterior):
 
     def _local_kl(self, parts: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Of factors of an input, averaged over its positions: the KL of an active factor, and
-        P(g > 0); each (L, B, r), None without what it is of."""
-        local: list[Tensor] = []
-        probability, weights = None, parts.get("weights")
-        if "g" in parts:
-            opened = self._open_logit(parts["g"])
-            probability = torch.sigmoid(opened)
-            assert self.config.local_prior is not None  # the config replaced its None
-            local.append(bernoulli_kl(probability, opened, self.config.local_prior))
-        if "shape" in parts:
-            shape, a = parts["shape"][:, None, None], self.config.intensity_prior
-            kl = weibull_gamma_kl(shape, parts["scale"], a, a)  # Gamma(a, rate a) has mean 1
-            local.append(kl if probability is None else kl * probability)
+        P(g > 0); each (L, B, r), None without local gates."""
+        if "g" not in parts:
+            return None, None
+        opened, weights = self._open_logit(parts["g"]), parts.get("weights")
+        probability = torch.sigmoid(opened)
+        assert self.config.local_prior is not None  # the config replaced its None
+        kl = bernoulli_kl(probability, opened, self.config.local_prior)
         return (
-            position_mean(sum(local[1:], local[0]), weights, dim=2) if local else None,
-            None if probability is None else position_mean(probability.detach(), weights, dim=2),
+            position_mean(kl, weights, dim=2),
+            position_mean(probability.detach(), weights, dim=2),
         )
 
     def _open_logit(self, logit: Tensor) -> Tensor:
-        """Log-odds that a gate is open, from its location over `logit_scale`."""
-        return open_logit(self.config.logit_scale * logit)
+        """Log-odds that a gate is open, from its location over `LOGIT_SCALE`."""
+        return open_logit(LOGIT_SCALE * logit)
 
     def inclusion(self) -> Tensor:
         """P(z_k > 0), (r,); ones without a global gate."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from bara.errors import BaraError
-from bara.posteriors.config import BayesianConfig
+from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.schedule import LossSchedule, rise
 
 GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
@@ -14,6 +14,33 @@ GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
 the variance of the factors' noise at the start."""
 FIRST_NOISY, FULLY_NOISY = 40, 120
 """Optimiser steps up to which the default of A's noise is 0, and from which it is whole."""
+
+
+@dataclass
+class BaraResolved(Resolved):
+    """BaRA's numbers in force.
+
+    Attributes:
+        init_noise: where the factors' relative variance alpha starts.
+        weight_noise: the relative variance of the noise on A.
+        whole_weight_noise: what it is in a long training; None if it does not depend on the steps.
+    """
+
+    init_noise: float = 0.5
+    weight_noise: float = 0.0
+    whole_weight_noise: float | None = None
+
+    def used_by_draws(self) -> dict[str, float]:
+        return {"weight_noise": self.weight_noise}
+
+    def give(self, name: str, value: Any) -> None:
+        super().give(name, value)
+        if name == "weight_noise":
+            self.whole_weight_noise = None
+
+    def set_by_steps(self, num_steps: int) -> None:
+        if self.whole_weight_noise is not None:
+            self.weight_noise = self.whole_weight_noise * rise(num_steps, FIRST_NOISY, FULLY_NOISY)
 
 
 @dataclass
@@ -25,7 +52,15 @@ class BaraConfig(BayesianConfig):
     """
 
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "token"
-    POSITIVE = ("noise_prior", "intensity_prior", "logit_scale")
+    RESOLVED: ClassVar[type[Resolved]] = BaraResolved
+    RETIRED: ClassVar[dict[str, Any]] = {
+        "intensity": False,
+        "intensity_prior": 4.0,
+        "global_prior_beta": None,
+        "init_logit": 3.0,
+        "logit_scale": 100.0,
+    }
+    POSITIVE = ("noise_prior",)
 
     kl_weight: float | None = field(
         default=None,
@@ -54,22 +89,11 @@ class BaraConfig(BayesianConfig):
         default=True,
         metadata={"help": "Learn how uncertain each active factor still is (alpha)."},
     )
-    intensity: bool = field(
-        default=False,
-        metadata={"help": "Let the input scale its active factors (Weibull posterior)."},
-    )
     global_prior: float | None = field(
         default=None,
         metadata={
             "help": "Prior probability pi, in (0, 1), that the task uses a factor. None stands for "
             "1 / r, at most 0.5: one factor per layer is expected, however large r is."
-        },
-    )
-    global_prior_beta: tuple[float, float] | None = field(
-        default=None,
-        metadata={
-            "help": "(a, b) > 0: give pi a Beta(a, b) hyper-prior instead of a fixed value, so "
-            "that each layer learns its own sparsity."
         },
     )
     local_prior: float | None = field(
@@ -117,44 +141,19 @@ class BaraConfig(BayesianConfig):
             "overfitting; None for no prior."
         },
     )
-    intensity_prior: float = field(
-        default=4.0,
-        metadata={"help": "Shape a > 0 of the intensities' Gamma(a, a) prior, whose mean is 1."},
-    )
-    init_logit: float = field(
-        default=3.0,
-        metadata={"help": "Where the logits of the gates start; 3 is open with P = 0.99."},
-    )
     init_local_logit: float | None = field(
         default=None,
         metadata={
-            "help": "Where the logits of the local gates start. None stands for init_logit up to "
-            "r = 11, and beyond it for gates that are open with P = 11 / r, so that the rank in "
-            "use does not follow the maximum rank."
-        },
-    )
-    logit_scale: float = field(
-        default=100.0,
-        metadata={
-            "help": "Fixed factor > 0 between parameter and logit (and log alpha): at LoRA's "
-            "learning rates gates with factor 1 hardly move."
+            "help": "Where the logits of the local gates start. None stands for 3 (open with "
+            "P = 0.99) up to r = 11, and beyond it for gates that are open with P = 11 / r, so "
+            "that the rank in use does not follow the maximum rank."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # what weight_noise is filled in with when the adapter is attached
-        self.whole_noise: float | None = None
-        for name in ("global_prior_beta", "explained"):
-            if isinstance(getattr(self, name), list):  # as JSON brings it back
-                setattr(self, name, tuple(getattr(self, name)))
-        beta = self.global_prior_beta
-        self._require(
-            "global_prior_beta",
-            beta,
-            beta is None or (len(beta) == 2 and all(value > 0 for value in beta)),
-            "None or two positive numbers",
-        )
+        if isinstance(self.explained, list):  # as JSON brings it back
+            self.explained = tuple(self.explained)
         part = self.explained
         self._require(
             "explained",
@@ -171,33 +170,27 @@ class BaraConfig(BayesianConfig):
         self._require_real("prior_std", low=0, strict=True, optional=True)
         self._require_real("init_noise", low=0, strict=True, optional=True)
         self._require_real("weight_noise", low=0, optional=True)
-        self._require_real("init_logit")
         self._require_real("init_local_logit", optional=True)
         if self.weight_noise == 0 and not self._learns_noise():
             raise BaraError(
-                "BaraConfig: with global_gate, local_gate, factor_noise, intensity and "
-                "weight_noise all off there is no posterior left; use peft.LoraConfig for plain "
-                "LoRA."
+                "BaraConfig: with global_gate, local_gate, factor_noise and weight_noise all off "
+                "there is no posterior left; use peft.LoraConfig for plain LoRA."
             )
 
     def _learns_noise(self) -> bool:
         """Whether there is a posterior besides the fixed noise."""
-        return self.global_gate or self.local_gate or self.factor_noise or self.intensity
+        return self.global_gate or self.local_gate or self.factor_noise
 
-    def set_by_layers(self, num_layers: int) -> None:
-        num_layers = max(1, num_layers)  # PEFT can attach to none
-        if self.kl_weight is None:
-            self.kl_weight = min(1.0, GLOBAL_KL / num_layers)
-        if self.local_kl_weight is None:
-            self.local_kl_weight = LOCAL_KL / num_layers
-        if self.init_noise is None:
-            self.init_noise = min(0.5, FACTOR_NOISE / num_layers)
-        if self.weight_noise is None:
-            self.whole_noise = self.weight_noise = min(4.0, WEIGHT_NOISE / num_layers)
-
-    def set_by_steps(self, num_steps: int) -> None:
-        if self.explained is None and self.whole_noise is not None and self._learns_noise():
-            self.weight_noise = self.whole_noise * rise(num_steps, FIRST_NOISY, FULLY_NOISY)
+    def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
+        noise = min(4.0, WEIGHT_NOISE / num_layers)
+        by_steps = self.explained is None and self._learns_noise()
+        return {
+            "kl_weight": min(1.0, GLOBAL_KL / num_layers),
+            "local_kl_weight": LOCAL_KL / num_layers,
+            "init_noise": min(0.5, FACTOR_NOISE / num_layers),
+            "weight_noise": noise,
+            "whole_weight_noise": noise if by_steps else None,
+        }
 
     def loss_schedule(self) -> LossSchedule | None:
         return None if self.explained is None else LossSchedule(*self.explained)

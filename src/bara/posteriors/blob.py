@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
-from bara.posteriors.posterior import Posterior, PosteriorOutput
-from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
 
 
@@ -50,13 +50,11 @@ class BlobConfig(BayesianConfig):
 class BlobPosterior(Posterior):
     """G of one layer; the mean M is LoRA's own A."""
 
-    def __init__(self, config: BlobConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
-
-    def start(self, a: Tensor, b: Tensor) -> None:
-        g = torch.empty_like(a, dtype=torch.float32)
-        nn.init.uniform_(g, self.config.init_noise / math.sqrt(2), self.config.init_noise)
+    def __init__(self, setup: LayerSetup[BlobConfig]) -> None:
+        super().__init__(setup)
+        self.config = config = setup.config
+        g = torch.empty_like(setup.a, dtype=torch.float32)
+        nn.init.uniform_(g, config.init_noise / math.sqrt(2), config.init_noise)
         self.noise_root = nn.Parameter(g)
 
     def std(self) -> Tensor:

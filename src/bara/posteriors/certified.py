@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ from torch.nn.functional import linear
 from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import About, BayesianConfig
-from bara.posteriors.distributions import TEMPERATURE, logistic_noise
-from bara.posteriors.posterior import Posterior, PosteriorOutput
-from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.distributions import GATE_TEMPERATURE, logistic_noise
+from bara.posteriors.posterior import LOG_SCALE, LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
 
 PRIOR_STDS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -41,7 +41,7 @@ class CertifiedConfig(BayesianConfig):
     """
 
     FROZEN: ClassVar[tuple[str, ...]] = ("lora_A",)
-    POSITIVE = ("logit_scale",)
+    RETIRED: ClassVar[dict[str, Any]] = {"logit_scale": 10.0}
 
     heads: list[str] = field(
         default_factory=lambda: ["classifier", "score"],
@@ -70,10 +70,6 @@ class CertifiedConfig(BayesianConfig):
             "help": "Part of the data, in [0, 1), on which `bara train` first learns the prior. "
             "The certificate is then computed on the rest."
         },
-    )
-    logit_scale: float = field(
-        default=10.0,
-        metadata={"help": "Fixed factor > 0 between parameters and logits or log(std)."},
     )
     data_digest: str | None = field(
         default=None,
@@ -109,27 +105,25 @@ class CertifiedPosterior(Posterior):
     prior_logit: Tensor
     prior_log_std: Tensor
 
-    def __init__(self, config: CertifiedConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
+    def __init__(self, setup: LayerSetup[CertifiedConfig]) -> None:
+        super().__init__(setup)
+        config, rank = setup.config, self.rank
         self.gate = nn.Parameter(torch.zeros(rank))
         self.spread = nn.Parameter(torch.zeros(rank))
         odds = math.log(config.global_prior / (1 - config.global_prior))
         self.register_buffer("prior_logit", torch.full((rank,), odds))
         self.register_buffer("prior_log_std", torch.full((rank,), math.log(config.prior_std)))
-
-    def start(self, a: Tensor, b: Tensor) -> None:
-        if b.dim() != 2:
+        if setup.b.dim() != 2:
             raise BaraError("CertifiedConfig adapts linear layers only; target others no more.")
-        self.register_buffer("prior_mean", torch.zeros_like(b))
+        self.register_buffer("prior_mean", torch.zeros_like(setup.b))
 
     def logit(self) -> Tensor:
         """Log-odds of the gates, (r,)."""
-        return wide(self.prior_logit) + self.config.logit_scale * wide(self.gate)
+        return wide(self.prior_logit) + LOG_SCALE * wide(self.gate)
 
     def log_std(self) -> Tensor:
         """log sigma of B's columns, (r,)."""
-        return wide(self.prior_log_std) + self.config.logit_scale * wide(self.spread)
+        return wide(self.prior_log_std) + LOG_SCALE * wide(self.spread)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -150,7 +144,7 @@ class CertifiedPosterior(Posterior):
         Source: Jang et al. 2017 (arXiv 1611.01144). Training draws what the certificate draws.
         """
         shifted = self.logit() + logistic_noise(noise.uniform("z", (self.rank,)))
-        soft = torch.sigmoid(shifted / TEMPERATURE)
+        soft = torch.sigmoid(shifted / GATE_TEMPERATURE)
         return (shifted > 0).to(soft) + (soft - soft.detach())  # the difference is exactly 0
 
     def kl_of(self, b: Tensor) -> Tensor:
@@ -195,7 +189,6 @@ class GaussianLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, config: CertifiedConfig) -> None:
         super().__init__()
-        self.scale = config.logit_scale
         self.names = [name for name, _ in layer.named_parameters()]  # weight, and perhaps bias
         for name, value in layer.named_parameters():
             mean = wide(value.detach()).clone()
@@ -212,7 +205,7 @@ class GaussianLinear(nn.Module):
         return wide(self._part("mean", name))
 
     def _log_std(self, name: str) -> Tensor:
-        return wide(self._part("prior_log_std", name)) + self.scale * wide(
+        return wide(self._part("prior_log_std", name)) + LOG_SCALE * wide(
             self._part("spread", name)
         )
 

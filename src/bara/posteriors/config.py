@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,10 @@ from peft import LoraConfig
 from bara.cards.method_card import write_method_card
 from bara.errors import BaraError
 from bara.posteriors.schedule import LossSchedule
+
+NEEDS = "import bara (pip install bara-peft) before PEFT loads this adapter"
+TRAINING_ONLY = {"num_observations", "kl_weight", "local_kl_weight", "warmup", "resolved", "needs"}
+"""Fields that predictions do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,49 @@ class About:
 
 
 @dataclass
+class Resolved:
+    """The numbers in force on one attached adapter: its configuration's, and for those left to the
+    data, the layers or the steps what these made of them.
+
+    Attributes:
+        num_observations: N; None until it is known.
+        kl_weight: of KL_global / N.
+        local_kl_weight: of KL_local.
+    """
+
+    num_observations: int | None = None
+    kl_weight: float = 1.0
+    local_kl_weight: float = 0.0
+
+    def used_by_draws(self) -> dict[str, float]:
+        """Those that draws of the trained adapter depend on, besides its tensors."""
+        return {}
+
+    def give(self, name: str, value: Any) -> None:
+        """Sets a number that the user has given."""
+        setattr(self, name, value)
+
+    def set_by_steps(self, num_steps: int) -> None:
+        """Adjusts defaults to the optimiser steps that training is going to take."""
+
+
+class PeftName(str):
+    """A method's name as PEFT handles the members of its own enumeration of methods."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        """The name itself."""
+        return str(self)
+
+    @property
+    def name(self) -> str:
+        """The name itself."""
+        return str(self)
+
+
+@dataclass
 class BayesianConfig(LoraConfig):
     """What all Bayesian adapters share: the weights of the ELBO (design 2.4).
 
@@ -51,6 +99,10 @@ class BayesianConfig(LoraConfig):
     ABOUT: ClassVar[About]
     """Set by the family's registration."""
     DEFAULT_GRANULARITY: ClassVar[Literal["sequence", "token"]] = "sequence"
+    RESOLVED: ClassVar[type[Resolved]] = Resolved
+    """The numbers that an adapter of this family has in force."""
+    RETIRED: ClassVar[dict[str, Any]] = {}
+    """Options of earlier versions, each with the one value that adapters can still be read with."""
     FROZEN: ClassVar[tuple[str, ...]] = ()
     """Parts of the adapter that are never trained, by PEFT's names."""
     POSITIVE: ClassVar[tuple[str, ...]] = ()
@@ -92,10 +144,31 @@ class BayesianConfig(LoraConfig):
         },
     )
 
+    resolved: Any = field(
+        default=None,
+        metadata={
+            "help": "The numbers in force on the attached adapter (`bara.posteriors.config."
+            "Resolved`), saved with it; not an option. None before the adapter is attached."
+        },
+    )
+
+    needs: str = field(
+        default=NEEDS, metadata={"help": "What reads this file needs; not an option."}
+    )
+    used_by_draws: Any = field(
+        default=None,
+        metadata={
+            "help": "What draws depend on besides the tensors, of `resolved`: written when saving, "
+            "and compared when adapters are hot-swapped; not an option."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        # a plain string: PEFT's type mappings take it, and its enum stays as it is
-        self.peft_type = self.ABOUT.peft_type
+        # a string: PEFT's type mappings take it, and its enumeration stays as it is
+        self.peft_type = PeftName(self.ABOUT.peft_type)
+        if isinstance(self.resolved, dict):  # as JSON brings it back
+            self.resolved = self._resolved_from(self.resolved)
         self._refuse_other_variants()
         self._require("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
         n = self.num_observations
@@ -112,11 +185,30 @@ class BayesianConfig(LoraConfig):
             "'auto', 'sequence' or 'token'",
         )
 
-    def set_by_layers(self, num_layers: int) -> None:
-        """Fills in the fields left at None that depend on how many layers the adapter is on."""
+    def resolve(self, num_layers: int) -> Resolved:
+        """The numbers in force on an adapter of this many layers, before training.
 
-    def set_by_steps(self, num_steps: int) -> None:
-        """Adjusts what was filled in to the optimiser steps that training is going to take."""
+        What was saved with an adapter is taken over; a field that is set has the last word.
+        """
+        resolved = self.RESOLVED(**self.defaults_by_layers(max(1, num_layers)))  # PEFT allows none
+        names = [number.name for number in fields(resolved)]
+        if self.resolved is not None:
+            resolved = copy.copy(self.resolved)
+        for name in names:
+            if (given := getattr(self, name, None)) is not None:
+                resolved.give(name, given)
+        return resolved
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A number that is given to an attached adapter is in force from then on."""
+        super().__setattr__(name, value)
+        resolved = self.__dict__.get("resolved")
+        if isinstance(resolved, Resolved) and value is not None and name in vars(resolved):
+            resolved.give(name, value)
+
+    def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
+        """What the fields left at None stand for on this many layers, by name."""
+        return {}
 
     def loss_schedule(self) -> LossSchedule | None:
         """A new schedule that the adapter's KL and noise follow; None without one."""
@@ -130,8 +222,51 @@ class BayesianConfig(LoraConfig):
 
         super().save_pretrained(save_directory, **kwargs)
         about = self.ABOUT
-        what = f"{about.title} ({about.paper}), {about.summary}"
-        write_method_card(save_directory, self, about.title, what)
+        write_method_card(
+            save_directory,
+            self,
+            title=about.title,
+            what=f"{about.title} ({about.paper}), {about.summary}",
+            num_observations=(self.resolved or self).num_observations,
+        )
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Leaves out the options of earlier versions, which a saved adapter may name.
+
+        Raises:
+            BaraError: one has a value that this version cannot read.
+        """
+        for name, readable in cls.RETIRED.items():
+            value = kwargs.pop(name, readable)
+            if value != readable:
+                raise BaraError(
+                    f"{cls.__name__}: {name} = {value!r} of an earlier version is no longer "
+                    f"supported, only {readable!r}; train again, or load it with bara 0.1."
+                )
+        return super().check_kwargs(**kwargs)
+
+    def _resolved_from(self, saved: dict[str, Any]) -> Resolved:
+        try:
+            return self.RESOLVED(**saved)
+        except TypeError as error:
+            known = ", ".join(number.name for number in fields(self.RESOLVED))
+            raise BaraError(
+                f"{type(self).__name__}: resolved must be numbers among {known}, got {saved!r}."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as PEFT saves and compares them."""
+        used = self.resolved.used_by_draws() if self.resolved else None
+        return {**super().to_dict(), "used_by_draws": used}
+
+    @classmethod
+    def hotswap_keys(cls) -> list[str]:
+        """Fields that have to be equal for one adapter's tensors to be put in another's place."""
+        own = {option.name for option in fields(cls)} - {
+            option.name for option in fields(LoraConfig)
+        }
+        return sorted(own - TRAINING_ONLY | {"r", "rank_pattern"})
 
     def _require(self, name: str, value: Any, valid: bool, what: str) -> None:
         if not valid:

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EULER = 0.5772156649015329
-
-TEMPERATURE = 0.66
+GATE_TEMPERATURE = 0.66
 """Temperature of the hard-concrete gate (Louizos et al. 2018, arXiv 1712.01312)."""
 LOW, HIGH = -0.1, 1.1
 """The interval to which the concrete variable is stretched before it is clipped to [0, 1]."""
-OPEN_SHIFT = -TEMPERATURE * math.log(-LOW / HIGH)
+OPEN_SHIFT = -GATE_TEMPERATURE * math.log(-LOW / HIGH)
 """By how much the log-odds that a gate is open exceed its logit."""
 
 
@@ -41,7 +39,7 @@ def hard_concrete(logit: Tensor, logistic: Tensor, scale: float = 1.0) -> Tensor
     Source: Louizos et al. 2018, equations 10 and 11.
     """
     # one operation each: many layers do this on few numbers (clamp's gradient takes 5 times it)
-    shifted = torch.add(logistic / TEMPERATURE, logit, alpha=scale / TEMPERATURE)
+    shifted = torch.add(logistic / GATE_TEMPERATURE, logit, alpha=scale / GATE_TEMPERATURE)
     concrete = torch.sigmoid(shifted)
     return F.hardtanh(torch.rsub(concrete, LOW, alpha=LOW - HIGH), 0.0, 1.0)
 
@@ -59,7 +57,7 @@ def _quadrature(nodes: int = 16) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
     points, weights = np.polynomial.legendre.leggauss(nodes)
     v = (points + 1) / 2
-    shift = TEMPERATURE * np.log((v - LOW) / (HIGH - v))
+    shift = GATE_TEMPERATURE * np.log((v - LOW) / (HIGH - v))
     return tuple(shift.tolist()), tuple((weights / 2).tolist())
 
 
@@ -86,29 +84,6 @@ def bernoulli_kl(probability: Tensor, logit: Tensor, prior: float) -> Tensor:
     return weighted - math.log1p(-prior)
 
 
-def beta_bernoulli_kl(logit: Tensor, a: float, b: float) -> Tensor:
-    """KL of r Bernoulli gates to a prior whose inclusion probability is itself Beta(a, b).
-
-    The posterior of the inclusion probability is at its optimum Beta(a + sum p, b + sum (1 - p)),
-    which leaves the collapsed form -H(gates) - log B(a + sum p, b + sum (1-p)) + log B(a, b).
-
-    Args:
-        logit: log-odds of the gates, (..., r).
-
-    Returns:
-        Summed over the gates, (...).
-    """
-    p = torch.sigmoid(logit)
-    negative_entropy = (p * logit + F.logsigmoid(-logit)).sum(-1)
-    on, off = p.sum(-1), (1 - p).sum(-1)
-
-    def log_beta(x: Tensor, y: Tensor) -> Tensor:
-        return torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)
-
-    prior = log_beta(logit.new_tensor(a), logit.new_tensor(b))
-    return negative_entropy - log_beta(on + a, off + b) + prior
-
-
 def scale_noise_kl(alpha: Tensor, c: float) -> Tensor:
     """KL(N(theta, alpha theta^2) || N(0, c theta^2)), which does not depend on theta.
 
@@ -132,31 +107,3 @@ def log_uniform_kl(log_alpha: Tensor) -> Tensor:
     """
     k1, k2, k3 = 0.63576, 1.87320, 1.48695
     return k1 * torch.sigmoid(-(k2 + k3 * log_alpha)) + 0.5 * F.softplus(-log_alpha)
-
-
-def weibull_sample(shape: Tensor, scale: Tensor, uniform: Tensor) -> Tensor:
-    """A reparametrised draw of Weibull(shape, scale) from uniform draws in (0, 1)."""
-    tiny = torch.finfo(uniform.dtype).eps
-    return scale * (-torch.log(uniform.clamp(tiny, 1 - tiny))) ** (1 / shape)
-
-
-def weibull_mean(shape: Tensor, scale: Tensor) -> Tensor:
-    """The mean of Weibull(shape, scale): scale * Gamma(1 + 1 / shape)."""
-    return scale * torch.exp(torch.lgamma(1 + 1 / shape))
-
-
-def weibull_gamma_kl(shape: Tensor, scale: Tensor, a: float, b: float) -> Tensor:
-    """KL(Weibull(shape, scale) || Gamma(a, rate b)), elementwise, in closed form.
-
-    Source: Zhang et al. 2018 (WHAI, arXiv 1803.01328), equation 5.
-    """
-    return (
-        EULER * a / shape
-        - a * torch.log(scale)
-        + torch.log(shape)
-        + b * weibull_mean(shape, scale)
-        - EULER
-        - 1
-        - a * math.log(b)
-        + math.lgamma(a)
-    )

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
-from bara.posteriors.posterior import Posterior, PosteriorOutput
-from bara.posteriors.rank_space import Granularity, RankSpace, trailing
+from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_space import RankSpace, trailing
 from bara.posteriors.registry import register
 
 
@@ -37,9 +37,9 @@ class McDropoutConfig(BayesianConfig):
 class McDropoutPosterior(Posterior):
     """Has no parameters: the rate is fixed, and weight decay stands for the prior."""
 
-    def __init__(self, config: McDropoutConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
+    def __init__(self, setup: LayerSetup[McDropoutConfig]) -> None:
+        super().__init__(setup)
+        self.config = setup.config
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None:

@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Noise
 from bara.errors import BaraError
+from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
 from bara.posteriors.schedule import LossSchedule
+
+LOG_SCALE = 10.0
+"""Fixed factor between a parameter and the logarithm or log-odds that it stands for: at LoRA's
+learning rates a parameter that is one itself would hardly move."""
+
+Config = TypeVar("Config", bound=BayesianConfig, covariant=True)
+
+
+@dataclass(frozen=True)
+class LayerSetup(Generic[Config]):
+    """What the posterior of one layer is made from.
+
+    Attributes:
+        config: what the user wrote.
+        resolved: the adapter's numbers in force, shared by its layers.
+        a: the new layer's A, (r, d_in, ...), which may be changed in place.
+        b: its B, (d_out, r, ...).
+        granularity: what adapts to what.
+        schedule: what the adapter's KL and noise follow besides the steps; None for nothing.
+    """
+
+    config: Config
+    resolved: Resolved
+    a: Tensor
+    b: Tensor
+    granularity: Granularity
+    schedule: LossSchedule | None = None
 
 
 class PosteriorOutput(NamedTuple):
@@ -53,20 +82,20 @@ class Kl(NamedTuple):
 class Posterior(nn.Module):
     """A posterior over one layer's adapter. Subclasses hold its parameters.
 
-    Made by `Family(config, rank, granularity)`.
-
     Attributes:
+        rank: r, the number of factors.
+        resolved, granularity, schedule: see `LayerSetup`.
         calibrated: the average of `input_dependence` over data, which stands for the input where
             an adapter has to do without it (merging, export); None before `bara.calibrate_gates`.
-        schedule: what the adapter's KL and noise follow besides the steps; None for nothing.
     """
 
-    def __init__(self, rank: int, granularity: Granularity) -> None:
+    def __init__(self, setup: LayerSetup[BayesianConfig]) -> None:
         super().__init__()
-        self.rank = rank
-        self.granularity = granularity
+        self.rank = setup.a.shape[0]
+        self.resolved = setup.resolved
+        self.granularity = setup.granularity
+        self.schedule = setup.schedule
         self.calibrated: Tensor | None = None
-        self.schedule: LossSchedule | None = None
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         """Applies a draw of the posterior, or its mean when `noise` is None.
@@ -87,17 +116,6 @@ class Posterior(nn.Module):
             parts: the layers' `PosteriorOutput.kl`, stacked along a new first dimension.
         """
         return Kl.of(parts)
-
-    def start(self, a: Tensor, b: Tensor) -> None:
-        """Called once, for parameters in the shape of A or B.
-
-        Args:
-            a: the new layer's A, (r, d_in, ...), which may be changed in place.
-            b: its B, (d_out, r, ...).
-        """
-
-    def start_values(self) -> None:
-        """Called once, when the config is complete: what depends on the number of layers starts."""
 
     def open_probability(self, space: RankSpace) -> Tensor:
         """P(factor k is active), (B, 1 or T, r); all ones for a family without gates."""

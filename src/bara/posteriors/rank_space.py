@@ -2,17 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
+from torch.nn import functional as F
 
 from bara.draws.draws import FreshNoise, Noise
 
 Granularity = Literal["sequence", "token"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The operation of A, a linear map or a convolution, with any weight in the place of A's.
+
+    Attributes:
+        stride: of the convolution; None for a linear map.
+        padding, dilation, groups: of the convolution.
+    """
+
+    stride: Any = None
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    @property
+    def channel(self) -> int:
+        """The dimension of x that holds the features."""
+        return -1 if self.stride is None else 1
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product, (B, T, r).
+
+        Args:
+            x: (B, T, d_in), or (B, channels, ...) for a convolution.
+            weight: in the shape of A's; with one more dimension in front, a weight for every input.
+        """
+        if self.stride is None:
+            return x @ weight.mT
+        if weight.dim() == x.dim():
+            return self.convolve(x, weight).flatten(2).transpose(1, 2)
+        images = torch.vmap(lambda image, w: self.convolve(image.unsqueeze(0), w).squeeze(0))
+        return images(x, weight).flatten(2).transpose(1, 2)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The convolution in its own layout, (B, r, ...)."""
+        convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+        return convolution(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+@dataclass
+class SharedInput:
+    """The input of layers that read the same one (query, key, value), and what they make of it.
+
+    Attributes:
+        x: as the layers got it.
+        made: what was made of it, by name and precision.
+    """
+
+    x: Tensor
+    made: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """x in another precision."""
+        if dtype == self.x.dtype:
+            return self.x
+        key = "x", dtype
+        if key not in self.made:
+            self.made[key] = self.x.to(dtype)
+        return self.made[key]
+
+    def half_squared(self, dtype: torch.dtype) -> Tensor:
+        """x^2 with half of its gradient."""
+        key = "square", dtype
+        if key not in self.made:
+            x = self.made.get(("x", dtype), self.x)
+            x = x if x.dtype == dtype else x.to(dtype)
+            self.made[key] = x * x.detach()
+        return self.made[key]
 
 
 @dataclass(frozen=True)
@@ -22,25 +91,24 @@ class RankSpace:
     Attributes:
         u: A x, (B, T, r) with T positions (tokens, pixels) per input.
         wide_u: the same in float32 or wider.
+        input: x, shared with other layers, in any layout with the same numbers as `x`.
         x: the layer's input, (B, T, d_in) or (B, channels, ...) for a convolution.
         a: the weight of A, (r, d_in) or (r, channels, kernel...).
         b: the weight of B, (d_out, r) or (d_out, r, 1, ...).
         weights: what each position counts in a mean over its row, (B, T): 0 for padding; None when
             there is no padding.
-        project: applies A's operation with another weight to another input, giving (B, T, r); a
-            weight with one more dimension in front has a matrix for every input.
-        half_squared_input: x^2 in a dtype, in the shape of x, with half of its gradient.
+        project: A's operation.
         groups: groups of a grouped convolution, else 1.
     """
 
     u: Tensor
     wide_u: Tensor
+    input: SharedInput
     x: Tensor
     a: Tensor
     b: Tensor
     weights: Tensor | None
-    project: Callable[[Tensor, Tensor], Tensor]
-    half_squared_input: Callable[[torch.dtype], Tensor]
+    project: Projection
     groups: int = 1
 
     def squared_columns(self) -> Tensor:
@@ -60,10 +128,9 @@ class RankSpace:
             noise: the layer's random numbers.
             name: distinguishes several matrices of a layer.
         """
-        x, shape = wide(self.x), tuple(self.a.shape)
+        x, shape, channel = wide(self.x), tuple(self.a.shape), self.project.channel
         if not isinstance(noise, FreshNoise):
             return self.project(x, std * noise.normal(name, shape))
-        channel = -1 if self.a.dim() == 2 else 1
         signs = noise.sign((x.shape[channel],))
         inputs = signs.unsqueeze(1) if channel == -1 else trailing(signs, x.dim())
         shared = std * torch.randn(shape, device=x.device)
@@ -86,7 +153,8 @@ class RankSpace:
         half = self.u.dtype == torch.bfloat16
         dtype = torch.bfloat16 if half else torch.promote_types(self.u.dtype, torch.float32)
         a = self.a.to(dtype)
-        squared = wide(self.project(self.half_squared_input(dtype), a * a.detach()))
+        square = self.input.half_squared(dtype).reshape(self.x.shape)
+        squared = wide(self.project(square, a * a.detach()))
         # the root as s / sqrt(s) with a detached denominator has twice the root's gradient, which
         # makes up for the half that s carries, and clamped it is finite at 0 (an input of zeros)
         eps = noise.normal("A", (self.u.shape[-1],)).unsqueeze(1)
@@ -137,4 +205,4 @@ def wide(tensor: Tensor) -> Tensor:
 
 def rms_normalised(features: Tensor) -> Tensor:
     """Divides by the root mean square over the last dimension."""
-    return rms_norm(features, features.shape[-1:], eps=1e-12)
+    return F.rms_norm(features, features.shape[-1:], eps=1e-12)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import log_uniform_kl
-from bara.posteriors.posterior import Posterior, PosteriorOutput
-from bara.posteriors.rank_space import Granularity, RankSpace, trailing, wide
+from bara.posteriors.posterior import LOG_SCALE, LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_space import RankSpace, trailing, wide
 from bara.posteriors.registry import register
 
 
@@ -45,21 +45,19 @@ class RankwiseConfig(BayesianConfig):
         self._require_real("init_log_variance", low=-20, high=2)
 
 
-SCALE = 10.0
-"""Fixed factor on log sigma^2: at LoRA's learning rates it would hardly move."""
-
-
 class RankwisePosterior(Posterior):
     """One layer's r variances; the mean is LoRA's own A."""
 
-    def __init__(self, config: RankwiseConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
-        self.log_variance = nn.Parameter(torch.full((rank,), config.init_log_variance / SCALE))
+    def __init__(self, setup: LayerSetup[RankwiseConfig]) -> None:
+        super().__init__(setup)
+        self.config = config = setup.config
+        self.log_variance = nn.Parameter(
+            torch.full((self.rank,), config.init_log_variance / LOG_SCALE)
+        )
 
     def variance(self) -> Tensor:
         """sigma_k^2, (r,); its logarithm is kept in [-20, 2]."""
-        return torch.exp((SCALE * wide(self.log_variance)).clamp(-20, 2))
+        return torch.exp((LOG_SCALE * wide(self.log_variance)).clamp(-20, 2))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):

@@ -18,8 +18,8 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
-from bara.posteriors.posterior import Kl, Posterior, PosteriorOutput
-from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.posterior import LOG_SCALE, Kl, LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
 
 
@@ -41,27 +41,22 @@ class ScalablConfig(BayesianConfig):
     )
 
 
-SCALE = 10.0
-"""Fixed factor on log sigma: at LoRA's learning rates it would hardly move."""
-
-
 class ScalablPosterior(Posterior):
     """Mean and standard deviation of one layer's r numbers s, both positive."""
 
-    def __init__(self, config: ScalablConfig, rank: int, granularity: Granularity) -> None:
-        super().__init__(rank, granularity)
-        self.config = config
-        self.log_mean = nn.Parameter(torch.zeros(rank))
-        self.log_std = nn.Parameter(torch.full((rank,), math.log(config.init_noise) / SCALE))
-
-    def start(self, a: Tensor, b: Tensor) -> None:
-        matrix = wide(a.detach()).flatten(1)
+    def __init__(self, setup: LayerSetup[ScalablConfig]) -> None:
+        super().__init__(setup)
+        self.config = config = setup.config
+        matrix = wide(setup.a.detach()).flatten(1)
         if matrix.shape[0] > matrix.shape[1]:
             raise BaraError(f"ScalaBL: r = {self.rank} exceeds a layer's {matrix.shape[1]} inputs.")
         _, singular_values, vectors = torch.linalg.svd(matrix, full_matrices=False)
         with torch.no_grad():
-            a.copy_(vectors.reshape(a.shape))
-            self.log_mean.copy_(singular_values.log())
+            setup.a.copy_(vectors.reshape(setup.a.shape))
+        self.log_mean = nn.Parameter(singular_values.log())
+        self.log_std = nn.Parameter(
+            torch.full((self.rank,), math.log(config.init_noise) / LOG_SCALE)
+        )
 
     def mean(self) -> Tensor:
         """mu, (r,)."""
@@ -69,7 +64,7 @@ class ScalablPosterior(Posterior):
 
     def std(self) -> Tensor:
         """sigma, (r,)."""
-        return torch.exp(SCALE * wide(self.log_std))
+        return torch.exp(LOG_SCALE * wide(self.log_std))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):

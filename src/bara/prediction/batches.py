@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from bara.errors import BaraError
 
+Item = TypeVar("Item")
 Batch = dict[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
@@ -74,7 +77,8 @@ def batches(
     bar on a terminal's standard error.
 
     Args:
-        data: a tokenised `datasets.Dataset` (or list of rows), a DataLoader, or one batch.
+        data: a tokenised `datasets.Dataset` (or list of rows), a stream of rows (a
+            `datasets.IterableDataset`, in its own order), a DataLoader, or one batch.
         model: gives the pad token.
         batch_size: rows per batch for a data set; loaders and batches are taken as they are.
         collate_fn: for a data set, instead of padding on the right.
@@ -85,12 +89,9 @@ def batches(
     """
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
-    show = sys.stderr.isatty() if progress is None else progress
-
-    def bar(items: Iterable[Any], total: int | None) -> Iterable[Any]:
-        console = Console(stderr=True)
-        return track(items, description, total, console=console, transient=True, disable=not show)
-
+    bar = partial(progress_bar, description=description, progress=progress)
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+    collate = collate_fn or partial(pad_rows, pad_token_id=pad)
     if isinstance(data, Mapping):
         yield dict(data), list(range(num_rows(data)))
     elif isinstance(data, DataLoader):
@@ -99,7 +100,7 @@ def batches(
             total: int | None = len(data)
         except TypeError:  # an iterable data set
             total = None
-        for batch in bar(data, total):
+        for batch in bar(data, total=total):
             rows = num_rows(batch)
             yield dict(batch), list(range(seen, seen + rows))
             seen += rows
@@ -108,23 +109,54 @@ def batches(
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise BaraError("The data set is empty.")
-        first = data[0]
-        if not isinstance(first, Mapping) or not any(_is_numeric(v) for v in first.values()):
-            raise BaraError(
-                "The data set's rows hold nothing a model can take: tokenise it first "
-                "(dataset.map(lambda row: tokenizer(row['text'], truncation=True)))."
-            )
-        order = _by_length(data, first)
-        pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        _require_numbers(data[0])
+        order = _by_length(data, data[0])
         starts = range(0, len(order), batch_size)
-        for start in bar(starts, len(starts)):
+        for start in bar(starts):
             index = order[start : start + batch_size]
-            items = [data[i] for i in index]
-            yield dict(collate_fn(items) if collate_fn else pad_rows(items, pad)), index
+            yield dict(collate([data[i] for i in index])), index
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Tensor)):
+        seen = 0
+        stream = iter(bar(data))
+        while items := list(islice(stream, batch_size)):
+            _require_numbers(items[0])
+            yield dict(collate(items)), list(range(seen, seen + len(items)))
+            seen += len(items)
+        if not seen:
+            raise BaraError("The data set is empty.")
     else:
         raise BaraError(
-            "data must be a tokenised datasets.Dataset, a DataLoader or a batch (a mapping of "
-            f"tensors), got {type(data).__name__}."
+            "data must be a tokenised datasets.Dataset or IterableDataset, a DataLoader or a batch "
+            f"(a mapping of tensors), got {type(data).__name__}."
+        )
+
+
+def progress_bar(
+    items: Iterable[Item],
+    *,
+    description: str,
+    progress: bool | None,
+    total: int | None = None,
+) -> Iterable[Item]:
+    """The items, with a bar on standard error.
+
+    Args:
+        items: what is worked through.
+        description: the work, in a word.
+        progress: show a bar; None decides by whether standard error is a terminal.
+        total: the number of items, if they have no length.
+    """
+    show = sys.stderr.isatty() if progress is None else progress
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not show)
+
+
+def _require_numbers(row: Any) -> None:
+    """Raises BaraError for a row that no model can take."""
+    if not isinstance(row, Mapping) or not any(_is_numeric(value) for value in row.values()):
+        raise BaraError(
+            "The data set's rows hold nothing a model can take: tokenise it first "
+            "(dataset.map(lambda row: tokenizer(row['text'], truncation=True)))."
         )
 
 
@@ -146,13 +178,3 @@ def _by_length(data: Any, first: Mapping[str, Any]) -> list[int]:
 def to_device(batch: Mapping[str, Any], device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def repeat_rows(batch: Mapping[str, Any], times: int) -> Batch:
-    """The batch repeated block by block, as `bara.sampling` wants it."""
-    return {
-        name: value.repeat(times, *[1] * (value.dim() - 1))
-        if isinstance(value, Tensor) and value.dim() > 0
-        else value
-        for name, value in batch.items()
-    }

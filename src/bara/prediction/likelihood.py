@@ -44,3 +44,16 @@ def gaussian_nll(outputs: Any, labels: Tensor) -> Tensor:
     squared_error = (labels.flatten().to(mean) - mean).square()
     nll = math.log(2 * math.pi) + log_variance + squared_error * torch.exp(-log_variance)
     return 0.5 * nll.mean()
+
+
+def require_finite(logits: Tensor) -> Tensor:
+    """The logits.
+
+    Raises:
+        BaraError: one of them is not finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise BaraError(
+            "The model's logits are not finite: the adapter was damaged or training diverged."
+        )
+    return logits

@@ -10,10 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bara.draws.draws import Draws, DrawSource, draw_source
+from bara.draws.blocks import Blocks
+from bara.draws.portions import Portions
+from bara.draws.sharing import evaluating
 from bara.errors import BaraError
-from bara.prediction.batches import Collate, batches, num_rows, repeat_rows, to_device
-from bara.prediction.likelihood import MIN_LOG_VARIANCE
+from bara.prediction.batches import Collate, batches, num_rows, to_device
+from bara.prediction.likelihood import MIN_LOG_VARIANCE, require_finite
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import get_temperature
 
@@ -38,7 +40,8 @@ def predict(
 
     Args:
         model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs).
-        data: a tokenised `datasets.Dataset`, a DataLoader or one batch; labels are kept.
+        data: a tokenised `datasets.Dataset` or `IterableDataset`, a DataLoader or one batch; labels
+            are kept.
         num_draws: S, draws of the posterior. All are computed in one pass as far as `batch_size`
             allows. The same seed gives the same draws, whatever the batch size.
         deterministic: use the posterior mean, as `model.eval()` does, instead of draws.
@@ -60,75 +63,45 @@ def predict(
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
-    source = draw_source(model)
-    draws = _Portions(source, None if deterministic or source is None else num_draws, seed)
+    draws = Portions(model, None if deterministic else num_draws, seed)
     device = next(model.parameters()).device
     takes = _accepted(model)
-    was_training = model.training
-    model.eval()
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     order: list[int] = []
-    try:
+    with evaluating(model):
         inputs = max(1, batch_size // draws.num_draws)
         for batch, index in batches(data, model, inputs, collate_fn, progress):
             if isinstance(batch.get("labels"), Tensor):
                 labels.append(batch.pop("labels").cpu())
             known = {k: v for k, v in batch.items() if takes is None or k in takes}
-            logits.append(draws.forward(model, to_device(known, device), batch_size))
+            logits.append(_logits_of_draws(model, draws, to_device(known, device), batch_size))
             order += index
-    finally:
-        model.train(was_training)
     position = torch.tensor(order).argsort()
     stacked = torch.cat(logits, dim=1)[:, position]
     target = torch.cat(labels)[position] if labels else None
     return _predictive(stacked, target, model, noise_variance)
 
 
-class _Portions:
-    """S draws, computed in as many forward passes as the batch size asks for."""
+def _logits_of_draws(
+    model: nn.Module, draws: Portions, batch: dict[str, Any], batch_size: int
+) -> Tensor:
+    """Logits of one batch under every draw, (S, n, outputs), float32 on the CPU."""
+    rows = num_rows(batch)
 
-    def __init__(self, source: DrawSource | None, num_draws: int | None, seed: int) -> None:
-        self.source = source
-        self.mean = source is None or num_draws is None
-        self.num_draws = 1 if source is None or num_draws is None else source.num_draws(num_draws)
-        self.seed = seed
-        self._draws: dict[tuple[int, int], Draws] = {}
+    def run(blocks: Blocks) -> Tensor:
+        output = model(**blocks.repeat(batch))
+        logits = output.get("logits") if hasattr(output, "get") else None
+        expected = rows * blocks.num_draws
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != expected:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+            raise BaraError(
+                f"predict needs a model whose output has logits of shape (inputs, outputs), got "
+                f"{shape}: a model for sequence or image classification, or regression."
+            )
+        return blocks.split(require_finite(logits).float().cpu())
 
-    @torch.no_grad()
-    def forward(self, model: nn.Module, batch: dict[str, Any], batch_size: int) -> Tensor:
-        """Logits of one batch under every draw, (S, n, outputs), float32 on the CPU."""
-        rows = num_rows(batch)
-        if self.source is None:
-            return _logits(model(**batch), rows).unsqueeze(0)
-        if self.mean:
-            with self.source.drawing(None):
-                return _logits(model(**batch), rows).unsqueeze(0)
-        fit = batch_size // rows if self.source.batched else 1
-        at_once = max(1, min(self.num_draws, fit))
-        parts = []
-        for first in range(0, self.num_draws, at_once):
-            count = min(at_once, self.num_draws - first)
-            draws = self._draws.setdefault((first, count), Draws(count, self.seed, first))
-            with self.source.drawing(draws):
-                output = _logits(model(**repeat_rows(batch, count)), rows * count)
-            parts.append(output.view(count, rows, -1))
-        return torch.cat(parts)
-
-
-def _logits(output: Any, rows: int) -> Tensor:
-    logits = output.get("logits") if hasattr(output, "get") else None
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != rows:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
-        raise BaraError(
-            f"predict needs a model whose output has logits of shape (inputs, outputs), got "
-            f"{shape}: a model for sequence or image classification, or regression."
-        )
-    if not torch.isfinite(logits).all():
-        raise BaraError(
-            "The model's logits are not finite: the adapter was damaged or training diverged."
-        )
-    return logits.float().cpu()
+    return torch.cat(draws.map(run, rows, batch_size))
 
 
 def _accepted(model: nn.Module) -> set[str] | None:

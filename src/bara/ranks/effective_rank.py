@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bara.adapter.elbo import elbo_of
+from bara.adapter.forward_pass import Observer
+from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, FixedNoise
+from bara.draws.sharing import evaluating
 from bara.errors import BaraError
 from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace
-from bara.prediction.batches import Batch, Collate, batches, num_rows, repeat_rows, to_device
-
-Observer = Callable[[str, Posterior, RankSpace], None]
+from bara.prediction.batches import Batch, Collate, batches, num_rows, to_device
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def effective_rank(
     counts: list[Tensor] = []  # (S, L, n) per batch
     order: list[int] = []
     size = max(1, batch_size // max(1, num_draws)) if batch_size > 0 else batch_size
-    for batch, index in model_inputs(model, data, size, collate_fn, progress):
+    for batch, index in unlabelled_batches(model, data, size, collate_fn, progress):
         means.append(_by_layer(model, batch, probable))
         if draws is not None:
             counts.append(_by_layer(model, batch, sampled, draws))
@@ -214,13 +215,13 @@ def calibrate_gates(
             totals[posterior] = totals.get(posterior, torch.zeros_like(mean)) + rows * mean
             weights[posterior] = weights.get(posterior, 0) + rows
 
-    for batch, _ in model_inputs(model, data, batch_size, collate_fn, progress):
+    for batch, _ in unlabelled_batches(model, data, batch_size, collate_fn, progress):
         observed_pass(model, batch, observe)
     for posterior, total in totals.items():
         posterior.calibrated = total / weights[posterior]
 
 
-def model_inputs(
+def unlabelled_batches(
     model: nn.Module,
     data: Any,
     batch_size: int,
@@ -254,13 +255,9 @@ def observed_pass(
         called = True
         observe(layer, posterior, space)
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), elbo.drawing(draws), elbo.observing(wrapped):
-            model(**(batch if draws is None else repeat_rows(batch, draws.num_draws)))
-    finally:
-        model.train(was_training)
+    blocks = Blocks(1 if draws is None else draws.num_draws)
+    with evaluating(model), torch.no_grad(), elbo.drawing(draws), elbo.observing(wrapped):
+        model(**blocks.repeat(batch))
     if not called:
         raise BaraError("No Bayesian adapter is active: enable it, and unmerge it if it is merged.")
 

@@ -31,7 +31,7 @@ from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace, rms_normalised
 from bara.prediction.batches import Batch, Collate
 from bara.prediction.predict import predict
-from bara.ranks.effective_rank import model_inputs, observed_pass
+from bara.ranks.effective_rank import observed_pass, unlabelled_batches
 
 TIMED_PASSES = 5
 
@@ -181,7 +181,7 @@ def prune(
                 "prune needs data: gates that depend on the input read the factors that go, and "
                 "are fitted again to the factors that stay"
             )
-        for batch, _ in model_inputs(model, data, batch_size, collate_fn, progress):
+        for batch, _ in unlabelled_batches(model, data, batch_size, collate_fn, progress):
             observed_pass(model, batch, _observer(fits))
     pruned = copy_sharing_base(model)
     for name, layer, posterior in list(adapted_layers(pruned, adapter)):
@@ -350,7 +350,7 @@ def _measure(
         predict(m, held_out, num_draws=num_draws, seed=seed + 1, **options) for m in (before, after)
     ]
     batch, index = next(
-        model_inputs(before, held_out, options["batch_size"], options["collate_fn"], False)
+        unlabelled_batches(before, held_out, options["batch_size"], options["collate_fn"], False)
     )
     return Change(
         mean=difference(*means),

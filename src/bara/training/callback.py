@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from accelerate import PartialState
@@ -40,11 +42,15 @@ def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None
 
 
 def _set_by_steps(model: nn.Module, elbo: Elbo, num_steps: int) -> None:
-    """Adjusts the configurations of the adapters in training."""
-    for name, config in elbo.configs.items():
+    """Adjusts the numbers of the adapters in training."""
+    for name, adapter in elbo.adapters.items():
         posteriors = (posterior for _, _, posterior in adapted_layers(model, name))
         if any(p.requires_grad for posterior in posteriors for p in posterior.parameters()):
-            config.set_by_steps(num_steps)
+            adapter.resolved.set_by_steps(num_steps)
+
+
+STREAM_BATCHES = 20
+"""Batches of a stream whose label tokens are counted."""
 
 
 class BayesianCallback(TrainerCallback):
@@ -54,7 +60,8 @@ class BayesianCallback(TrainerCallback):
     weights, and adds `kl_global`, `kl_local` and `effective_rank` to the logs.
 
     Args:
-        num_observations: N, if it should not be counted (needed for data sets without a length).
+        num_observations: N, if it should not be counted: for a stream that repeats a smaller data
+            set.
     """
 
     def __init__(self, num_observations: int | None = None) -> None:
@@ -72,16 +79,17 @@ class BayesianCallback(TrainerCallback):
             )
         n = self.num_observations
         if n is None:
-            n = count_observations(kwargs["train_dataloader"], model)
-        for name, config in elbo.configs.items():
-            if config.num_observations not in (None, n):
+            n = count_observations(kwargs["train_dataloader"], model, state.max_steps, args)
+        for name, adapter in elbo.adapters.items():
+            given = adapter.config.num_observations
+            if given not in (None, n):
                 warnings.warn(
-                    f"Adapter {name!r} was configured with num_observations="
-                    f"{config.num_observations}, but the training data has {n}; using {n}. Pass "
+                    f"Adapter {name!r} was configured with num_observations={given}, but "
+                    f"the training data has {n}; using {n}. Pass "
                     "BayesianCallback(num_observations=...) to set another value.",
                     stacklevel=2,
                 )
-            config.num_observations = n
+            adapter.resolved.num_observations = n
         if state.max_steps > 0:
             _set_by_steps(model, elbo, state.max_steps)
         self._set_progress(elbo, state)
@@ -90,6 +98,12 @@ class BayesianCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._set_progress(elbo_of(kwargs["model"]), state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # a trainer whose loss leaves the KL out stops before its first step, not after
+        elbo_of(kwargs["model"]).check_consumed()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,29 +127,69 @@ class BayesianCallback(TrainerCallback):
             elbo.progress = min(1.0, state.global_step / state.max_steps)
 
 
-def count_observations(dataloader: DataLoader[Any], model: nn.Module) -> int:
+def count_observations(
+    dataloader: DataLoader[Any], model: nn.Module, max_steps: int, args: TrainingArguments
+) -> int:
     """N of a training set: its examples, or for per-token labels the labels that count.
 
+    A stream, whose length nobody knows, counts as long as the part of it that training takes.
+
+    Args:
+        dataloader: the training's.
+        model: what is trained.
+        max_steps: optimiser steps in all.
+        args: of the training.
+
     Raises:
-        BaraError: the data set has no length.
+        BaraError: there is no data set to count.
     """
     dataset = getattr(dataloader, "dataset", None)
-    if dataset is None or not hasattr(dataset, "__len__"):
+    if dataset is None:
         raise BaraError(
-            "The training data has no length, so N cannot be counted: pass "
-            "bara.BayesianCallback(num_observations=...)."
+            "The training data cannot be counted: pass bara.BayesianCallback(num_observations=...)."
         )
     first: Any = next(iter(dataloader), {})
     labels = first.get("labels") if hasattr(first, "get") else None
-    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+    per_token = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+    if not hasattr(dataset, "__len__"):
+        return _count_stream(dataloader, model, max_steps, args, per_token)
+    if not per_token:
         return len(dataset)
-    shift = predicts_next_token(adapted_root(model))
-    # one more pass over this process's batches
-    count, rows = 0, 0
-    for batch in dataloader:
-        labels = batch["labels"][..., 1:] if shift else batch["labels"]
-        count += int(labels.ne(-100).sum())
-        rows += labels.shape[0]
+    count, rows = _count_labels(dataloader, model)
     if PartialState().num_processes == 1:
         return count  # also where a row is packed with several examples
     return round(count * len(dataset) / rows)
+
+
+def _count_labels(batches: Iterable[Any], model: nn.Module) -> tuple[int, int]:
+    """Label tokens that count, and rows, of this process's batches."""
+    shift = predicts_next_token(adapted_root(model))
+    count, rows = 0, 0
+    for batch in batches:
+        labels = batch["labels"][..., 1:] if shift else batch["labels"]
+        count += int(labels.ne(-100).sum())
+        rows += labels.shape[0]
+    return count, rows
+
+
+def _count_stream(
+    dataloader: DataLoader[Any],
+    model: nn.Module,
+    max_steps: int,
+    args: TrainingArguments,
+    per_token: bool,
+) -> int:
+    """Examples that `max_steps` steps take, or their label tokens by those of the first batches."""
+    rows = max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    n = rows
+    if per_token:
+        count, counted = _count_labels(islice(dataloader, STREAM_BATCHES), model)
+        n = round(rows * count / counted)
+    what = "label tokens" if per_token else "examples"
+    warnings.warn(
+        f"The training data has no length, so N is what {max_steps} steps take: {n} {what}. If "
+        "the stream repeats a smaller data set, pass its size: "
+        "bara.BayesianCallback(num_observations=...).",
+        stacklevel=2,
+    )
+    return n

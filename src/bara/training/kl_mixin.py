@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo
 
 
 class KLMixin:
     """Adds the KL to the loss of a `Trainer` that does not use the model's own.
 
-    TRL's trainers compute theirs from the log-probabilities of the labels:
+    So does `Trainer` itself with `label_smoothing_factor`, and TRL's trainers compute theirs from
+    the log-probabilities of the labels:
 
+        class BayesianTrainer(bara.KLMixin, Trainer): ...
         class BayesianSFTTrainer(bara.KLMixin, SFTTrainer): ...
         class BayesianDPOTrainer(bara.KLMixin, DPOTrainer): ...
 
@@ -30,20 +33,14 @@ class KLMixin:
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         elbo = Elbo.of(model)
-        if elbo is None or not model.training:
+        if elbo is None or not model.training or elbo.last is None or elbo.last.kl is None:
             return result
-        forward = elbo.last
-        if forward is None or forward.kl is None or forward.kl_in_loss:
-            return result
-        loss = result[0] if return_outputs else result
-        kl = forward.kl.to(loss.device)
         share: Any = 1.0
-        if num_items_in_batch is not None:
+        if num_items_in_batch is not None and elbo.last.items is not None:
             # the trainer adds up the batches that are accumulated, in place of averaging them
-            assert forward.items is not None
-            share = forward.items.sum() / num_items_in_batch
+            share = share_of(elbo.last.items, num_items_in_batch)
             if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
                 share = share * self.accelerator.num_processes  # type: ignore[attr-defined]
-        elbo.observe_loss(forward, loss / share)
-        loss = loss + share * kl
+        loss = result[0] if return_outputs else result
+        loss = elbo.complete(loss, elbo.last, share=share, shared=True)
         return (loss, *result[1:]) if return_outputs else loss

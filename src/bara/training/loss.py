@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo, elbo_of
 from bara.errors import BaraError
+
+CLOSED = 0.1
+"""Mean effective rank of a layer below which an adapter does next to nothing."""
 
 
 def kl_loss(model: nn.Module, data_loss: Tensor | None = None) -> Tensor:
@@ -54,14 +59,17 @@ def elbo_loss(
     ) -> Tensor:
         if labels is None:
             raise BaraError("elbo_loss: the batch has no labels; add a `labels` column.")
-        total = data_loss(outputs, labels)
         elbo = Elbo.of(model)
-        training = model.training and torch.is_grad_enabled()
-        if elbo is not None and training and elbo.last is not None and elbo.last.kl is not None:
-            total = total + elbo.kl_loss(total).to(total.device)
-        if num_items_in_batch is not None:
-            total = total * (labels.ne(-100).sum() / num_items_in_batch)
-        return total
+        training = elbo is not None and model.training and torch.is_grad_enabled()
+        forward = elbo.last if training and elbo is not None else None
+        if forward is not None and forward.kl_in_loss:
+            raise BaraError(
+                "elbo_loss: the KL of this step is in outputs.loss already, because labels were "
+                "given to the model."
+            )
+        share = share_of(labels.ne(-100), num_items_in_batch)
+        total = data_loss(outputs, labels)
+        return share * total if elbo is None else elbo.complete(total, forward, share=share)
 
     return loss
 
@@ -77,7 +85,7 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
     if last is None:
         return {}
     values: dict[str, float] = {}
-    for terms in last.terms.values():
+    for adapter, terms in last.terms.items():
         for name, kl in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
             if kl is not None:
                 values[name] = values.get(name, 0.0) + float(kl.detach())
@@ -87,4 +95,15 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
                 for activity in terms.activity
             ]
             values["effective_rank"] = float(torch.cat(ranks).mean())
+            _warn_if_closed(adapter, values["effective_rank"])
     return values
+
+
+def _warn_if_closed(adapter: str, effective_rank: float) -> None:
+    if effective_rank < CLOSED:
+        warnings.warn(
+            f"Nearly all gates of adapter {adapter!r} are closed (effective rank "
+            f"{effective_rank:.3f}): it hardly changes the base model, and closed gates rarely "
+            "open again. Lower the learning rate, or kl_weight.",
+            stacklevel=3,
+        )

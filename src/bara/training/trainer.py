@@ -21,13 +21,14 @@ from transformers import (
 from bara.errors import BaraError, first_line
 from bara.language.choice_loss import choice_nll
 from bara.prediction.temperature import get_temperature
+from bara.training.kl_mixin import KLMixin
 from bara.training.loss import elbo_loss
 
 COMPLETE = "complete"
 """File that marks a checkpoint as whole: a process that is killed while saving leaves none."""
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(KLMixin, Trainer):
     """A `Trainer` that stops at a loss that is not finite, and whose checkpoints are whole.
 
     A method that trains in a way of its own, or does something after training, derives from it.

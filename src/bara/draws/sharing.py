@@ -1,0 +1,72 @@
+"""One model for several threads: evaluation mode as long as anybody predicts, and one at a time
+where a draw changes the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock, RLock
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+
+from bara.errors import BaraError
+
+_REGISTER = Lock()
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_STREAMED: WeakSet[nn.Module] = WeakSet()
+_USERS: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The lock (reentrant) of what only one thread at a time may do with a model."""
+    with _REGISTER:
+        return _LOCKS.setdefault(model, RLock())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode; whoever leaves last puts it back as it was."""
+    with _REGISTER:
+        users, was_training = _USERS.get(model, (0, model.training))
+        _USERS[model] = users + 1, was_training
+        if users == 0:
+            model.eval()
+    try:
+        yield
+    finally:
+        with _REGISTER:
+            users, was_training = _USERS.pop(model)
+            if users > 1:
+                _USERS[model] = users - 1, was_training
+            else:
+                model.train(was_training)
+
+
+@contextmanager
+def decoding(model: nn.Module, *, stream: bool = False) -> Iterator[None]:
+    """One decoding of a model at a time; another waits for its end.
+
+    Args:
+        model: the model.
+        stream: whoever reads the tokens decides when it ends, so that nobody waits for it.
+
+    Raises:
+        BaraError: a stream is open.
+    """
+    with _REGISTER:
+        if model in _STREAMED:
+            raise BaraError(
+                "A stream of this model's tokens is open (bara.generate_stream): read it to its "
+                "end or close() it before the model decodes again."
+            )
+        if stream:
+            _STREAMED.add(model)
+    try:
+        with lock_of(model):
+            yield
+    finally:
+        if stream:
+            with _REGISTER:
+                _STREAMED.discard(model)

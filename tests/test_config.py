@@ -1,0 +1,147 @@
+"""A configuration stays what the user wrote; the attached adapter has its own numbers."""
+
+import copy
+import json
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import bara
+from bara import BaraConfig, BaraError
+from helpers import TinyNet, adapt, layer_posterior, stir, tiny_llama
+
+TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def numbers(model, name="default"):
+    return model.peft_config[name].resolved
+
+
+def test_attaching_changes_nothing_of_the_users_object():
+    config = BaraConfig(r=4, **TARGETS)
+    before = asdict(config)
+    model = get_peft_model(tiny_llama(), config)
+    bara.set_progress(model, 0.5, num_steps=80)
+    given = {"base_model_name_or_path", "target_modules"}  # which PEFT fills in
+    after = asdict(config)
+    assert {k: v for k, v in after.items() if k not in given} == {
+        k: v for k, v in before.items() if k not in given
+    }
+    assert config.resolved is None
+    assert numbers(model).weight_noise == 2.0
+
+
+def test_one_configuration_for_two_models_of_other_depths():
+    config = BaraConfig(r=4, **TARGETS)
+    kl_weights = [
+        numbers(get_peft_model(tiny_llama(num_hidden_layers=n), config)).kl_weight for n in (1, 24)
+    ]
+    assert kl_weights == [1.0, 3 / 48]
+
+
+def test_what_is_saved_says_both(tmp_path):
+    model = get_peft_model(tiny_llama(num_hidden_layers=12), BaraConfig(r=4, **TARGETS))
+    bara.set_progress(model, 0.5, num_steps=80)
+    numbers(model).num_observations = 77
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text("utf-8"))
+    assert stored["kl_weight"] is None
+    assert stored["weight_noise"] is None
+    assert stored["num_observations"] is None
+    assert stored["resolved"] == {
+        "num_observations": 77,
+        "kl_weight": 3 / 24,
+        "local_kl_weight": 0.018 / 24,
+        "init_noise": 0.5,
+        "weight_noise": 1.5,
+        "whole_weight_noise": 3.0,
+    }
+    loaded = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=12), tmp_path)
+    assert numbers(loaded) == numbers(model)
+    bara.set_progress(loaded.train(), 0.0, num_steps=1000)  # nothing of it is trained
+    assert numbers(loaded).weight_noise == 1.5
+    trained = PeftModel.from_pretrained(
+        tiny_llama(num_hidden_layers=12), tmp_path, is_trainable=True
+    )
+    bara.set_progress(trained, 0.0, num_steps=1000)
+    assert numbers(trained).weight_noise == 3.0
+
+
+def test_a_number_given_later_is_in_force():
+    model = get_peft_model(TinyNet(), BaraConfig(r=4, target_modules=["layer"], warmup=0.0)).train()
+    x = torch.randn(3, 6)
+    with pytest.raises(BaraError, match="num_observations"):
+        model(x=x)
+    model.peft_config["default"].num_observations = 10
+    model(x=x)
+    first = bara.kl_loss(model)
+    model.peft_config["default"].kl_weight = 0.5
+    model.peft_config["default"].local_kl_weight = 0.0
+    model(x=x)
+    terms = bara.kl_terms(model)
+    assert bara.kl_loss(model).item() == pytest.approx(0.5 / 10 * terms["kl_global"], rel=1e-5)
+    assert first > bara.kl_loss(model)
+    model.peft_config["default"].weight_noise = 1.25
+    bara.set_progress(model, 0.0, num_steps=1)
+    assert layer_posterior(model)[1].weight_noise == 1.25
+
+
+def test_a_copy_of_a_model_has_numbers_of_its_own():
+    model = stir(adapt(TinyNet(), target_modules=["layer"]))
+    other = copy.deepcopy(model)
+    numbers(other).weight_noise = 0.0
+    assert layer_posterior(other)[1].weight_noise == 0.0
+    assert layer_posterior(model)[1].weight_noise == 4.0
+
+
+def test_an_adapter_of_version_0_1_loads(tmp_path):
+    """It has the numbers in place of the Nones, options that are gone, and other tensor names."""
+    model = stir(adapt(TinyNet(), "balora", target_modules=["layer"])).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    stored = json.loads(path.read_text("utf-8"))
+    del stored["resolved"]
+    path.write_text(json.dumps(stored), "utf-8")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    names = {"hidden_": "default.network.0.", "output_": "default.network.2."}
+    old = {
+        re.sub("(?<=lora_posterior.)(hidden_|output_)", lambda part: names[part[0]], key): tensor
+        for key, tensor in weights.items()
+    }
+    assert old.keys() != weights.keys()
+    save_file(old, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(0)
+    base = TinyNet()
+    base.load_state_dict(
+        {k.replace("base_layer.", ""): v for k, v in model.base_model.model.state_dict().items()},
+        strict=False,
+    )
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    x = torch.randn(4, 6)
+    with torch.no_grad(), bara.sampling(model, seed=0), bara.sampling(loaded, seed=0):
+        torch.testing.assert_close(loaded(x=x)["logits"], model(x=x)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("option", "usual", "other"),
+    [("logit_scale", 100.0, 20.0), ("intensity", False, True), ("init_logit", 3.0, 0.0)],
+)
+def test_options_of_earlier_versions(option, usual, other, tmp_path):
+    BaraConfig(target_modules=["layer"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    stored = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(stored | {option: usual}), "utf-8")
+    assert BaraConfig.from_pretrained(tmp_path).target_modules == {"layer"}
+    path.write_text(json.dumps(stored | {option: other}), "utf-8")
+    with pytest.raises(BaraError, match=f"{option} = {other}"):
+        BaraConfig.from_pretrained(tmp_path)
+
+
+def test_damaged_numbers_are_refused():
+    with pytest.raises(BaraError, match="resolved must be numbers among"):
+        BaraConfig(target_modules=["layer"], resolved={"kl": 1})
