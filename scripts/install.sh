@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a virtual environment (the folder given, .venv by default) with bara, the quickstart's
-# model and texts, and the development tools. Safe to run again.
+# model and texts, and everything that the development tools and the tests need. Nothing is compiled.
+# Safe to run again. PYTHON in the environment says which Python to take.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:-.venv}
@@ -8,7 +9,7 @@ torch_version=2.13.0
 
 find_python() {
     # A name on the PATH may be a pyenv shim that does not run; Debian's python may lack venv.
-    for name in python3.13 python3.12 python3.11 python3; do
+    for name in ${PYTHON:-} python3.13 python3.12 python3.11 python3; do
         if "$name" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
             >/dev/null 2>&1; then
             echo "$name"
@@ -37,3 +38,4 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null &&
 fi
 echo "Installing bara into $venv ..."
 pip install -e '.[dev]'
+pip install --no-deps -r scripts/no-deps.txt

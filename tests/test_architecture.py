@@ -9,7 +9,8 @@ ROOT = Path(bara.__file__).parent
 ORDER = (
     *("errors", "files", "machine", "draws", "data", "cards", "prediction", "posteriors"),
     *("language", "evaluation", "adapter", "models", "training", "ranks", "certificates"),
-    *("methods", "export", "reports", "finetuning", "__init__", "quickstart", "bench", "cli"),
+    *("methods", "export", "reports", "finetuning", "__init__", "doctor", "quickstart"),
+    *("bench", "cli"),
     "__main__",
 )
 """A package imports only those before it; docs/architecture.md says what each is for."""

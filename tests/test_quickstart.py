@@ -1,17 +1,20 @@
 """The main job, small: every file and number that it promises."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bara import BaraError
 from bara.cli import main
+from bara.cli.quickstart import duration
 from bara.data.examples import load_sentiment
 from bara.evaluation.metrics import Evaluation
 from bara.finetuning.load import load_adapter
 from bara.prediction.predictive import ClassificationPredictive
-from bara.quickstart import choose_examples
+from bara.quickstart import TINY, TOO_SMALL, Size, choose_examples, estimate_seconds
 
 
 def test_quickstart_writes_its_folder(tmp_path, capsys):
@@ -19,6 +22,7 @@ def test_quickstart_writes_its_folder(tmp_path, capsys):
     options = "--num-train 32 --num-test 30 --num-ood 10 --epochs 2 --num-draws 2 --seed 1"
     assert main(["quickstart", "--output", str(output), *options.split(" ")]) == 0
     printed = capsys.readouterr().out
+    assert re.search(r"takes about \d+ (seconds|minutes) here", printed)
     for word in ("LoRA", "BaRA", "NLL", "Sure", "Unsure", "Wrong", "bara predict", "report.html"):
         assert word in printed
     results = json.loads((output / "results.json").read_text())
@@ -32,6 +36,9 @@ def test_quickstart_writes_its_folder(tmp_path, capsys):
     for picture in ("reliability", "risk_coverage", "rank_layers", "rank_inputs"):
         assert (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     page = (output / "report.html").read_text()
+    for text in (page, " ".join(printed.split())):  # 32 texts are too few
+        assert TOO_SMALL in text
+    assert not results["judges"]
     assert "<html" in page
     assert 'src="http' not in page
     for method in ("lora", "bara"):
@@ -63,3 +70,49 @@ def test_examples_are_chosen_by_certainty():
 def test_too_many_texts_are_refused():
     with pytest.raises(BaraError, match="were asked for"):
         load_sentiment(10**6)
+
+
+def test_the_estimate_is_the_steps_and_the_predictions(monkeypatch):
+    """By a clock that shows a second more whenever it is read."""
+    clock = iter(range(100))
+    monkeypatch.setattr(
+        "bara.quickstart.time", SimpleNamespace(perf_counter=lambda: float(next(clock)))
+    )
+    data = load_sentiment(num_train=64, num_test=30, num_validation=0)
+    size = Size(num_train=64, num_test=30, num_ood=10, epochs=2.5, num_draws=2)
+    # 3 steps and what is around them: 7 readings later; a prediction of 30 texts by 2 draws: 1
+    once, step, text = 7 - 3, 1, 1 / 60
+    expected = 2 * (once + 5 * step) + (40 + 2 * 40 + 30) * text
+    assert estimate_seconds(data.train, data.test, size) == pytest.approx(expected)
+
+
+def test_tiny_is_small_and_says_so(monkeypatch, capsys):
+    asked = []
+
+    def run(output, size, **options):
+        asked.append(size)
+        options["announce"](200.0)
+        return {"rows": [], "examples": {}}
+
+    monkeypatch.setattr("bara.quickstart.run_quickstart", run)
+    assert main(["quickstart", "--tiny", "--num-draws", "3"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert TOO_SMALL in printed
+    assert "about 4 minutes" in printed
+    assert main(["quickstart"]) == 0
+    assert TOO_SMALL not in " ".join(capsys.readouterr().out.split())
+    assert asked == [Size(TINY.num_train, TINY.num_test, TINY.num_ood, TINY.epochs, 3), Size()]
+    # texts through a training step, and through a prediction
+    trained, predicted = (
+        [size.num_train * size.epochs for size in asked],
+        [(size.num_test + size.num_ood) * size.num_draws for size in asked],
+    )
+    assert trained[1] / trained[0] > 40
+    assert predicted[1] / predicted[0] > 20
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(4, "10 seconds"), (61, "70 seconds"), (91, "2 minutes")]
+)
+def test_durations_are_rounded_up(seconds, said):
+    assert duration(seconds) == said

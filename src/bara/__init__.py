@@ -1,5 +1,6 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+import bara.machine  # noqa: F401  (before what imports PEFT)
 from bara.adapter.peft_model import BayesianLoraModel
 from bara.certificates.certificate import Certificate, certify
 from bara.draws.sampling import sampling

