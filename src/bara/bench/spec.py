@@ -12,8 +12,9 @@ from typing import Any
 
 from bara.bench.tasks import check_task, task_version
 from bara.errors import BaraError
-from bara.methods.recipe import TrainRecipe, read_yaml, refuse_unknown
+from bara.methods.recipe import TrainRecipe, read_yaml
 from bara.methods.table import check_recipe
+from bara.schema import refuse_unknown
 
 CORRUPTIONS = ("typo", "drop", "shuffle")
 METHOD_FIELDS = {"name": str, "method": str, "method_options": dict, "training": dict}

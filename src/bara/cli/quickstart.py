@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from bara.cli.terminal import console
+from bara.schema import MAX_DRAWS, SEEDS
+
 COLUMNS = {
     "accuracy": ("acc", "{:.3f}"),
     "nll": ("NLL", "{:.3f}"),
@@ -28,19 +31,21 @@ def quickstart(
     num_test: Annotated[int, Option(min=30, help="Test texts.")] = 600,
     num_ood: Annotated[int, Option(min=10, help="Out-of-distribution texts.")] = 300,
     epochs: Annotated[float, Option(min=0.1, help="Passes over the training texts.")] = 20,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws in prediction.")] = 10,
-    seed: Annotated[int, Option(help="Seed of the data, the training and the draws.")] = 0,
+    num_draws: Annotated[
+        int, Option(min=1, max=MAX_DRAWS, help="Posterior draws in prediction.")
+    ] = 10,
+    seed: Annotated[
+        int, Option(min=0, max=SEEDS - 1, help="Seed of the data, the training and the draws.")
+    ] = 0,
 ) -> None:
     """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
-    from rich.console import Console
-
     from bara.data.examples import minilm_path
     from bara.machine import quieten_libraries
     from bara.quickstart import run_quickstart
 
     quieten_libraries()
-    console = Console()
-    console.print(
+    terminal = console()
+    terminal.print(
         f"Fine-tuning MiniLM on {num_train} tweets, with LoRA and then with BaRA, and testing both "
         f"on {num_test} tweets and {num_ood} news texts."
     )
@@ -53,15 +58,15 @@ def quickstart(
         num_draws=num_draws,
         seed=seed,
     )
-    _print_table(console, results["rows"])
-    _print_examples(console, results["examples"])
-    console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:", soft_wrap=True)
+    _print_table(terminal, results["rows"])
+    _print_examples(terminal, results["examples"])
+    terminal.print(f"{output / 'report.html'} shows the pictures. Next:", soft_wrap=True)
     for command in (
         f"bara predict {output / 'bara'} --data TABLE.csv --output -",
         f"bara train --model {minilm_path()} --data TABLE.csv --output my-adapter",
         "bara evaluate my-adapter --data TEST.csv",
     ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        terminal.print(f"  {command}", soft_wrap=True)
 
 
 def _print_table(console: Any, rows: list[dict[str, Any]]) -> None:
@@ -83,7 +88,7 @@ def _print_examples(console: Any, examples: dict[str, list[dict[str, Any]]]) -> 
     from rich.text import Text
 
     for heading, texts in examples.items():
-        console.print(f"[bold]{heading}[/]")
+        console.print(heading, style="bold")
         for example in texts:
             verdict = f"  {example['prediction']} {example['confidence']:.0%}"
             if example["label"] != example["prediction"]:

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that shows text as it is: paths and names may hold brackets and colons."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """JSON, with null for numbers that it does not have: NaN and infinity."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_output(output: Path, adapter: Path, force: bool) -> None:
@@ -12,7 +38,7 @@ def require_output(output: Path, adapter: Path, force: bool) -> None:
     from bara.errors import BaraError
     from bara.files import require_new
 
-    if output.resolve() == adapter.resolve():
+    if os.path.realpath(output) == os.path.realpath(adapter):
         raise BaraError(f"{output} is the adapter itself; give another --output")
     require_new(output, force)
 
@@ -23,13 +49,12 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     Raises:
         BaraError: a table cannot be read, or there are fewer than two texts to share out.
     """
-    from bara.data.tables import load_table
     from bara.errors import BaraError
-    from bara.finetuning.task_inputs import model_inputs
+    from bara.finetuning.task_inputs import model_inputs, read_table
 
-    inputs = model_inputs(load_table(data), tokenizer, task, labels=False)
+    inputs = model_inputs(read_table(data, task), tokenizer, task, labels=False)
     if held_out is not None:
-        return inputs, model_inputs(load_table(held_out), tokenizer, task, labels=False)
+        return inputs, model_inputs(read_table(held_out, task), tokenizer, task, labels=False)
     if len(inputs) < 2:
         raise BaraError(f"{data} has one text: give two at least, or --held-out")
     numbers = range(len(inputs))

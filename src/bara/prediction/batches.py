@@ -19,6 +19,8 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 PADDING = {"labels": -100}
 """What pads a column of sequences, where it is not 0; input_ids take the model's pad token."""
+LABELS = ("label", "label_ids")
+"""Other names of the labels, which the collators of `Trainer` know."""
 
 
 def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
@@ -92,7 +94,7 @@ def batches(
         return track(items, description, total, console=console, transient=True, disable=not show)
 
     if isinstance(data, Mapping):
-        yield dict(data), list(range(num_rows(data)))
+        yield _with_labels(data), list(range(num_rows(data)))
     elif isinstance(data, DataLoader):
         seen = 0
         try:
@@ -101,7 +103,7 @@ def batches(
             total = None
         for batch in bar(data, total):
             rows = num_rows(batch)
-            yield dict(batch), list(range(seen, seen + rows))
+            yield _with_labels(batch), list(range(seen, seen + rows))
             seen += rows
         if not seen:
             raise BaraError("The data loader gave no batch.")
@@ -120,12 +122,21 @@ def batches(
         for start in bar(starts, len(starts)):
             index = order[start : start + batch_size]
             items = [data[i] for i in index]
-            yield dict(collate_fn(items) if collate_fn else pad_rows(items, pad)), index
+            yield _with_labels(collate_fn(items) if collate_fn else pad_rows(items, pad)), index
     else:
         raise BaraError(
             "data must be a tokenised datasets.Dataset, a DataLoader or a batch (a mapping of "
             f"tensors), got {type(data).__name__}."
         )
+
+
+def _with_labels(batch: Mapping[str, Any]) -> Batch:
+    """The batch, with its labels under the name that models take."""
+    named = dict(batch)
+    for name in LABELS:
+        if "labels" not in named and isinstance(named.get(name), Tensor):
+            named["labels"] = named.pop(name)
+    return named
 
 
 def _is_numeric(value: Any) -> bool:
