@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -129,6 +130,11 @@ def parse_json(text: str | bytes) -> Any:
         raise BaraError(f"not JSON that can be read ({reason})") from error
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """JSON, with null for numbers that it does not have: NaN and infinity."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
 def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str) -> None:
     """Raise `BaraError` for the first name that is not known, with the nearest that is."""
     for name in names:
@@ -160,7 +166,7 @@ def _problem(error: ValidationError, given: Any = None) -> tuple[str, str]:
         what = WHAT.get(first["type"])
         return "", f"must be {what}" if what else f"is {first['msg']}".replace("Invalid", "invalid")
     name = first["loc"][0]
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return str(name), "is not a field that this version knows"
     if first["type"] == "missing":
         return str(name), "is missing"
@@ -180,3 +186,11 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{shown(twice)} is there twice")
     return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,6 +11,8 @@ from bara.bench.spec import Benchmark, Cell
 from bara.files import only_writer as exclusive
 
 RESULTS_FILE = "results.jsonl"
+OF_CELL = ("benchmark", "name", "task", "seed", "train_size", "rank", "epochs")
+"""What a row has from its cell, whatever the file says."""
 Executor = Callable[[Sequence[Cell]], Iterable[Row]]
 
 
@@ -52,7 +54,7 @@ def finished(benchmark: Benchmark, folder: Path) -> list[Row]:
     """
     rows = read_rows(folder / RESULTS_FILE)
     return [
-        rows[cell.key] | {"benchmark": cell.benchmark, "name": cell.name}
+        rows[cell.key] | {name: getattr(cell, name) for name in OF_CELL}
         for cell in benchmark.cells()
         if "error" not in rows.get(cell.key, {"error": "not run"})
     ]

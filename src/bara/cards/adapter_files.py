@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ PICKLE_FILE = "adapter_model.bin"
 MODEL_FILE = "model.safetensors"
 TASK_FILE = "text_task.json"
 RECIPE_FILE = "recipe.yaml"
+TOKENIZER_FILE = "tokenizer_config.json"
 MEND = "train again or restore the file"
 WIDER = {
     "peft_type": str,
@@ -42,7 +44,12 @@ def check_config(path: Path, config: type) -> None:
     Raises:
         BaraError: a field is unknown, as one of a later version is, or of the wrong type.
     """
-    read_json(path, mapping_of(config_types(config)), MEND)
+    read_json(path, _config_schema(config), MEND)
+
+
+@cache
+def _config_schema(config: type) -> Any:
+    return mapping_of(config_types(config))
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -8,8 +8,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from bara.cli.options import BaseModel, BatchSize, Seed, Split
-from bara.cli.terminal import console, json_text
-from bara.schema import MAX_DRAWS
+from bara.cli.terminal import console
+from bara.schema import MAX_DRAWS, json_text
 
 ROWS = {
     "bound": "bound on the error rate",

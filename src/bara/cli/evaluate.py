@@ -18,6 +18,7 @@ from bara.cli.options import (
     Seed,
     Split,
 )
+from bara.schema import json_text
 
 
 def evaluate(
@@ -51,7 +52,7 @@ def evaluate(
     from rich.table import Table
 
     from bara.cli.generate import decoding_options
-    from bara.cli.terminal import console, json_text, update_card
+    from bara.cli.terminal import console, update_card
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.evaluation.abstention import calibrate_threshold, save_threshold

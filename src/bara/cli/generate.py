@@ -17,8 +17,8 @@ from bara.cli.options import (
     MaxNewTokens,
     NumDraws,
 )
-from bara.cli.terminal import console, json_text
-from bara.schema import SEEDS
+from bara.cli.terminal import console
+from bara.schema import SEEDS, json_text
 
 CHUNK = 8
 """Prompts that are read, answered and written at a time."""

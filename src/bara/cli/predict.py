@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
-from bara.cli.terminal import json_text
+from bara.schema import json_text
 
 CHUNK = 64
 """Texts that are read, predicted and written at a time."""

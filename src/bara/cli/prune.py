@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from bara.cli.options import BaseModel, BatchSize, Force, HeldOut, Seed
-from bara.schema import MAX_DRAWS
+from bara.schema import MAX_DRAWS, json_text
 
 
 def prune(
@@ -32,7 +32,7 @@ def prune(
 ) -> None:
     """Remove factors whose posterior inclusion is below a threshold."""
     from bara.cards.adapter_files import RECIPE_FILE
-    from bara.cli.terminal import calibration_inputs, json_text, require_output
+    from bara.cli.terminal import calibration_inputs, require_output
     from bara.finetuning.load import load_adapter
     from bara.finetuning.save import save_adapter
     from bara.machine import quieten_libraries

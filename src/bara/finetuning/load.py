@@ -23,6 +23,7 @@ from bara.cards.adapter_files import (
     MEND,
     MODEL_FILE,
     RECIPE_FILE,
+    TOKENIZER_FILE,
     check_config,
     read_shapes,
 )
@@ -169,7 +170,9 @@ def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
 
 
 def _load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokeniser of the folder, unless its vocabulary is gone: every word would be unknown."""
+    """The tokeniser of the folder, unless part of it is gone: every word could be unknown."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise BaraError(f"{folder} has no {TOKENIZER_FILE}; {MEND}")
     tokenizer = load_tokenizer(str(folder), model)
     vocabulary = dict(tokenizer.vocab_files_names)
     whole = vocabulary.pop("tokenizer_file", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +96,7 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         values = {option.name: getattr(self, option.name) for option in fields(self)}
-        check(mapping_of(field_types(TrainRecipe)), values, "recipe")
+        check(_schema(), values, "recipe")
         self.model_options = {"dtype": "float32", **self.model_options}
         for group, defaults in _defaults(self.method, self.task).items():
             setattr(self, group, {**defaults, **getattr(self, group)})
@@ -140,6 +141,11 @@ class TrainRecipe:
     def to_yaml(self) -> str:
         """All options, the defaults among them."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _schema() -> Any:
+    return mapping_of(field_types(TrainRecipe))
 
 
 def _defaults(method: str, task: str | None) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,7 @@ TRAINING_TYPES = field_types(TrainingArguments) | {
     "report_to": _REPORTS | list[_REPORTS] | None,
 }
 """Types of the options of training, narrower where `TrainingArguments` takes what cannot train."""
+_TRAINING = mapping_of(TRAINING_TYPES)
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,9 @@ class Method:
     def check(self, options: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
         """Raises `BaraError` for an option that is unknown or of a wrong type, or a package that is
         missing; `flags` are what the user typed for an option."""
-        # A rank is given to every method, and means nothing to some.
-        types: dict[str, Any] = {"lora_alpha": float} | field_types(self.options)
-        if self.config is not None:
-            types |= config_types(self.config)
-        types["r"] = Annotated[int, Field(le=MAX_RANK)]
-        refuse_unknown(options, types.keys() - {"peft_type", "task_type"}, "method_options")
-        check(mapping_of(types), options, "method_options", flags=flags)
+        types, schema = _options_of(self.config, self.options)  # type: ignore[arg-type]
+        refuse_unknown(options, types - {"peft_type", "task_type"}, "method_options")
+        check(schema, options, "method_options", flags=flags)
         self.own_options(options)
         if self.package and find_spec(self.package) is None:
             raise BaraError(f"the method needs a package: pip install 'bara-peft[{self.package}]'")
@@ -125,6 +123,17 @@ class Method:
         known = {option.name for option in fields(self.config)}
         given = {key: value for key, value in options.items() if key in known}
         return self.translate(given, self.own_options(options)) if self.translate else given
+
+
+@cache
+def _options_of(config: type[PeftConfig] | None, own: type) -> tuple[set[str], Any]:
+    """Names of the options of a method, and their schema."""
+    # A rank is given to every method, and means nothing to some.
+    types: dict[str, Any] = {"lora_alpha": float} | field_types(own)
+    if config is not None:
+        types |= config_types(config)
+    types["r"] = Annotated[int, Field(le=MAX_RANK)]
+    return set(types), mapping_of(types)
 
 
 METHODS: dict[str, Method] = {
@@ -238,4 +247,4 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         if name in recipe.training:
             raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
     refuse_unknown(recipe.training, TRAINING_TYPES.keys() - ELSEWHERE, "training")
-    check(mapping_of(TRAINING_TYPES), recipe.training, "training", flags=flags)
+    check(_TRAINING, recipe.training, "training", flags=flags)
