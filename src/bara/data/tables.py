@@ -150,6 +150,8 @@ def _check_columns(names: Sequence[str], name: str) -> None:
         raise BaraError(
             f"{name} has {len(names):,} columns; give a table with {MOST_COLUMNS:,} or fewer"
         )
+    if null := next((column for column in names if "\0" in column), None):
+        raise BaraError(f"{name}: the column {shown(null)} has a null character in its name")
     twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
     if twice is not None:
         raise BaraError(f"{name} has two columns named {shown(twice)}; rename or drop one")
