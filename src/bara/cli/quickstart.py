@@ -30,7 +30,7 @@ def quickstart(
     num_train: Annotated[int, Option(min=30, help="Training texts.")] = 300,
     num_test: Annotated[int, Option(min=30, help="Test texts.")] = 600,
     num_ood: Annotated[int, Option(min=10, help="Out-of-distribution texts.")] = 300,
-    epochs: Annotated[float, Option(min=0.1, help="Passes over the training texts.")] = 20,
+    epochs: Annotated[float, Option(min=0.1, max=1e6, help="Passes over the training texts.")] = 20,
     num_draws: Annotated[
         int, Option(min=1, max=MAX_DRAWS, help="Posterior draws in prediction.")
     ] = 10,
