@@ -43,6 +43,7 @@ def main() -> None:
     import test_properties as properties
 
     failures = {}
+    before = properties.peak_mebibytes()
     start = time.perf_counter()
     for name, test in inspect.getmembers(properties, inspect.isfunction):
         if not name.startswith("test_"):
@@ -59,7 +60,7 @@ def main() -> None:
         "examples_of_each_property": arguments.examples,
         "examples": properties.examples,
         "slowest_seconds": {name: round(s, 3) for name, s in properties.slowest.items()},
-        "memory_mib": round(properties.peak_mebibytes() - properties.BEFORE, 1),
+        "memory_mib": round(properties.peak_mebibytes() - before, 1),
         "seconds": round(time.perf_counter() - start, 1),
         "failures": failures,
         "versions": versions(),

@@ -319,6 +319,13 @@ def test_labels_of_other_files_are_the_classes_with_the_same_number() -> None:
         twice.encode_labels(Dataset.from_dict({"text": ["a"], "label": ["1.0"]}))
 
 
+def test_codes_that_are_missing_are_no_class(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label\na,01\nb,NA\nc,02\n")
+    with pytest.raises(BaraError, match="'label' is empty, NaN or infinite in row 2"):
+        TextTask.infer(load_table(path))
+
+
 def test_texts_of_a_csv_that_are_numbers_stay_texts(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("text,body,label\n007,1.50,a\n42,2,b\n")

@@ -44,7 +44,7 @@ def check_config(path: Path, config: type) -> None:
     Raises:
         BaraError: a field is unknown, as one of a later version is, or of the wrong type.
     """
-    read_json(path, _config_schema(config), MEND)
+    read_json(path, _config_schema(config), f"{MEND}, or install the version that wrote it")
 
 
 @cache

@@ -140,8 +140,9 @@ def _as_numbers(texts: Any) -> Any:
     if given.dropna().str.fullmatch(r"0|-?[1-9]\d{0,17}").all():
         return given.astype("Int64")
     numbers = pd.to_numeric(given, errors="coerce").astype("float64")
-    fractions = numbers.dropna() % 1 != 0
-    return numbers if numbers.isna().equals(given.isna()) and fractions.any() else texts
+    if not numbers.isna().equals(given.isna()):
+        return texts
+    return numbers if (numbers.dropna() % 1 != 0).any() else given
 
 
 def _check_columns(names: Sequence[str], name: str) -> None:

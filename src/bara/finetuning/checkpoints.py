@@ -18,7 +18,12 @@ from bara.training.trainer import COMPLETE
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"
-ZIP_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+WEIGHTS = (WEIGHTS_FILE, MODEL_FILE, f"{MODEL_FILE}.index.json")
+ZIP_FILES = {
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state*.pth",  # one for each process
+}
 """What `Trainer` goes on with besides the weights; without one of them it would start it anew."""
 
 
@@ -81,10 +86,12 @@ def _require_whole(checkpoint: Path) -> None:
     """Refuses a checkpoint that lost a file: the training would not go on as it was."""
     mend = f"restore it, or remove {checkpoint} to resume from an earlier one"
     read_json(checkpoint / STATE_FILE, dict[str, Any], mend)
-    if not any((checkpoint / name).is_file() for name in (WEIGHTS_FILE, MODEL_FILE)):
+    if not any((checkpoint / name).is_file() for name in WEIGHTS):
         raise BaraError(f"{checkpoint} has no {WEIGHTS_FILE}; {mend}")
-    for name in ZIP_FILES:
-        if not (checkpoint / name).is_file():
+    for name, pattern in ZIP_FILES.items():
+        files = list(checkpoint.glob(pattern))
+        if not files:
             raise BaraError(f"{checkpoint} has no {name}; {mend}")
-        if not is_zipfile(checkpoint / name):
-            raise BaraError(f"{checkpoint / name} is cut off or damaged; {mend}")
+        for file in files:
+            if not is_zipfile(file):
+                raise BaraError(f"{file} is cut off or damaged; {mend}")

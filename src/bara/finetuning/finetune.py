@@ -86,8 +86,9 @@ def finetune(
         The adapter's folder.
 
     Raises:
-        BaraError: an option, the data or the model cannot be used, the loss is not finite, or
-            saving failed. An earlier adapter and the last checkpoint are then as they were.
+        BaraError: an option, the data or the model cannot be used, another process trains in the
+            folder, the loss is not finite, or saving failed. An earlier adapter and the last
+            checkpoint are then as they were.
     """
     check_recipe(recipe)
     output = Path(recipe.output)

@@ -73,7 +73,7 @@ class TrainRecipe:
         seed: of the new weights, the order of the data and the noise in training.
 
     Raises:
-        BaraError: a value has the wrong type.
+        BaraError: a value has the wrong type or is out of range.
     """
 
     model: str = ""
@@ -121,7 +121,7 @@ class TrainRecipe:
         """A recipe from its fields.
 
         Raises:
-            BaraError: a field is unknown or has the wrong type.
+            BaraError: a field is unknown, has the wrong type or is out of range.
         """
         refuse_unknown(values, {option.name for option in fields(cls)}, "recipe")
         return cls(**values)
