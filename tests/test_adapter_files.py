@@ -82,7 +82,7 @@ def change(path: Path, **fields: object) -> None:
         ("adapter_config.json", {"globl_prior": 0.1}, "globl_prior is not a field"),
         ("adapter_config.json", {"r": "8"}, "r must be a whole number, not '8'"),
         ("adapter_config.json", {"kl_weight": [1]}, "kl_weight must be a number"),
-        ("adapter_config.json", {"target_modules": 3}, "target_modules must be text or a list"),
+        ("adapter_config.json", {"target_modules": 3}, "target_modules must be a list or text"),
         ("adapter_config.json", {"peft_type": "NEXT"}, "peft_type names no method known here"),
         ("adapter_config.json", {"peft_type": [1]}, "peft_type names no method known here"),
     ],

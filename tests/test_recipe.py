@@ -169,7 +169,7 @@ def test_an_alias_that_is_used_twice_is_no_bomb() -> None:
         ("training.dataloader_num_workers", 10**9, "at most 256"),
         ("method_options.r", 10**9, "at most 65536, not 1000000000"),
         ("method_options.r", 1e9, "a whole number, not 1000000000.0"),
-        ("method_options.target_modules", 5, "text or a list, not 5"),
+        ("method_options.target_modules", 5, "a list or text, not 5"),
         ("method_options.lora_dropout", "some", "a number, not 'some'"),
         ("method_options.rank_pattern", [1], "a mapping"),
     ],

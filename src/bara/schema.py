@@ -177,7 +177,7 @@ def _problem(error: ValidationError, given: Any = None) -> tuple[str, str]:
             what = WHAT.get(other["type"])
             context: Any = other.get("ctx", {})
             wanted.append(what.format(**context) if what else f"valid ({other['msg']})")
-    return str(name), f"must be {' or '.join(dict.fromkeys(wanted))}, not {shown(value)}"
+    return str(name), f"must be {' or '.join(sorted(set(wanted)))}, not {shown(value)}"
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

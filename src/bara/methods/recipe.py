@@ -86,7 +86,7 @@ class TrainRecipe:
     text_pair_column: str | None = None
     label_column: str | None = None
     task: str | None = None
-    max_length: Annotated[int, Field(le=2**20)] = 128
+    max_length: Annotated[int, Field(lt=2**31)] = 128
     scoring: str = "text"
     method: str = "bara"
     method_options: dict[str, Any] = field(default_factory=dict)
