@@ -7,7 +7,7 @@ import bara
 
 ROOT = Path(bara.__file__).parent
 ORDER = (
-    *("errors", "files", "machine", "draws", "data", "cards", "prediction", "posteriors"),
+    *("errors", "schema", "files", "machine", "draws", "data", "cards", "prediction", "posteriors"),
     *("language", "evaluation", "adapter", "models", "training", "ranks", "certificates"),
     *("methods", "export", "reports", "finetuning", "__init__", "doctor", "quickstart"),
     *("bench", "cli"),

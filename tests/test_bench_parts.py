@@ -423,8 +423,19 @@ def test_keys_follow_what_decides_the_result(tmp_path: Path):
         ({"ranks": [0]}, "above 0"),
         ({"epochs": [-1]}, "above 0"),
         ({"name": "a/b"}, "no slashes"),
+        ({"seeds": [2**32]}, "from 0 on, below 4294967296"),
+        ({"num_draws": 10**9}, "at most 10000"),
+        ({"draws": [10**9]}, "at most 10000"),
+        ({"ranks": [10**9]}, r"method_options\.r must be at most 65536"),
+        ({"seeds": list(range(200)), "train_sizes": list(range(1, 200))}, "cells are too many"),
     ],
 )
 def test_wrong_benchmarks_are_refused(tmp_path: Path, options, message):
     with pytest.raises(BaraError, match=message):
         benchmark(tmp_path, **options).check()
+
+
+@pytest.mark.parametrize("epochs", [math.inf, math.nan])
+def test_epochs_without_end_are_refused(epochs: float):
+    with pytest.raises(BaraError, match="epochs must be a list of numbers above 0"):
+        Benchmark("some", "minilm", ["bbc-news"], ["lora"], epochs=[epochs])

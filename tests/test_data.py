@@ -258,3 +258,144 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("bara.data.examples.find_spec", lambda name: None)
     with pytest.raises(BaraError, match=r'pip install "bara-peft\[quickstart\]"'):
         minilm_path()
+
+
+@pytest.mark.parametrize(
+    ("cells", "names"),
+    [
+        (["01", "02", "01"], ("01", "02")),
+        (["1", "2", "10"], ("1", "2", "10")),
+        (["1.0", "2.0", "10.0"], ("1.0", "2.0", "10.0")),
+        (["1e3", "2e3", "1e3"], ("1e3", "2e3")),
+        (["12345678901234567890", "12345678901234567891", "12345678901234567890"], None),
+        (["9007199254740993", "9007199254740992", "9007199254740993"], None),
+        (["-0", "0", "0"], ("-0", "0")),
+        (["007", "7", "007"], ("007", "7")),
+        (["true", "false", "true"], ("false", "true")),
+    ],
+)
+def test_classes_of_a_csv_keep_their_spelling(
+    tmp_path: Path, cells: list[str], names: tuple[str, ...] | None
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label\n" + "".join(f"film,{cell}\n" for cell in cells))
+    table = load_table(path)
+    task = TextTask.infer(table)
+    assert task.task == "classification"
+    assert set(task.label_names) == set(cells)
+    if names is not None:
+        assert task.label_names == names
+    assert [task.label_names[i] for i in task.encode_labels(table)] == cells
+
+
+def test_targets_of_a_csv_are_numbers_however_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label\na,1.50\nb,-2\nc,1e1\nd,007\n")
+    task = TextTask.infer(load_table(path))
+    assert task.task == "regression"
+    assert task.target_mean == pytest.approx((1.5 - 2 + 10 + 7) / 4)
+    path.write_text("text,label\na,01\nb,02\n")
+    assert TextTask.infer(load_table(path), task="regression").target_mean == 1.5
+
+
+def test_labels_of_other_files_are_the_classes_with_the_same_number() -> None:
+    """So an adapter that was trained when `01` became `1` still knows its labels."""
+    texts = ["a", "b", "c"]
+    old = TextTask(label_names=("1", "2", "x"))
+    assert old.encode_labels(Dataset.from_dict({"text": texts, "label": ["01", "2.0", "x"]})) == [
+        0,
+        1,
+        2,
+    ]
+    codes = TextTask(label_names=("01", "02"))
+    assert codes.encode_labels(Dataset.from_dict({"text": texts, "label": [1, 2, 1]})) == [0, 1, 0]
+    twice = TextTask(label_names=("01", "1"))
+    assert twice.encode_labels(Dataset.from_dict({"text": texts, "label": ["1", "01", "1"]})) == [
+        1,
+        0,
+        1,
+    ]
+    with pytest.raises(BaraError, match=r"'1\.0'"):
+        twice.encode_labels(Dataset.from_dict({"text": ["a"], "label": ["1.0"]}))
+
+
+def test_codes_that_are_missing_are_no_class(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label\na,01\nb,NA\nc,02\n")
+    with pytest.raises(BaraError, match="'label' is empty, NaN or infinite in row 2"):
+        TextTask.infer(load_table(path))
+
+
+def test_texts_of_a_csv_that_are_numbers_stay_texts(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,body,label\n007,1.50,a\n42,2,b\n")
+    assert load_table(path)["text"][:] == ["007", "42"]
+    table = load_table(path, text_columns=("body", None))
+    task = TextTask.infer(table, text_column="body")
+    assert task.texts(table) == [["1.50", "2"]]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("text,label,label\na,1,2\nb,2,1\n")
+    with pytest.raises(BaraError, match="two columns named 'label'"):
+        load_table(path)
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"text": "a", "label": 1, "label": 2}\n')
+    with pytest.raises(BaraError, match=r"line 1: not JSON that can be read.*'label'.*twice"):
+        load_table(path)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[["good"], ["bad"], ["good"]], [{"a": "x"}, {"a": "y"}, {"a": "x"}], [b"a", b"b", b"a"]],
+)
+def test_labels_that_are_no_labels_are_refused(labels: list[object]) -> None:
+    table = Dataset.from_dict({"text": ["a", "b", "c"], "label": labels})
+    with pytest.raises(BaraError, match=r"column 'label' has .* in row 1; a label is a text"):
+        TextTask.infer(table)
+    with pytest.raises(BaraError, match="a label is a text"):
+        TextTask(label_names=("a", "b")).encode_labels(table)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([1e100, 2.5, 1.0], r"targets up to 1e\+100, too large for 32-bit"),
+        ([1.5e-20, 2.5e-20, 0.0], "standard deviation of .*, too small for 32-bit"),
+    ],
+)
+def test_targets_that_predictions_cannot_hold_are_refused(
+    targets: list[float], message: str
+) -> None:
+    table = Dataset.from_dict({"text": ["a", "b", "c"], "label": targets})
+    with pytest.raises(BaraError, match=message):
+        TextTask.infer(table, task="regression")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("deep.jsonl", b'{"text": ' + b"[" * 10**5, "line 1: not JSON that can be read"),
+        ("deep.json", b"[" * 10**5, "not JSON that can be read"),
+        ("long.jsonl", b'{"label": ' + b"9" * 5000 + b"}\n", "line 1: not JSON that can be read"),
+        ("long.json", b'[{"label": ' + b"9" * 5000 + b"}]", "not JSON that can be read"),
+        ("large.jsonl", b'{"label": ' + b"9" * 4000 + b"}\n", "a column mixes types"),
+        ("latin.json", '[{"text": "café"}]'.encode("latin-1"), "not UTF-8"),
+        ("wide.csv", b"," * 10**6 + b"\n", "columns; give a table with 1,000 or fewer"),
+        (
+            "wide.jsonl",
+            b"".join(b'{"c%d": 1}\n' % i for i in range(10**4)),
+            "columns; give a table with 1,000 or fewer",
+        ),
+    ],
+)
+def test_files_that_blow_up_are_refused_at_once(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(BaraError, match=message) as caught:
+        load_table(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

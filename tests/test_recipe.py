@@ -106,3 +106,104 @@ def test_methods() -> None:
     assert parse_method("BARA+temperature") == (METHODS["bara"], True)
     assert METHODS["bara"].config is BaraConfig
     check_recipe(TrainRecipe(model="m", method="balora"))
+
+
+def bomb(levels: int) -> str:
+    """Lists of lists of ...: 9 ** levels values in a few hundred bytes."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        bomb(9),
+        "method_options: &a {x: *a}",
+        "a: 2001-99-99",
+        "a: !!timestamp never",
+        "a: !!bool maybe",
+        "a: !!int ten",
+        "a: " + "9" * 5000,
+        "a: " + "[" * 5000,
+        "? [a]\n: b",
+        "a: !!binary ü",
+        "a: *unknown",
+        "x" * 300_000,
+        "\x00",
+    ],
+)
+def test_yaml_of_any_kind_is_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, "utf-8")
+    with pytest.raises(BaraError) as caught:
+        check_recipe(TrainRecipe.load(path))
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value) or "there is no" in str(caught.value)
+
+
+def test_an_alias_that_is_used_twice_is_no_bomb() -> None:
+    assert parse_yaml("{a: &x [1, 2], b: *x}") == {"a": [1, 2], "b": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("training.num_train_epochs", 0, "above 0, not 0"),
+        ("training.num_train_epochs", -1, "above 0, not -1"),
+        ("training.num_train_epochs", float("nan"), "a finite number, not nan"),
+        ("training.num_train_epochs", float("inf"), "a finite number, not inf"),
+        ("training.num_train_epochs", "many", "a number, not 'many'"),
+        ("training.num_train_epochs", 1e9, "at most 1000000"),
+        ("training.learning_rate", 0, "above 0"),
+        ("training.learning_rate", -1e-3, "above 0, not -0.001"),
+        ("training.learning_rate", float("nan"), "a finite number"),
+        ("training.learning_rate", "1e-3", "a number, not '1e-3'"),
+        ("training.per_device_train_batch_size", 0, "at least 1, not 0"),
+        ("training.per_device_train_batch_size", 2.5, "a whole number, not 2.5"),
+        ("training.gradient_accumulation_steps", 0, "at least 1, not 0"),
+        ("training.weight_decay", -1, "at least 0"),
+        ("training.report_to", "tensorbored", "not 'tensorbored'"),
+        ("training.report_to", ["none", "x"], r"not \['none', 'x'\]"),
+        ("training.bf16", "yes", "true or false, not 'yes'"),
+        ("training.dataloader_num_workers", 10**9, "at most 256"),
+        ("method_options.r", 10**9, "at most 65536, not 1000000000"),
+        ("method_options.r", 1e9, "a whole number, not 1000000000.0"),
+        ("method_options.target_modules", 5, "a list or text, not 5"),
+        ("method_options.lora_dropout", "some", "a number, not 'some'"),
+        ("method_options.rank_pattern", [1], "a mapping"),
+    ],
+)
+def test_options_out_of_range_are_named(option: str, value: object, message: str) -> None:
+    recipe = TrainRecipe(model="m", method="lora").with_options({option: value})
+    with pytest.raises(BaraError, match=rf"^{option} must be .*{message}"):
+        check_recipe(recipe)
+    with pytest.raises(BaraError, match=r"^--typed must be"):
+        check_recipe(recipe, {option: "--typed"})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 0.5, True, "0"])
+def test_seeds_that_numpy_does_not_take_are_refused(seed: object) -> None:
+    with pytest.raises(BaraError, match=r"recipe\.seed must be"):
+        TrainRecipe(seed=seed)
+
+
+def test_what_training_arguments_take_stays_allowed() -> None:
+    training = {
+        "num_train_epochs": 0.5,
+        "learning_rate": 1,
+        "warmup_steps": 0,
+        "max_steps": 3,
+        "eval_steps": None,
+        "save_steps": 0.5,
+        "report_to": ["tensorboard"],
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "optim": "adamw_torch",
+    }
+    options = {"target_modules": {"query"}, "lora_alpha": 12.5, "rank_pattern": {"query": 2}}
+    for method in METHODS:
+        check_recipe(TrainRecipe(model="m", method=method, training=training)) if method not in (
+            "ivon",
+            "laplace",
+        ) else None
+    check_recipe(TrainRecipe(model="m", method="lora", method_options=options))

@@ -1,4 +1,4 @@
-"""Files that are either written whole or not at all."""
+"""Files that are either written whole or not at all, and by one process at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from bara.errors import BaraError
@@ -24,7 +25,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         BaraError: it cannot be written (a full disk, no permission, …). A file that was there
             before is then unchanged and nothing else is left behind.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     temporary = _sibling(target)
     try:
         if _is_device(Path(path)):
@@ -63,7 +64,7 @@ def atomic_directory(path: str | os.PathLike[str], *, drop: Collection[str] = ()
         BaraError: the body or the exchange met a file-system error (or safetensors did). On this
             and on any other exception the earlier folder survives and the temporary one is gone.
     """
-    target = Path(path).resolve()
+    target = Path(os.path.realpath(path))
     temporary = _sibling(target)
     try:
         if target.exists() and not target.is_dir():
@@ -122,6 +123,34 @@ def _cannot_write(path: str | os.PathLike[str], error: Exception) -> BaraError:
     return BaraError(f"cannot write {path}: {reason}")
 
 
+@contextmanager
+def only_writer(lock: Path, refusal: str) -> Iterator[None]:
+    """Keeps a second process out of the body; a process that is killed leaves no lock behind.
+
+    What the context made for the lock, and nothing came to, is gone at its end.
+
+    Raises:
+        BaraError: another process is in the body (`refusal` says so), or the lock cannot be made.
+    """
+    new = [folder for folder in lock.parents if not folder.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock, blocking=False)
+        held.acquire()
+    except Timeout:
+        raise BaraError(refusal) from None
+    except OSError as error:
+        raise _cannot_write(lock.parent, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+            for folder in new:
+                folder.rmdir()
+        held.release()
+
+
 def require_new(folder: str | Path, overwrite: bool) -> None:
     """Refuses a folder that holds something.
 
@@ -144,7 +173,7 @@ def require_space(folder: str | Path, size: int, what: str) -> None:
     Raises:
         BaraError: there is too little space.
     """
-    place = Path(folder).resolve()
+    place = Path(os.path.realpath(folder))
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free

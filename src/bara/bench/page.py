@@ -74,6 +74,8 @@ def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None
         text = page.read_text("utf-8")
     except OSError as error:
         raise BaraError(f"cannot read the page {page}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BaraError(f"the page {page} is not UTF-8 text; convert it first") from error
     found = False
     for name, of_benchmark in shown.items():
         start, end = f"<!-- bench {name} -->", f"<!-- /bench {name} -->"

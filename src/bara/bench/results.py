@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text
+from bara.schema import json_text, parse_json
 
 Row = dict[str, Any]
 
@@ -29,20 +28,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.truncate(_whole_lines(file))
-            file.write(json.dumps(_finite(row), allow_nan=False).encode() + b"\n")
+            file.write(json_text(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise BaraError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_lines(file: Any) -> int:
@@ -70,21 +60,21 @@ def read_lines(path: Path, required: str | None = None) -> list[Row]:
 
     Args:
         path: what `append_row` wrote.
-        required: a name that every row must have.
+        required: a name that every row must have, with a text.
 
     Raises:
         BaraError: a line is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").split("\n")[:-1]  # after the last newline: a cut line, or ""
+    lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: a cut line, or nothing
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or (required and required not in row):
-                raise ValueError("not a row")
-        except ValueError as error:
+            row = parse_json(line)
+            if not isinstance(row, dict) or (required and not isinstance(row.get(required), str)):
+                raise BaraError("not a row")
+        except BaraError as error:
             raise BaraError(f"{path}, line {number} is damaged; remove it and run again") from error
         rows.append(row)
     return rows

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from bara.bench.results import Row, append_row, read_rows
 from bara.bench.spec import Benchmark, Cell
-from bara.errors import BaraError
+from bara.files import only_writer as exclusive
 
 RESULTS_FILE = "results.jsonl"
+OF_CELL = ("benchmark", "name", "task", "seed", "train_size", "rank", "epochs")
+"""What a row has from its cell, whatever the file says."""
 Executor = Callable[[Sequence[Cell]], Iterable[Row]]
 
 
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path) -> AbstractContextManager[None]:
     """Keeps a second run away from the results, for as long as the context lasts.
 
     Raises:
         BaraError: another process is in here already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{RESULTS_FILE}.lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BaraError(
-            f"another `bara bench` is writing to {folder}; wait for it, or give another folder "
-            "(--output)"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return exclusive(
+        folder / f"{RESULTS_FILE}.lock",
+        f"another `bara bench` is writing to {folder}; wait for it, or give another folder "
+        "(--output)",
+    )
 
 
 def pending(benchmarks: Iterable[Benchmark], folder: Path) -> list[Cell]:
@@ -63,7 +54,7 @@ def finished(benchmark: Benchmark, folder: Path) -> list[Row]:
     """
     rows = read_rows(folder / RESULTS_FILE)
     return [
-        rows[cell.key] | {"benchmark": cell.benchmark, "name": cell.name}
+        rows[cell.key] | {name: getattr(cell, name) for name in OF_CELL}
         for cell in benchmark.cells()
         if "error" not in rows.get(cell.key, {"error": "not run"})
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -12,8 +13,9 @@ from typing import Any
 
 from bara.bench.tasks import check_task, task_version
 from bara.errors import BaraError
-from bara.methods.recipe import TrainRecipe, read_yaml, refuse_unknown
+from bara.methods.recipe import TrainRecipe, read_yaml
 from bara.methods.table import check_recipe
+from bara.schema import MAX_DRAWS, SEEDS, refuse_unknown, shown
 
 CORRUPTIONS = ("typo", "drop", "shuffle")
 METHOD_FIELDS = {"name": str, "method": str, "method_options": dict, "training": dict}
@@ -30,6 +32,9 @@ LISTS = {
     "severities": int,
 }
 """The fields that are lists, with the type of their items."""
+
+
+MOST_CELLS = 10_000
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,13 @@ class Contender:
             return cls(value, value)
         if not isinstance(value, dict) or not {"name", "method"} <= value.keys():
             raise BaraError(
-                f"methods: give a name, or a mapping with `name` and `method`, not {value!r}"
+                f"methods: give a name, or a mapping with `name` and `method`, not {shown(value)}"
             )
         refuse_unknown(value, {option.name for option in fields(cls)}, "methods")
         for option, kind in METHOD_FIELDS.items():
             if not isinstance(value.get(option, kind()), kind):
                 what = "text" if kind is str else "a mapping"
-                raise BaraError(f"methods: {option} must be {what}, not {value[option]!r}")
+                raise BaraError(f"methods: {option} must be {what}, not {shown(value[option])}")
         return cls(**value)
 
 
@@ -179,6 +184,9 @@ class Benchmark:
         for name in ("tasks", "methods", "seeds", "epochs", "train_sizes", "ranks"):
             if not getattr(self, name):
                 raise BaraError(f"benchmark {self.name}: {name} is empty; give at least one")
+        sizes = map(len, (self.tasks, self.methods, self.seeds, self.epochs, self.train_sizes))
+        if (cells := math.prod(sizes) * len(self.ranks)) > MOST_CELLS:
+            raise BaraError(f"benchmark {self.name}: {cells:,} cells are too many; list less")
         refuse_unknown(self.corruptions, CORRUPTIONS, "corruptions")
         if not all(1 <= severity <= 5 for severity in self.severities):
             raise BaraError(f"benchmark {self.name}: severities go from 1 to 5")
@@ -194,7 +202,7 @@ class Benchmark:
 
     def _check_type(self, name: str, declared: str, value: Any) -> None:
         def wrong(what: str) -> BaraError:
-            return BaraError(f"benchmark: {name} must be {what}, not {value!r}")
+            return BaraError(f"benchmark: {name} must be {what}, not {shown(value)}")
 
         if declared == "str" and not isinstance(value, str):
             raise wrong("text")
@@ -215,10 +223,14 @@ class Benchmark:
             raise wrong("a list of text" if LISTS[name] is str else "a list of numbers")
         if name in LISTS and len(set(value)) < len(value):
             raise wrong("a list without repetitions")
-        if name in ("train_sizes", "ranks", "draws", "epochs") and not all(v > 0 for v in value):
+        if name in ("train_sizes", "ranks", "draws", "epochs") and not all(
+            0 < v < math.inf for v in value
+        ):
             raise wrong("a list of numbers above 0")
-        if name == "seeds" and not all(seed >= 0 for seed in value):
-            raise wrong("a list of numbers from 0 on")
+        if name == "seeds" and not all(0 <= seed < SEEDS for seed in value):
+            raise wrong(f"a list of numbers from 0 on, below {SEEDS}")
+        if name in ("num_draws", "draws") and max([0, *_list(value)]) > MAX_DRAWS:
+            raise wrong(f"at most {MAX_DRAWS}")
 
     @property
     def contenders(self) -> list[Contender]:
@@ -308,6 +320,10 @@ def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainR
         max_length=cell.max_length,
         seed=cell.seed,
     )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _strings(value: Any) -> bool:

@@ -127,7 +127,7 @@ def number(row: Row, metric: str) -> float | None:
     value: Any = row
     for part in metric.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value is None else float(value)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def by_seed(rows: Iterable[Row], metric: str) -> dict[int, float]:

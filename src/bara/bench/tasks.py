@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bara.bench.hub import HUB_TASKS, load_hub_task
 from bara.errors import BaraError
-from bara.methods.recipe import refuse_unknown
+from bara.schema import refuse_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset

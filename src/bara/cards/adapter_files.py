@@ -1,12 +1,15 @@
-"""The files of an adapter's folder, and what the weights' header tells."""
+"""The files of an adapter's folder, and what the configuration and the weights' header tell."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from bara.errors import BaraError, first_line
+from bara.schema import field_types, mapping_of, read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -14,6 +17,39 @@ PICKLE_FILE = "adapter_model.bin"
 MODEL_FILE = "model.safetensors"
 TASK_FILE = "text_task.json"
 RECIPE_FILE = "recipe.yaml"
+TOKENIZER_FILE = "tokenizer_config.json"
+MEND = "train again or restore the file"
+WIDER = {
+    "peft_type": str,
+    "task_type": str | None,
+    "lora_alpha": float,
+    "init_lora_weights": bool | str,
+}
+"""Types of fields of PEFT's configurations that take more than their declaration says."""
+
+
+def config_types(config: type) -> dict[str, Any]:
+    """Names and types of what `adapter_config.json` may hold for a class of configurations.
+
+    What the class has `RETIRED`, fields that earlier versions wrote, is among them.
+    """
+    types = field_types(config)
+    types |= {name: kind for name, kind in WIDER.items() if name in types}
+    return types | dict.fromkeys(getattr(config, "RETIRED", ()), Any)
+
+
+def check_config(path: Path, config: type) -> None:
+    """Holds `adapter_config.json` against its class.
+
+    Raises:
+        BaraError: a field is unknown, as one of a later version is, or of the wrong type.
+    """
+    read_json(path, _config_schema(config), f"{MEND}, or install the version that wrote it")
+
+
+@cache
+def _config_schema(config: type) -> Any:
+    return mapping_of(config_types(config))
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

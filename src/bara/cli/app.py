@@ -21,6 +21,9 @@ from bara.cli.ranks import ranks
 from bara.cli.train import train
 from bara.errors import BaraError
 
+LONGEST_LINE = 2000
+"""Characters of an error's line; file names and values in it may be longer than a screen."""
+
 app = typer.Typer(
     name="bara",
     help="Bayesian low-rank adaptation with adaptive rank.",
@@ -74,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error), 1)
         if hasattr(error, "format_message"):  # typer's usage errors
             return _fail(f"{error.format_message()} (see --help)", error.exit_code)  # type: ignore[attr-defined]
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return _fail("out of memory; give a smaller model, rank, batch or table", 1)
         if isinstance(error, OSError):
             named = f"{error.filename}: " if error.filename else ""
             return _fail(f"{named}{error.strerror or error}", 1)
@@ -84,5 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("bara: error:", " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
+    print("bara: error:", line.encode(errors="replace").decode(), file=sys.stderr)
     return code

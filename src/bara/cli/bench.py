@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from bara.cli.terminal import console
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -29,9 +31,9 @@ def bench(
     files: Annotated[list[Path], Argument(help="Benchmarks (YAML).")],
     output: Annotated[Path, Option(help="Folder for the results.")] = Path("bara-bench"),
     workers: Annotated[
-        int | None, Option(min=1, help="Cells at a time; as many as there are cores.")
+        int | None, Option(min=1, max=1024, help="Cells at a time; as many as there are cores.")
     ] = None,
-    threads: Annotated[int, Option(min=1, help="CPU threads of each cell.")] = 1,
+    threads: Annotated[int, Option(min=1, max=1024, help="CPU threads of each cell.")] = 1,
     executor: Annotated[Executor, Option(help="This machine, or a Ray cluster.")] = Executor.local,
     ray_address: Annotated[str | None, Option(help="Address of the Ray cluster.")] = None,
     baseline: Annotated[str, Option(help="Method that others are compared to.")] = "lora",
@@ -44,8 +46,6 @@ def bench(
     ] = False,
 ) -> None:
     """Run what is missing of some benchmarks, and write tables, pictures and a report."""
-    from rich.console import Console
-
     from bara.bench.executors import run_local, run_ray
     from bara.bench.page import REPORT_FILE, update_page, write_outputs
     from bara.bench.run import finished, only_writer, pending, run_cells
@@ -76,12 +76,12 @@ def bench(
         with only_writer(output):
             if cells := pending(benchmarks, output):
                 rows = run_cells(cells, output, execute)
-                failures = _follow(rows, len(cells), Console(stderr=True))
+                failures = _follow(rows, len(cells), console(stderr=True))
     shown = write_outputs(benchmarks, output, baseline=baseline)
     if page is not None:
         update_page(page, shown, output)
     _print_tables([overview(finished(b, output), b.name) for b in benchmarks if b.name in shown])
-    Console().print(f"[bold]{output / REPORT_FILE}[/] shows the pictures.", soft_wrap=True)
+    console().print(f"{output / REPORT_FILE} shows the pictures.", soft_wrap=True)
     if failures:
         raise BaraError(
             f"{len(failures)} of {len(cells)} cells failed; the same command tries them again "
@@ -89,18 +89,18 @@ def bench(
         )
 
 
-def _follow(rows: Iterable[Row], total: int, console: Console) -> list[Row]:
+def _follow(rows: Iterable[Row], total: int, terminal: Console) -> list[Row]:
     """Show every row as it comes, and a bar on a terminal; returns the cells that failed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     failures = []
     columns = ("cells", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("cells", total=total)
         for row in rows:
             if "error" in row:
                 failures.append(row)
-            console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
+            terminal.print(_line(row), soft_wrap=True)
             progress.advance(bar)
     return failures
 
@@ -114,10 +114,9 @@ def _line(row: Row) -> str:
 
 
 def _print_tables(tables: list[Table]) -> None:
-    from rich.console import Console
     from rich.table import Table as View
 
-    console = Console()
+    terminal = console()
     for table in tables:
         view = View(title=table.title, padding=(0, 0, 0, 1), title_justify="left")
         for i, heading in enumerate(table.headings):
@@ -125,7 +124,7 @@ def _print_tables(tables: list[Table]) -> None:
             view.add_column(heading, justify="right" if number else "left", no_wrap=not number)
         for row in table.rows:
             view.add_row(*row)
-        console.print(view)
+        terminal.print(view)
 
 
 def _cores() -> int:

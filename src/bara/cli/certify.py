@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
 from bara.cli.options import BaseModel, BatchSize, Seed, Split
+from bara.cli.terminal import console
+from bara.schema import MAX_DRAWS, json_text
 
 ROWS = {
     "bound": "bound on the error rate",
@@ -39,7 +40,9 @@ def certify(
     data: Annotated[str, Option(help="The table that it was trained on.")],
     split: Split = None,
     delta: Annotated[float, Option(help="Probability that the bound fails.")] = 0.05,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws for each text.")] = 50,
+    num_draws: Annotated[
+        int, Option(min=1, max=MAX_DRAWS, help="Posterior draws for each text.")
+    ] = 50,
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     base_model: BaseModel = None,
@@ -47,30 +50,27 @@ def certify(
     force: Annotated[bool, Option("--force", help="Replace the output file.")] = False,
 ) -> None:
     """Print a bound on the error rate that holds with probability 1 - delta."""
-    from rich.console import Console
     from rich.table import Table
 
-    from bara.cards.adapter_files import TASK_FILE
     from bara.certificates.certificate import certify as certify_inputs
-    from bara.data.tables import load_table
-    from bara.data.text_task import TextTask, tokenise
+    from bara.data.text_task import tokenise
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.finetuning.certified_prior import certification_rows
-    from bara.finetuning.load import load_adapter, read_config
-    from bara.finetuning.task_inputs import text_task
+    from bara.finetuning.load import load_adapter, read_config, read_task
+    from bara.finetuning.task_inputs import read_table, text_task
     from bara.machine import quieten_libraries
 
     quieten_libraries()
     if output is not None and output.exists() and not force:
         raise BaraError(f"{output} exists; give another --output, or --force to replace it")
     read_config(adapter)
-    table = load_table(data, split=split)
-    rows = certification_rows(table, TextTask.load(adapter / TASK_FILE), adapter)
-    model, tokenizer, task = load_adapter(adapter, base_model=base_model)
+    task = text_task(read_task(adapter), "certify")
+    rows = certification_rows(read_table(data, task, split=split), task, adapter)
+    model, tokenizer, _ = load_adapter(adapter, base_model=base_model)
     certificate = certify_inputs(
         model,
-        tokenise(rows, tokenizer, text_task(task, "certify")),
+        tokenise(rows, tokenizer, task),
         delta=delta,
         num_draws=num_draws,
         seed=seed,
@@ -83,8 +83,8 @@ def certify(
     for name, label in ROWS.items():
         value = values[name]
         view.add_row(label, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(view)
+    console().print(view)
     if output is not None:
         content = {"adapter": str(adapter), "data": data, "seed": seed, **values}
         content["assumptions"] = ASSUMPTIONS
-        atomic_write_text(output, json.dumps(content, indent=2) + "\n")
+        atomic_write_text(output, json_text(content, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from bara.cli.options import (
     Seed,
     Split,
 )
+from bara.schema import json_text
 
 
 def evaluate(
@@ -49,22 +49,22 @@ def evaluate(
     For a causal-lm adapter it holds for answers that are generated with the same --max-new-tokens
     and --set.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from bara.cli.generate import decoding_options
-    from bara.cli.terminal import update_card
-    from bara.data.tables import load_table
+    from bara.cli.terminal import console, update_card
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.evaluation.abstention import calibrate_threshold, save_threshold
     from bara.files import atomic_write_text
-    from bara.finetuning.load import load_adapter
+    from bara.finetuning.load import load_adapter, read_task
+    from bara.finetuning.task_inputs import read_table
     from bara.machine import quieten_libraries
 
     quieten_libraries()
-    table = load_table(data, split=split)
-    ood_table = None if ood is None else load_table(ood)
+    task = read_task(adapter)
+    table = read_table(data, task, split=split)
+    ood_table = None if ood is None else read_table(ood, task)
     decoding = decoding_options(max_new_tokens, generate_options)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     answers = task.task == "causal-lm" and calibrate_risk is not None
@@ -83,7 +83,7 @@ def evaluate(
     view.add_column("value", justify="right")
     for name, value in metrics.items():
         view.add_row(name, f"{value:.4f}")
-    Console().print(view)
+    console().print(view)
     update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
     if calibrate_risk is not None:
         threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)
@@ -111,7 +111,7 @@ def evaluate(
             "seed": seed,
             "metrics": metrics,
         }
-        atomic_write_text(json_file, json.dumps(content, indent=2) + "\n")
+        atomic_write_text(json_file, json_text(content, indent=2) + "\n")
 
 
 def _evaluate(

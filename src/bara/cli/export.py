@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from bara.cli.options import Adapter, BaseModel, BatchSize, Force, HeldOut, Seed
+from bara.schema import MAX_DRAWS
 
 
 def export(
@@ -20,7 +21,9 @@ def export(
         str | None, Option(help="Table of texts to average what depends on the input over.")
     ] = None,
     held_out: HeldOut = None,
-    num_draws: Annotated[int, Option("--num-draws", "-n", min=1, help="Adapters of draws.")] = 10,
+    num_draws: Annotated[
+        int, Option("--num-draws", "-n", min=1, max=MAX_DRAWS, help="Adapters of draws.")
+    ] = 10,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     base_model: BaseModel = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,6 +17,8 @@ from bara.cli.options import (
     MaxNewTokens,
     NumDraws,
 )
+from bara.cli.terminal import console
+from bara.schema import SEEDS, json_text
 
 CHUNK = 8
 """Prompts that are read, answered and written at a time."""
@@ -35,8 +36,12 @@ def generate(
         bool, Option("--chat", help="Put the prompt into the chat template, as a user's message.")
     ] = False,
     num_draws: NumDraws = 8,
-    seed: Annotated[int, Option(help="Seed of the draws and of sampling.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Prompts times draws decoded at a time.")] = 64,
+    seed: Annotated[
+        int, Option(min=0, max=SEEDS - 1, help="Seed of the draws and of sampling.")
+    ] = 0,
+    batch_size: Annotated[
+        int, Option(min=1, max=1_000_000, help="Prompts times draws decoded at a time.")
+    ] = 64,
     max_new_tokens: MaxNewTokens = None,
     options: GenerateOptions = None,
     agreement: Annotated[
@@ -124,7 +129,7 @@ def _answers(
                     record |= {"text": None, "answers": None}
                     for token in record["tokens"]:
                         token["text"] = None
-            yield json.dumps(record, ensure_ascii=False) + "\n"
+            yield json_text(record, ensure_ascii=False) + "\n"
         done += len(chunk)
 
 
@@ -143,22 +148,21 @@ def _show(model: Any, tokenizer: Any, prompt: Any, settings: dict[str, Any], thr
     """Streams an answer to the terminal, each token shaded by its uncertainty; returns it."""
     import math
 
-    from rich.console import Console
     from rich.text import Text
 
     from bara.language.streaming import generate_stream
 
-    console = Console(highlight=False)
+    terminal = console()
     tokens = []
     for token in generate_stream(model, tokenizer, prompt, **settings):
         tokens.append(token)
-        console.print(Text(token.text, style=shade(token.total)), end="", soft_wrap=True)
+        terminal.print(Text(token.text, style=shade(token.total)), end="", soft_wrap=True)
     uncertainty = 1 - math.exp(sum(token.log_prob for token in tokens) / len(tokens))
     epistemic = sum(token.epistemic for token in tokens) / len(tokens)
-    console.print()
-    console.print(f"uncertainty {uncertainty:.2f}, epistemic {epistemic:.3f} nats", style="dim")
+    terminal.print()
+    terminal.print(f"uncertainty {uncertainty:.2f}, epistemic {epistemic:.3f} nats", style="dim")
     if threshold is not None and threshold.abstains(uncertainty):
-        console.print("Too uncertain for the wanted risk: take this as no answer.", style="bold")
+        terminal.print("Too uncertain for the wanted risk: take this as no answer.", style="bold")
     return "".join(token.text for token in tokens)
 
 
@@ -172,18 +176,18 @@ def shade(entropy: float) -> str:
 
 def _talk(model: Any, tokenizer: Any, settings: dict[str, Any], threshold: Any) -> None:
     """A conversation in the terminal, until an empty line or the end of input."""
-    from rich.console import Console
+    from rich.text import Text
 
     from bara.errors import BaraError
     from bara.language.prompts import render_chat
 
-    console = Console()
+    terminal = console()
     messages: list[dict[str, str]] = []
     render_chat(tokenizer, [{"role": "user", "content": "?"}])  # refuses without a template
-    console.print("An empty line ends the conversation.", style="dim")
+    terminal.print("An empty line ends the conversation.", style="dim")
     while True:
         try:
-            question = console.input("[bold]> [/]").strip()
+            question = terminal.input(Text("> ", style="bold")).strip()
         except EOFError:
             return
         if not question:
@@ -192,7 +196,7 @@ def _talk(model: Any, tokenizer: Any, settings: dict[str, Any], threshold: Any) 
         try:
             answer = _show(model, tokenizer, messages, settings, threshold)
         except BaraError as error:  # as when the conversation outgrows the context
-            console.print(f"{error} The question is taken back.", style="bold")
+            terminal.print(f"{error} The question is taken back.", style="bold")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})

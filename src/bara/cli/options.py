@@ -7,12 +7,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from bara.schema import MAX_DRAWS, SEEDS
+
 Adapter = Annotated[Path, Argument(help="Folder that `bara train` wrote.")]
 BaseModel = Annotated[str | None, Option(help="Where the base model is now.")]
 Split = Annotated[str | None, Option(help="Split of a hub data set.")]
-NumDraws = Annotated[int, Option(min=1, help="Posterior draws.")]
-Seed = Annotated[int, Option(help="Seed of the draws.")]
-BatchSize = Annotated[int, Option(min=1, help="Texts times draws in one pass.")]
+NumDraws = Annotated[int, Option(min=1, max=MAX_DRAWS, help="Posterior draws.")]
+Seed = Annotated[int, Option(min=0, max=SEEDS - 1, help="Seed of the draws.")]
+BatchSize = Annotated[int, Option(min=1, max=1_000_000, help="Texts times draws in one pass.")]
 HeldOut = Annotated[
     str | None,
     Option(help="Table to measure the change on; without it, every second text of --data."),
@@ -22,7 +24,7 @@ AbstainAtRisk = Annotated[
     Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
 ]
 MaxNewTokens = Annotated[
-    int | None, Option(min=1, help="Longest answer in tokens; 128 by default.")
+    int | None, Option(min=1, max=1_000_000, help="Longest answer in tokens; 128 by default.")
 ]
 GenerateOptions = Annotated[
     list[str] | None,

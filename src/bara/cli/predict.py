@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
+from bara.schema import json_text
 
 CHUNK = 64
 """Texts that are read, predicted and written at a time."""
@@ -36,7 +36,7 @@ def predict(
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
     from bara.files import atomic_write_text
-    from bara.finetuning.load import load_adapter
+    from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import predict_table
     from bara.machine import quieten_libraries
 
@@ -55,7 +55,7 @@ def predict(
         )
     )
     with ExitStack() as files:
-        chunks = _chunks(_read(data, split, files))
+        chunks = _chunks(_read(data, split, read_task(adapter), files))
         first_chunk = next(chunks, None)
         if first_chunk is None:
             raise BaraError(f"{data} has no rows; give at least one")
@@ -73,7 +73,7 @@ def predict(
                     if threshold is not None:
                         _abstain(records, predictive, threshold)
                     for record in records:
-                        yield json.dumps(record, ensure_ascii=False) + "\n"
+                        yield json_text(record, ensure_ascii=False) + "\n"
                     done += len(chunk)
                     bar.update(len(chunk))
 
@@ -100,14 +100,15 @@ def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> 
             record["prediction"] = None
 
 
-def _read(data: str, split: str | None, files: ExitStack) -> Iterable[dict[str, Any]]:
-    from bara.data.tables import load_table, read_jsonl
+def _read(data: str, split: str | None, task: Any, files: ExitStack) -> Iterable[dict[str, Any]]:
+    from bara.data.tables import read_jsonl
+    from bara.finetuning.task_inputs import read_table
 
     if data == "-":
         return read_jsonl(sys.stdin, "standard input")
     if data.endswith(".jsonl") and Path(data).is_file():
         return read_jsonl(files.enter_context(open(data, encoding="utf-8-sig")), data)
-    return load_table(data, split=split)
+    return read_table(data, task, split=split)
 
 
 def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

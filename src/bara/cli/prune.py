@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from bara.cli.options import BaseModel, BatchSize, Force, HeldOut, Seed
+from bara.schema import MAX_DRAWS, json_text
 
 
 def prune(
@@ -21,15 +22,15 @@ def prune(
     tolerance: Annotated[
         float, Option(help="Largest mean change of the probabilities (or of the prediction).")
     ] = 0.05,
-    num_draws: Annotated[int, Option(min=1, help="Posterior draws to compare.")] = 10,
+    num_draws: Annotated[
+        int, Option(min=1, max=MAX_DRAWS, help="Posterior draws to compare.")
+    ] = 10,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     base_model: BaseModel = None,
     force: Force = False,
 ) -> None:
     """Remove factors whose posterior inclusion is below a threshold."""
-    import json
-
     from bara.cards.adapter_files import RECIPE_FILE
     from bara.cli.terminal import calibration_inputs, require_output
     from bara.finetuning.load import load_adapter
@@ -56,7 +57,7 @@ def prune(
         batch_size=batch_size,
     )
     recipe = TrainRecipe.load(adapter / RECIPE_FILE)
-    numbers = json.dumps(pruning.to_dict(), indent=2) + "\n"
+    numbers = json_text(pruning.to_dict(), indent=2) + "\n"
 
     def beside(folder: Path) -> None:
         (folder / "pruning.json").write_text(numbers, "utf-8")

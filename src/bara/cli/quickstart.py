@@ -8,6 +8,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from bara.cli.terminal import console
+from bara.schema import MAX_DRAWS, SEEDS
+
 COLUMNS = {
     "accuracy": ("acc", "{:.3f}"),
     "nll": ("NLL", "{:.3f}"),
@@ -32,24 +35,24 @@ def quickstart(
     num_test: Annotated[int | None, Option(min=30, help="Test texts; 600.")] = None,
     num_ood: Annotated[int | None, Option(min=10, help="Out-of-distribution texts; 300.")] = None,
     epochs: Annotated[
-        float | None, Option(min=0.1, help="Passes over the training texts; 20.")
+        float | None, Option(min=0.1, max=1e6, help="Passes over the training texts; 20.")
     ] = None,
     num_draws: Annotated[
-        int | None, Option(min=1, help="Posterior draws in prediction; 10.")
+        int | None, Option(min=1, max=MAX_DRAWS, help="Posterior draws in prediction; 10.")
     ] = None,
-    seed: Annotated[int, Option(help="Seed of the data, the training and the draws.")] = 0,
+    seed: Annotated[
+        int, Option(min=0, max=SEEDS - 1, help="Seed of the data, the training and the draws.")
+    ] = 0,
 ) -> None:
     """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
     from dataclasses import replace
-
-    from rich.console import Console
 
     from bara.data.examples import minilm_path
     from bara.machine import quieten_libraries
     from bara.quickstart import TINY, TOO_SMALL, Size, run_quickstart
 
     quieten_libraries()
-    console = Console()
+    terminal = console()
     options = {
         "num_train": num_train,
         "num_test": num_test,
@@ -59,26 +62,26 @@ def quickstart(
     }
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     size = replace(TINY if tiny else Size(), **given)
-    console.print(
+    terminal.print(
         f"Fine-tuning MiniLM on {size.num_train} tweets, with LoRA and then with BaRA, and testing "
         f"both on {size.num_test} tweets and {size.num_ood} news texts."
     )
 
     def announce(seconds: float) -> None:
-        console.print(f"That takes about {duration(seconds)} here, by the first steps.")
+        terminal.print(f"That takes about {duration(seconds)} here, by the first steps.")
 
     results = run_quickstart(output, size, seed=seed, announce=announce)
-    _print_table(console, results["rows"])
+    _print_table(terminal, results["rows"])
     if not size.judges:
-        console.print(TOO_SMALL, style="yellow")
-    _print_examples(console, results["examples"])
-    console.print(f"[bold]{output / 'report.html'}[/] shows the pictures. Next:", soft_wrap=True)
+        terminal.print(TOO_SMALL, style="yellow")
+    _print_examples(terminal, results["examples"])
+    terminal.print(f"{output / 'report.html'} shows the pictures. Next:", soft_wrap=True)
     for command in (
         f"bara predict {output / 'bara'} --data TABLE.csv --output -",
         f"bara train --model {minilm_path()} --data TABLE.csv --output my-adapter",
         "bara evaluate my-adapter --data TEST.csv",
     ):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+        terminal.print(f"  {command}", soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -107,7 +110,7 @@ def _print_examples(console: Any, examples: dict[str, list[dict[str, Any]]]) -> 
     from rich.text import Text
 
     for heading, texts in examples.items():
-        console.print(f"[bold]{heading}[/]")
+        console.print(heading, style="bold")
         for example in texts:
             verdict = f"  {example['prediction']} {example['confidence']:.0%}"
             if example["label"] != example["prediction"]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from bara.cli.options import Adapter, BaseModel, BatchSize, Seed, Split
+from bara.schema import MAX_DRAWS
 
 
 def ranks(
@@ -16,22 +17,22 @@ def ranks(
     against: Annotated[str | None, Option(help="A second table, to compare with.")] = None,
     output: Annotated[Path, Option(help="Folder for the report.")] = Path("bara-ranks"),
     split: Split = None,
-    num_draws: Annotated[int, Option(min=0, help="Posterior draws; 0 for none.")] = 10,
+    num_draws: Annotated[
+        int, Option(min=0, max=MAX_DRAWS, help="Posterior draws; 0 for none.")
+    ] = 10,
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     base_model: BaseModel = None,
     force: Annotated[bool, Option("--force", help="Replace an earlier report.")] = False,
 ) -> None:
     """Report the effective rank per layer, type of module and text."""
-    from rich.console import Console
     from rich.table import Table
 
     from bara.adapter.inspection import bayesian_adapter
-    from bara.cli.terminal import update_card
-    from bara.data.tables import load_table
+    from bara.cli.terminal import console, update_card
     from bara.files import require_new
-    from bara.finetuning.load import load_adapter
-    from bara.finetuning.task_inputs import model_inputs
+    from bara.finetuning.load import load_adapter, read_task
+    from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.prediction.predict import predict
@@ -46,7 +47,8 @@ def ranks(
 
     quieten_libraries()
     require_new(output, force)
-    tables = [load_table(name, split=split) for name in (data, against) if name is not None]
+    task = read_task(adapter)
+    tables = [read_table(name, task, split=split) for name in (data, against) if name is not None]
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     bayesian_adapter(model, "ranks")
     inputs = [model_inputs(table, tokenizer, task, labels=False) for table in tables]
@@ -66,8 +68,7 @@ def ranks(
     if isinstance(task, LanguageTask):
         texts = [str(tokenizer.decode(row["input_ids"])) for row in inputs[0]]
     else:
-        columns = [task.text_column, *filter(None, [task.text_pair_column])]
-        texts = [" | ".join(str(row[column]) for column in columns) for row in tables[0]]
+        texts = [" | ".join(str(row[column]) for column in task.text_columns) for row in tables[0]]
     other = None if against is None else (Path(against).name, measured[1])
     report = RankReport(Path(data).name, measured[0], texts, other, errors)
     notes = [
@@ -81,12 +82,12 @@ def ranks(
         table.add_column(heading, justify="right" if number else "left")
     for row in report.modules():
         table.add_row(*map(cell, row.values()))
-    console = Console()
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     std = measured[0].s_bar_std
     spread = "" if std is None else f" ± {std:.2f} over draws"
     lines = [f"s_bar = {measured[0].s_bar:.2f}{spread}"]
     lines += filter(None, [report.shift_sentence(), report.error_sentence()])
     lines.append(f"{output / 'report.html'} shows the pictures.")
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        terminal.print(line, soft_wrap=True)

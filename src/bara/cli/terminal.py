@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that shows text as it is: paths and names may hold brackets and colons."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def require_output(output: Path, adapter: Path, force: bool) -> None:
@@ -12,7 +22,7 @@ def require_output(output: Path, adapter: Path, force: bool) -> None:
     from bara.errors import BaraError
     from bara.files import require_new
 
-    if output.resolve() == adapter.resolve():
+    if os.path.realpath(output) == os.path.realpath(adapter):
         raise BaraError(f"{output} is the adapter itself; give another --output")
     require_new(output, force)
 
@@ -23,13 +33,12 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     Raises:
         BaraError: a table cannot be read, or there are fewer than two texts to share out.
     """
-    from bara.data.tables import load_table
     from bara.errors import BaraError
-    from bara.finetuning.task_inputs import model_inputs
+    from bara.finetuning.task_inputs import model_inputs, read_table
 
-    inputs = model_inputs(load_table(data), tokenizer, task, labels=False)
+    inputs = model_inputs(read_table(data, task), tokenizer, task, labels=False)
     if held_out is not None:
-        return inputs, model_inputs(load_table(held_out), tokenizer, task, labels=False)
+        return inputs, model_inputs(read_table(held_out, task), tokenizer, task, labels=False)
     if len(inputs) < 2:
         raise BaraError(f"{data} has one text: give two at least, or --held-out")
     numbers = range(len(inputs))

@@ -7,6 +7,17 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from bara.schema import SEEDS
+
+FLAGS = {
+    "rank": "method_options.r",
+    "prior_fraction": "method_options.prior_fraction",
+    "epochs": "training.num_train_epochs",
+    "learning_rate": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+}
+"""What options of the command are called in the recipe, where that is another name."""
+
 
 def train(
     model: Annotated[
@@ -41,7 +52,9 @@ def train(
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, Option(help="Examples in a training step.")] = None,
-    seed: Annotated[int | None, Option(help="Seed of all randomness.")] = None,
+    seed: Annotated[
+        int | None, Option(min=0, max=SEEDS - 1, help="Seed of all randomness.")
+    ] = None,
     options: Annotated[
         list[str] | None,
         Option(
@@ -75,7 +88,7 @@ def train(
     earlier = Path(output or recipe.output) / CHECKPOINTS / RECIPE_FILE
     if resume and config is None and earlier.is_file():
         recipe = TrainRecipe.load(earlier)
-    flags: dict[str, Any] = {
+    typed: dict[str, Any] = {
         "model": model,
         "data": data,
         "validation": validation,
@@ -87,18 +100,19 @@ def train(
         "scoring": scoring,
         "max_length": max_length,
         "method": method,
-        "method_options.r": rank,
-        "method_options.prior_fraction": prior_fraction,
-        "training.num_train_epochs": epochs,
-        "training.learning_rate": learning_rate,
-        "training.per_device_train_batch_size": batch_size,
+        "rank": rank,
+        "prior_fraction": prior_fraction,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
         "seed": seed,
     }
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {FLAGS.get(name, name): v for name, v in typed.items() if v is not None}
     recipe = recipe.with_options({**parse_options(options or []), **given})
     if recipe.task in LANGUAGE_TASKS and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
-    check_recipe(recipe)
+    flags = {FLAGS.get(name, name): f"--{name.replace('_', '-')}" for name in typed}
+    check_recipe(recipe, {name: flag for name, flag in flags.items() if name in given})
     if save_config:
         atomic_write_text(save_config, recipe.to_yaml())
     if dry_run:
@@ -117,11 +131,15 @@ def parse_options(options: list[str]) -> dict[str, Any]:
     """The values of repeated `NAME=VALUE` options, read as YAML."""
     from bara.errors import BaraError
     from bara.methods.recipe import parse_yaml
+    from bara.schema import shown
 
     values = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
             raise BaraError(f"--set needs NAME=VALUE, not {option!r}")
-        values[name.strip()] = parse_yaml(value)
+        try:
+            values[name.strip()] = parse_yaml(value)
+        except BaraError as error:
+            raise BaraError(f"--set {shown(option)}: the value is {error}") from error
     return values

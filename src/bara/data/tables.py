@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bara.data.text_task import TEXT_COLUMNS, TEXT_PAIR_COLUMNS
 from bara.errors import BaraError, first_line
+from bara.schema import parse_json, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+ALWAYS_TEXT = (*TEXT_COLUMNS, *TEXT_PAIR_COLUMNS, "prompt", "completion", "question")
+"""Columns whose cells are texts, even if all of them look like numbers."""
+MOST_COLUMNS = 1000
+MOST_CELLS = 100_000_000
 
 
-def load_table(source: str | Path, *, split: str | None = None) -> Dataset:
+def load_table(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    text_columns: Collection[str | None] = (),
+) -> Dataset:
     """Read a table of texts.
 
     Args:
@@ -25,15 +35,18 @@ def load_table(source: str | Path, *, split: str | None = None) -> Dataset:
             `-` for JSONL on standard input, or the name of a hub data set (`NAME` or
             `NAME:CONFIG`).
         split: the split of a hub data set, `train` by default; files have none.
+        text_columns: columns of a CSV file that are texts, besides those with the usual names.
+            Other columns of it become numbers if all their cells are whole numbers as `str` writes
+            them, or are numbers and some are fractions. `01` and `1.0` stay text.
 
     Raises:
-        BaraError: the source is missing, empty or not what its suffix says.
+        BaraError: the source is missing, empty, too large or not what its suffix says.
     """
     path = Path(source)
     if str(source) == "-":
         dataset = table_from_records(read_jsonl(sys.stdin, "standard input"), "standard input")
     elif path.is_file():
-        dataset = _read_file(path)
+        dataset = _read_file(path, {*ALWAYS_TEXT, *text_columns})
     elif path.suffix.lower() in FILE_SUFFIXES:
         raise BaraError(f"there is no file {path}; check the path")
     else:
@@ -54,9 +67,9 @@ def read_jsonl(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BaraError(f"{name}, line {number}: not JSON ({error.msg})") from error
+                record = parse_json(line)
+            except BaraError as error:
+                raise BaraError(f"{name}, line {number}: {error}") from error
             if not isinstance(record, dict):
                 raise BaraError(f"{name}, line {number}: give one JSON object on each line")
             yield record
@@ -64,12 +77,12 @@ def read_jsonl(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
         raise BaraError(f"{name} is not UTF-8 text; convert it first") from error
 
 
-def _read_file(path: Path) -> Dataset:
+def _read_file(path: Path, text_columns: Collection[str | None]) -> Dataset:
     if path.stat().st_size == 0:
         raise BaraError(f"{path} is empty; give a table with at least one row")
     match path.suffix.lower():
         case ".csv" | ".tsv":
-            return _read_csv(path)
+            return _read_csv(path, text_columns)
         case ".parquet":
             return _read_parquet(path)
         case ".jsonl":
@@ -77,18 +90,16 @@ def _read_file(path: Path) -> Dataset:
                 return table_from_records(read_jsonl(lines, str(path)), str(path))
         case ".json":
             try:
-                records = json.loads(path.read_text(encoding="utf-8-sig"))
-            except ValueError as error:
-                raise BaraError(
-                    f"{path} is not JSON ({error}); one object a line is .jsonl"
-                ) from error
+                records = parse_json(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+            except BaraError as error:
+                raise BaraError(f"{path} is {error}; one object a line is .jsonl") from error
             if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
                 raise BaraError(f"{path} must hold a list of JSON objects")
             return table_from_records(records, str(path))
     raise BaraError(f"{path}: unknown file type; give one of {', '.join(FILE_SUFFIXES)}")
 
 
-def _read_csv(path: Path) -> Dataset:
+def _read_csv(path: Path, text_columns: Collection[str | None]) -> Dataset:
     import pandas as pd
     from datasets import Dataset
 
@@ -98,11 +109,12 @@ def _read_csv(path: Path) -> Dataset:
         with warnings.catch_warnings():
             # A row with too many cells would otherwise lose them with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(
+            cells = pd.read_csv(
                 path,
                 sep="\t" if path.suffix.lower() == ".tsv" else ",",
                 encoding="utf-8-sig",
                 dtype=str,
+                header=None,  # pandas would rename the second of two columns with one name
                 keep_default_na=False,
                 index_col=False,
                 # Texts may hold a carriage return of their own, which pandas writes unquoted.
@@ -110,12 +122,40 @@ def _read_csv(path: Path) -> Dataset:
             )
     except (ValueError, pd.errors.ParserWarning) as error:
         raise BaraError(f"{path} is not a readable CSV file: {first_line(error)}") from error
-    for column in frame.columns:
-        given = frame[column].mask(frame[column].str.lower().isin(["", "na", "nan", "null"]))
-        numbers = pd.to_numeric(given, errors="coerce")
-        if given.notna().any() and numbers.isna().equals(given.isna()):
-            frame[column] = numbers
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(cells.iloc[0].fillna(""))]
+    _check_columns(names, str(path))
+    frame = cells.iloc[1:].set_axis(names, axis=1)
+    for column in [name for name in names if name not in text_columns]:
+        frame[column] = _as_numbers(frame[column])
     return Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _as_numbers(texts: Any) -> Any:
+    """A column of texts as numbers, if classes can still be told by how they were written."""
+    import pandas as pd
+
+    given = texts.mask(texts.str.lower().isin(["", "na", "nan", "null"]))
+    if not given.notna().any():
+        return texts
+    if given.dropna().str.fullmatch(r"0|-?[1-9]\d{0,17}").all():
+        return given.astype("Int64")
+    numbers = pd.to_numeric(given, errors="coerce").astype("float64")
+    if not numbers.isna().equals(given.isna()):
+        return texts
+    return numbers if (numbers.dropna() % 1 != 0).any() else given
+
+
+def _check_columns(names: Sequence[str], name: str) -> None:
+    """Refuses a table that has a column twice, or more columns than a table of texts."""
+    if len(names) > MOST_COLUMNS:
+        raise BaraError(
+            f"{name} has {len(names):,} columns; give a table with {MOST_COLUMNS:,} or fewer"
+        )
+    if null := next((column for column in names if "\0" in column), None):
+        raise BaraError(f"{name}: the column {shown(null)} has a null character in its name")
+    twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
+    if twice is not None:
+        raise BaraError(f"{name} has two columns named {shown(twice)}; rename or drop one")
 
 
 def _read_parquet(path: Path) -> Dataset:
@@ -125,8 +165,16 @@ def _read_parquet(path: Path) -> Dataset:
     from pyarrow import parquet
 
     try:
+        size = parquet.read_metadata(path)
+        _check_columns(parquet.read_schema(path).names, str(path))
+        if size.num_rows * size.num_columns > MOST_CELLS:
+            raise BaraError(
+                f"{path} has {size.num_rows:,} rows; give a table of {MOST_CELLS:,} cells or fewer"
+            )
         return Dataset(InMemoryTable(parquet.read_table(path)))
-    except (pa.ArrowException, OSError) as error:
+    except BaraError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise BaraError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
@@ -136,6 +184,7 @@ def table_from_records(records: Iterable[dict[str, Any]], name: str) -> Dataset:
 
     rows = list(records)
     columns: dict[str, list[Any]] = {key: [] for row in rows for key in row}
+    _check_columns(list(columns), name)
     for key, values in columns.items():
         values.extend(row.get(key) for row in rows)
     try:

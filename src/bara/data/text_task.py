@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from bara.errors import BaraError, first_line
+from pydantic import ConfigDict, Field
+
+from bara.errors import BaraError
+from bara.schema import STRICT, read_json, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +22,11 @@ TaskType = Literal["classification", "regression"]
 TEXT_COLUMNS = ("text", "sentence", "sentence1")
 TEXT_PAIR_COLUMNS = ("text_pair", "sentence2")
 LABEL_COLUMNS = ("label", "labels", "target")
+LARGEST_TARGET = 1e15
+"""Variances are squares of the targets' unit, and have to fit 32-bit numbers."""
+SMALLEST_STD = 1e-15
+
+Column = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -36,14 +44,16 @@ class TextTask:
             models see targets in units of these; 0 and 1 for classification.
     """
 
-    text_column: str = "text"
-    label_column: str = "label"
-    text_pair_column: str | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    text_column: Column = "text"
+    label_column: Column = "label"
+    text_pair_column: Column | None = None
     task: TaskType = "classification"
     label_names: tuple[str, ...] = ()
-    max_length: int = 128
-    target_mean: float = 0.0
-    target_std: float = 1.0
+    max_length: Annotated[int, Field(ge=1)] = 128
+    target_mean: Annotated[float, Field(ge=-LARGEST_TARGET, le=LARGEST_TARGET)] = 0.0
+    target_std: Annotated[float, Field(ge=SMALLEST_STD, le=LARGEST_TARGET)] = 1.0
 
     @classmethod
     def infer(
@@ -88,11 +98,22 @@ class TextTask:
             return replace(described, label_names=names)
         if task == "regression":
             targets = _targets(values, label, first_row=1)
+            largest = max(targets, key=abs)
+            if abs(largest) > LARGEST_TARGET:
+                raise BaraError(
+                    f"column {label!r} has targets up to {largest:g}, too large for 32-bit "
+                    "predictions; give them in a larger unit"
+                )
             mean = math.fsum(targets) / len(targets)
             std = math.sqrt(math.fsum((t - mean) ** 2 for t in targets) / len(targets))
             if std == 0:
                 raise BaraError(
                     f"every target in column {label!r} is {targets[0]:g}; there is nothing to learn"
+                )
+            if std < SMALLEST_STD:
+                raise BaraError(
+                    f"the targets in column {label!r} have a standard deviation of {std:g}, too "
+                    "small for 32-bit predictions; give them in a smaller unit"
                 )
             return replace(described, target_mean=mean, target_std=std)
         raise BaraError(f"task must be 'classification' or 'regression', not {task!r}")
@@ -101,6 +122,12 @@ class TextTask:
     def num_labels(self) -> int:
         """Outputs of the model: one a class; for regression mean and log-variance."""
         return 2 if self.task == "regression" else len(self.label_names)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns with the texts: one, or two for pairs."""
+        pair = self.text_pair_column
+        return (self.text_column,) if pair is None else (self.text_column, pair)
 
     def encode_labels(self, dataset: Dataset, *, first_row: int = 1) -> list[int] | list[float]:
         """Class indices, or standardised targets, one per row.
@@ -113,8 +140,8 @@ class TextTask:
         if self.task == "regression":
             targets = _targets(values, self.label_column, first_row)
             return [(target - self.target_mean) / self.target_std for target in targets]
-        names = _label_names(dataset, self.label_column)
         index = {name: i for i, name in enumerate(self.label_names)}
+        names = _as_known(_label_names(dataset, self.label_column), self.label_names)
         unseen = sorted(set(names) - set(index))
         if unseen:
             row = first_row + next(i for i, name in enumerate(names) if name not in index)
@@ -131,8 +158,7 @@ class TextTask:
         Raises:
             BaraError: a column is not there, or a text is missing, empty or not a string.
         """
-        columns = [self.text_column, self.text_pair_column]
-        return [_texts(dataset, column, first_row) for column in columns if column is not None]
+        return [_texts(dataset, column, first_row) for column in self.text_columns]
 
     def save(self, path: Path) -> None:
         """Write the description as JSON."""
@@ -143,16 +169,15 @@ class TextTask:
         """Read what `save` wrote.
 
         Raises:
-            BaraError: the file is missing or does not describe a task.
+            BaraError: the file is missing or does not describe a task; the message names the field.
         """
-        try:
-            fields = json.loads(path.read_text("utf-8"))
-            return cls(**{**fields, "label_names": tuple(fields["label_names"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise BaraError(
-                f"{path} does not describe a text task ({first_line(error)}); "
-                "it is written by `bara train` beside the adapter"
-            ) from error
+        mend = "it does not describe a text task as `bara train` writes it; restore the file"
+        task: TextTask = read_json(path, cls, mend)
+        if task.task == "classification" and len(set(task.label_names)) < 2:
+            raise BaraError(f"{path}: label_names must be two classes or more; {mend}")
+        if len(set(task.label_names)) < len(task.label_names):
+            raise BaraError(f"{path}: label_names has a class twice; {mend}")
+        return task
 
 
 def tokenise(
@@ -243,7 +268,7 @@ def _find_column(
 
 
 def _listed(names: Iterable[str], at_most: int = 20) -> str:
-    quoted = [repr(name) for name in names]
+    quoted = [shown(name) for name in names]
     more = f" and {len(quoted) - at_most} more" if len(quoted) > at_most else ""
     return ", ".join(quoted[:at_most]) + more
 
@@ -255,6 +280,13 @@ def _rows(rows: Sequence[int], first_row: int) -> str:
 
 
 def _refuse_missing(values: Sequence[Any], column: str, first_row: int = 1) -> None:
+    """Refuses labels that are missing, or no labels at all: lists, objects, ..."""
+    for row, value in enumerate(values):
+        if isinstance(value, list | tuple | dict | bytes):
+            raise BaraError(
+                f"column {column!r} has {shown(value)} in row {first_row + row}; a label is a "
+                "text, a number, true or false"
+            )
     bad = [row for row, value in enumerate(values) if _is_missing(value)]
     if bad:
         raise BaraError(
@@ -276,10 +308,10 @@ def _is_fraction(value: Any) -> bool:
 def _targets(values: Sequence[Any], column: str, first_row: int) -> list[float]:
     try:
         targets = [float(value) for value in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         bad = next(row for row, value in enumerate(values) if not _is_number(value))
         raise BaraError(
-            f"column {column!r} has {values[bad]!r} in row {first_row + bad}, not a number; "
+            f"column {column!r} has {shown(values[bad])} in row {first_row + bad}, not a number; "
             "regression needs numeric targets (or use --task classification)"
         ) from None
     _refuse_missing(targets, column, first_row)
@@ -289,7 +321,7 @@ def _targets(values: Sequence[Any], column: str, first_row: int) -> list[float]:
 def _is_number(value: Any) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 
@@ -310,6 +342,21 @@ def _label_names(dataset: Dataset, column: str) -> list[str]:
     return [_label_name(value) for value in values]
 
 
+def _as_known(names: list[str], known: Sequence[str]) -> list[str]:
+    """Labels by the spelling of the classes: 1 is the class 01, where there is no class 1."""
+    if set(names) <= set(known):
+        return names
+    by_number: dict[float, list[str]] = {}
+    for name in known:
+        if _is_number(name):
+            by_number.setdefault(float(name), []).append(name)
+    found = {}
+    for name in set(names) - set(known):
+        same = by_number.get(float(name), []) if _is_number(name) else []
+        found[name] = same[0] if len(same) == 1 else name
+    return [found.get(name, name) for name in names]
+
+
 def _class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
     values = list(dataset[column])
     if any(_is_fraction(value) for value in values):
@@ -320,10 +367,10 @@ def _class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
     if hasattr(feature, "int2str"):
         names = tuple(feature.names)
     else:
-        # A stable order needs values of one type: numbers by value, anything else as text.
-        numeric = all(isinstance(value, int | float) for value in values)
-        distinct = sorted(set(values)) if numeric else sorted({_label_name(v) for v in values})
-        names = tuple(_label_name(value) for value in distinct)
+        # A stable order: numbers by value, anything else as text.
+        distinct = {_label_name(value) for value in values}
+        numeric = all(_is_number(name) for name in distinct)
+        names = tuple(sorted(distinct, key=lambda n: (float(n) if numeric else 0.0, n)))
     if len(names) < 2:
         raise BaraError(
             f"column {column!r} has only the class {_listed(names)}; "
@@ -337,7 +384,7 @@ def _texts(dataset: Dataset, column: str, first_row: int) -> list[str]:
     bad = [row for row, v in enumerate(values) if not isinstance(v, str) or not v.strip()]
     if bad:
         found = values[bad[0]]
-        kind = "empty" if found is None or isinstance(found, str) else f"not text ({found!r})"
+        kind = "empty" if found is None or isinstance(found, str) else f"not text ({shown(found)})"
         raise BaraError(
             f"column {column!r} is {kind} in {_rows(bad, first_row)}; fill these in or drop them"
         )

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from bara.errors import BaraError
 from bara.evaluation.metrics import selection
 from bara.files import atomic_write_text
 from bara.prediction.predictive import Predictive
+from bara.schema import field_types, mapping_of, read_json
 
 FILE = "abstention.json"
 LEARNING_SHARE = 4
@@ -44,6 +45,13 @@ class Threshold:
         if self.uncertainty is None:
             return torch.ones_like(torch.as_tensor(uncertainty), dtype=torch.bool)
         return torch.as_tensor(uncertainty, dtype=torch.float64) > self.uncertainty
+
+
+_SAVED = mapping_of(
+    {name: Required[kind] for name, kind in field_types(Threshold).items()}
+    | {"conditions": Required[dict[str, Any]]}
+)
+"""A threshold in the file, with what it was calibrated under."""
 
 
 def calibrate_threshold(
@@ -162,11 +170,8 @@ def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Thresh
             f"{folder} has no threshold for the risk {risk:g}{there}: make one with labelled data, "
             f"bara evaluate {folder} --data LABELLED --calibrate-risk {risk:g}"
         )
-    try:
-        given = values.pop("conditions")
-        threshold = Threshold(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BaraError(f"{path} is damaged ({error}); calibrate again") from error
+    given = values.pop("conditions")
+    threshold = Threshold(**values)
     for name, value in conditions.items():
         if given.get(name) != value:
             raise BaraError(
@@ -177,10 +182,6 @@ def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Thresh
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        known = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaraError(f"{path} is damaged ({error}); remove it and calibrate again") from error
-    if not isinstance(known, dict):
-        raise BaraError(f"{path} is damaged; remove it and calibrate again")
+    mend = "it is damaged: remove it and calibrate again"
+    known: dict[str, Any] = read_json(path, dict[str, _SAVED], mend)  # type: ignore[valid-type]
     return known

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
 
-from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE
+from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, WEIGHTS_FILE
 from bara.errors import BaraError
+from bara.files import atomic_write_text, only_writer
 from bara.methods.recipe import TrainRecipe
+from bara.schema import read_json
 from bara.training.trainer import COMPLETE
 
 CHECKPOINTS = "checkpoints"
+STATE_FILE = "trainer_state.json"
+WEIGHTS = (WEIGHTS_FILE, MODEL_FILE, f"{MODEL_FILE}.index.json")
+ZIP_FILES = {
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state*.pth",  # one for each process
+}
+"""What `Trainer` goes on with besides the weights; without one of them it would start it anew."""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the most steps among those that were written to their end."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    whole = {}
+    for path in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        if step := re.fullmatch(r"checkpoint-(\d{1,18})", path.parent.name):
+            whole[int(step[1])] = path.parent
+    return whole[max(whole)] if whole else None
+
+
+def only_run(output: Path) -> AbstractContextManager[None]:
+    """Keeps a second training out of a folder for as long as the context lasts.
+
+    Raises:
+        BaraError: another process trains there.
+    """
+    return only_writer(
+        output / CHECKPOINTS / "run.lock",
+        f"another `bara train` is writing to {output}; wait for it, or give another --output",
+    )
 
 
 def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise BaraError(f"{output} is a file; give a folder with --output")
     checkpoint = newest_checkpoint(output / CHECKPOINTS)
     if resume and checkpoint is None:
         raise BaraError(f"{output / CHECKPOINTS} has no complete checkpoint to resume from")
     if resume:
+        assert checkpoint is not None
+        _require_whole(checkpoint)
         earlier = TrainRecipe.load(output / CHECKPOINTS / RECIPE_FILE)
         for name in ("model", "method", "method_options"):
             if (before := getattr(earlier, name)) != getattr(recipe, name):
@@ -47,7 +76,22 @@ def prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> P
             if not (resume and (other / COMPLETE).exists()):
                 shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
+        atomic_write_text(folder / RECIPE_FILE, recipe.to_yaml())
     except OSError as error:
         raise BaraError(f"cannot write to {folder}: {error.strerror}") from error
     return checkpoint
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Refuses a checkpoint that lost a file: the training would not go on as it was."""
+    mend = f"restore it, or remove {checkpoint} to resume from an earlier one"
+    read_json(checkpoint / STATE_FILE, dict[str, Any], mend)
+    if not any((checkpoint / name).is_file() for name in WEIGHTS):
+        raise BaraError(f"{checkpoint} has no {WEIGHTS_FILE}; {mend}")
+    for name, pattern in ZIP_FILES.items():
+        files = list(checkpoint.glob(pattern))
+        if not files:
+            raise BaraError(f"{checkpoint} has no {name}; {mend}")
+        for file in files:
+            if not is_zipfile(file):
+                raise BaraError(f"{file} is cut off or damaged; {mend}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -24,9 +25,9 @@ from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.certified_prior import prepare
-from bara.finetuning.checkpoints import CHECKPOINTS, check_output, prepare_checkpoints
+from bara.finetuning.checkpoints import CHECKPOINTS, check_output, only_run, prepare_checkpoints
 from bara.finetuning.save import save_adapter
-from bara.finetuning.task_inputs import model_inputs, predict_table, text_task
+from bara.finetuning.task_inputs import model_inputs, predict_table, read_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
@@ -37,6 +38,7 @@ from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.temperature import fit_temperature, set_temperature
+from bara.schema import SEEDS
 from bara.training.callback import BayesianCallback
 from bara.training.loss import elbo_loss
 
@@ -84,23 +86,41 @@ def finetune(
         The adapter's folder.
 
     Raises:
-        BaraError: an option, the data or the model cannot be used, the loss is not finite, or
-            saving failed. An earlier adapter and the last checkpoint are then as they were.
+        BaraError: an option, the data or the model cannot be used, another process trains in the
+            folder, the loss is not finite, or saving failed. An earlier adapter and the last
+            checkpoint are then as they were.
     """
     check_recipe(recipe)
+    output = Path(recipe.output)
+    if output.exists() and not output.is_dir():
+        raise BaraError(f"{output} is a file; give a folder with --output")
+    with only_run(output):
+        check_output(output, recipe, resume=resume, overwrite=overwrite)
+        _finetune(recipe, train, validation, resume=resume, callbacks=callbacks)
+    return output
+
+
+def _finetune(
+    recipe: TrainRecipe,
+    train: Dataset | None,
+    validation: Dataset | None,
+    *,
+    resume: bool,
+    callbacks: Iterable[TrainerCallback],
+) -> None:
     method, tempered = parse_method(recipe.method)
     output = Path(recipe.output)
-    check_output(output, recipe, resume=resume, overwrite=overwrite)
     if train is None:
         if not recipe.data:
             raise BaraError("which data? Give a file or a hub data set with --data")
-        train = load_table(recipe.data, split=recipe.split)
-    if validation is None and recipe.validation:
-        validation = load_table(recipe.validation, split=recipe.validation_split)
-    if tempered and validation is None:
+        texts = (recipe.text_column, recipe.text_pair_column)
+        train = load_table(recipe.data, split=recipe.split, text_columns=texts)
+    if tempered and validation is None and not recipe.validation:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = _task(recipe, train)
     method.check_task(task.task)
+    if validation is None and recipe.validation:
+        validation = read_table(recipe.validation, task, split=recipe.validation_split)
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, method, task)
     task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
@@ -133,7 +153,6 @@ def finetune(
         held_out = predict_table(model, tokenizer, task, validation, progress=False)
         set_temperature(model, fit_temperature(held_out))
     save_adapter(output, model, tokenizer, task, recipe)
-    return output
 
 
 def _training_inputs(
@@ -175,13 +194,19 @@ def train_model(
     Raises:
         BaraError: an option cannot be used, the loss is not finite, or memory is short.
     """
-    trainer = method.trainer(
-        model=model,
-        options=method.own_options(recipe.method_options),
-        args=_training_arguments(recipe, evaluate=data["eval_dataset"] is not None),
-        compute_loss_func=elbo_loss(model, gaussian_nll) if task == "regression" else None,
-        **data,
-    )
+    arguments = _training_arguments(recipe, evaluate=data["eval_dataset"] is not None)
+    try:
+        trainer = method.trainer(
+            model=model,
+            options=method.own_options(recipe.method_options),
+            args=arguments,
+            compute_loss_func=elbo_loss(model, gaussian_nll) if task == "regression" else None,
+            **data,
+        )
+    except BaraError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:  # of some other option
+        raise BaraError(f"training: {first_line(error)}") from error
     if isinstance(model, PeftModel) and isinstance(model.active_peft_config, BayesianConfig):
         trainer.add_callback(BayesianCallback())
     try:
@@ -200,7 +225,8 @@ def _train_members(
     num_members = method.own_options(recipe.method_options).num_members
     training = {**recipe.training, "save_strategy": "no"}  # a member is no state to go on from
     for index in range(num_members):
-        member = replace(recipe, seed=recipe.seed + index * MEMBER_SEEDS, training=training)
+        seed = (recipe.seed + index * MEMBER_SEEDS) % SEEDS
+        member = replace(recipe, seed=seed, training=training)
         if index:
             set_seed(member.seed)
             model.add_adapter(member_name(index), model.peft_config[member_name(0)])
@@ -252,7 +278,9 @@ def build_model(
     options["modules_to_save"] = saved or None
     try:
         return get_peft_model(base, method.config(**options)), tokenizer
-    except (ValueError, TypeError) as error:
+    except BaraError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise BaraError(f"method {recipe.method}: {first_line(error)}") from error
 
 
@@ -273,7 +301,7 @@ def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArgum
         return TrainingArguments(
             output_dir=str(checkpoints), seed=recipe.seed, **{"disable_tqdm": True, **options}
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # transformers raises many types for what it cannot use
         raise BaraError(f"training: {first_line(error)}") from error
 
 
@@ -284,4 +312,4 @@ def _longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _absolute(model: str) -> str:
     """A folder's or a file's full path, so that the adapter finds its base model from anywhere."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    return os.path.realpath(model) if Path(model).exists() else model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from transformers import (
@@ -20,7 +19,15 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, read_shapes
+from bara.cards.adapter_files import (
+    CONFIG_FILE,
+    MEND,
+    MODEL_FILE,
+    RECIPE_FILE,
+    TOKENIZER_FILE,
+    check_config,
+    read_shapes,
+)
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.task_inputs import load_task
@@ -37,6 +44,7 @@ from bara.methods.weight_draws import WeightDraws
 from bara.models.base import load_base, load_tokenizer
 from bara.models.sentence import SentenceClassifier
 from bara.prediction.temperature import load_temperature
+from bara.schema import read_json, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,8 +74,7 @@ def load_adapter(
             recipe asks for code of the base model's repository (see SECURITY.md).
     """
     folder = Path(path)
-    if not (folder / RECIPE_FILE).is_file():
-        read_config(folder)  # says so if this is no adapter at all
+    _require_adapter(folder)
     recipe = TrainRecipe.load(folder / RECIPE_FILE)
     method, tempered = parse_method(recipe.method)
     model: Any
@@ -102,6 +109,21 @@ def _refuse_foreign_code(options: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def read_task(path: str | Path) -> Task:
+    """What an adapter was trained for, without loading it.
+
+    Raises:
+        BaraError: this is no adapter's folder, or its task cannot be read.
+    """
+    _require_adapter(Path(path))
+    return load_task(Path(path))
+
+
+def _require_adapter(folder: Path) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        read_config(folder)  # says so if this is no adapter at all
+
+
 def _load_peft(
     folder: Path, base_model: str | None, model_options: Mapping[str, Any]
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, Task]:
@@ -112,7 +134,7 @@ def _load_peft(
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
     base, _ = load_base(name, task, model_options)
-    tokenizer = load_tokenizer(str(folder), base)
+    tokenizer = _load_tokenizer(folder, base)
     with warnings.catch_warnings():
         # PEFT warns about what it skipped; the comparison below refuses it.
         warnings.simplefilter("ignore")
@@ -135,6 +157,7 @@ def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
     for index in range(1, num_members):
         member = folder / member_name(index)
         read_shapes(member)
+        read_config(member)
         try:
             model.load_adapter(str(member), member_name(index))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -162,14 +185,30 @@ def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
             f"the model in {folder} is incomplete or damaged ({first_line(error)}); train again"
         ) from error
     model.to(config.dtype)
-    return model, load_tokenizer(str(folder), model), task
+    return model, _load_tokenizer(folder, model), task
+
+
+def _load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokeniser of the folder, unless part of it is gone: every word could be unknown."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise BaraError(f"{folder} has no {TOKENIZER_FILE}; {MEND}")
+    tokenizer = load_tokenizer(str(folder), model)
+    vocabulary = dict(tokenizer.vocab_files_names)
+    whole = vocabulary.pop("tokenizer_file", None)
+    files = list(vocabulary.values())
+    if not (whole and (folder / whole).is_file()) and not (
+        files and all((folder / name).is_file() for name in files)
+    ):
+        raise BaraError(f"{folder} has no {whole or ' and '.join(files)}; {MEND}")
+    return tokenizer
 
 
 def read_config(folder: Path) -> PeftConfig:
     """The adapter's configuration.
 
     Raises:
-        BaraError: the folder or the file is missing, or the file is damaged.
+        BaraError: the folder or the file is missing, or the file is damaged or of a later version;
+            the message names the field.
     """
     if not folder.is_dir():
         raise BaraError(f"there is no adapter folder {folder}; `bara train` makes one")
@@ -182,13 +221,17 @@ def read_config(folder: Path) -> PeftConfig:
         elif (folder / "config.json").is_file():
             hint = "; it holds a whole model: give the adapter that it was exported from"
         raise BaraError(f"{folder} is not an adapter: it has no {CONFIG_FILE}{hint}")
+    named = read_json(path, dict[str, Any], MEND).get("peft_type")
+    known: Mapping[Any, type[PeftConfig]] = PEFT_TYPE_TO_CONFIG_MAPPING
+    config = known.get(named) if isinstance(named, str) else None
+    if config is None:
+        raise BaraError(f"{path}: peft_type names no method known here, {shown(named)}; {MEND}")
+    check_config(path, config)
     try:
-        json.loads(path.read_text("utf-8"))
         return PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BaraError(
-            f"{path} is damaged or of another version ({first_line(error)}); train again or "
-            "restore the file"
+            f"{path} is damaged or of another version ({first_line(error)}); {MEND}"
         ) from error
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
 from bara.cards.adapter_files import TASK_FILE
-from bara.data.text_task import TextTask, tokenise
+from bara.data.tables import load_table
+from bara.data.text_task import TaskType, TextTask, tokenise
 from bara.errors import BaraError
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import (
@@ -22,10 +22,14 @@ from bara.language.tasks import (
 )
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
+from bara.schema import read_json, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+_Named = dict[str, Any]
+"""Any JSON object, before its `task` says of which kind it is."""
 
 
 def load_task(folder: Path) -> Task:
@@ -35,13 +39,25 @@ def load_task(folder: Path) -> Task:
         BaraError: the file is missing or does not describe a task.
     """
     path = folder / TASK_FILE
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-        if fields.get("task") in LANGUAGE_TASKS:
-            return LanguageTask(**fields)
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass  # the next line says what is wrong
+    mend = "it does not describe a task as `bara train` writes it; restore the file"
+    name = read_json(path, _Named, mend).get("task")
+    if name in LANGUAGE_TASKS:
+        language: LanguageTask = read_json(path, LanguageTask, mend)
+        return language
+    if name not in get_args(TaskType):
+        known = ", ".join((*get_args(TaskType), *LANGUAGE_TASKS))
+        raise BaraError(f"{path}: task must be {known}, not {shown(name)}; {mend}")
     return TextTask.load(path)
+
+
+def read_table(source: str, task: Task, *, split: str | None = None) -> Dataset:
+    """A table for a task: its texts stay texts, even where all of them look like numbers.
+
+    Raises:
+        BaraError: see `bara.data.tables.load_table`.
+    """
+    texts = task.text_columns if isinstance(task, TextTask) else ()
+    return load_table(source, split=split, text_columns=texts)
 
 
 def text_task(task: Task, command: str) -> TextTask:

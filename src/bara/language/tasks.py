@@ -6,12 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
+
+from pydantic import ConfigDict
 
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
 from bara.language.question import Question, Scoring
+from bara.schema import STRICT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +34,8 @@ class LanguageTask:
         max_length: most tokens of a row.
         scoring: for multiple choice, whether the model says the choice's text or its letter.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     task: Literal["causal-lm", "multiple-choice"]
     max_length: int = 128

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
+from bara.schema import Seed, check, field_types, mapping_of, refuse_unknown
 
 METHOD_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16}
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -42,6 +44,10 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 8,
 }
 """Where language models differ from `TRAINING_DEFAULTS`."""
+LARGEST_YAML = 1 << 18
+"""Bytes of a YAML file: what is written by hand is far shorter, and PyYAML is slow."""
+MOST_NODES = 100_000
+"""Values in a YAML file, one that is named several times counted each time."""
 
 
 @dataclass
@@ -67,7 +73,7 @@ class TrainRecipe:
         seed: of the new weights, the order of the data and the noise in training.
 
     Raises:
-        BaraError: a value has the wrong type.
+        BaraError: a value has the wrong type or is out of range.
     """
 
     model: str = ""
@@ -80,22 +86,17 @@ class TrainRecipe:
     text_pair_column: str | None = None
     label_column: str | None = None
     task: str | None = None
-    max_length: int = 128
+    max_length: Annotated[int, Field(lt=2**31)] = 128
     scoring: str = "text"
     method: str = "bara"
     method_options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            value = getattr(self, option.name)
-            kind = {"str": str, "int": int}.get(str(option.type).removesuffix(" | None"), dict)
-            optional = value is None and str(option.type).endswith("None")
-            if not optional and (not isinstance(value, kind) or isinstance(value, bool)):
-                what = {str: "text", int: "a whole number", dict: "a mapping"}[kind]
-                raise BaraError(f"recipe: {option.name} must be {what}, not {value!r}")
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        check(_schema(), values, "recipe")
         self.model_options = {"dtype": "float32", **self.model_options}
         for group, defaults in _defaults(self.method, self.task).items():
             setattr(self, group, {**defaults, **getattr(self, group)})
@@ -120,7 +121,7 @@ class TrainRecipe:
         """A recipe from its fields.
 
         Raises:
-            BaraError: a field is unknown or has the wrong type.
+            BaraError: a field is unknown, has the wrong type or is out of range.
         """
         refuse_unknown(values, {option.name for option in fields(cls)}, "recipe")
         return cls(**values)
@@ -140,6 +141,11 @@ class TrainRecipe:
     def to_yaml(self) -> str:
         """All options, the defaults among them."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _schema() -> Any:
+    return mapping_of(field_types(TrainRecipe))
 
 
 def _defaults(method: str, task: str | None) -> dict[str, dict[str, Any]]:
@@ -168,8 +174,36 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, of safe types only."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML text, of safe types only.
+
+    Raises:
+        BaraError: it is none, or larger than what is written by hand.
+    """
+    if len(text) > LARGEST_YAML:
+        raise BaraError(f"not YAML that is read: it has more than {LARGEST_YAML:,} characters")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except Exception as error:  # PyYAML has other types too for what is no date, no number, …
+        raise BaraError(f"not YAML: {' '.join(str(error).split()) or first_line(error)}") from error
+    _require_small(value)
+    return value
+
+
+def _require_small(value: Any) -> None:
+    """Refuses aliases of aliases, which a few lines can blow up to more than memory holds."""
+    waiting, seen = [value], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        if seen + len(waiting) > MOST_NODES:
+            raise BaraError(
+                f"not YAML that is read: it has more than {MOST_NODES:,} values, its aliases "
+                "written out"
+            )
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -183,18 +217,11 @@ def read_yaml(path: str | Path, what: str) -> Any:
         BaraError: the file cannot be read or is not YAML.
     """
     try:
-        return parse_yaml(Path(path).read_text("utf-8"))
+        with open(path, "rb") as file:
+            return parse_yaml(file.read(LARGEST_YAML + 1).decode("utf-8"))
     except OSError as error:
         raise BaraError(f"cannot read the {what} {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise BaraError(f"the {what} {path} is not YAML: {reason}") from error
-
-
-def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str) -> None:
-    """Raise `BaraError` for the first name that is not known, with the nearest that is."""
-    for name in names:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise BaraError(f"{where}: there is no {name!r}; {hint}")
+    except UnicodeDecodeError as error:
+        raise BaraError(f"the {what} {path} is not YAML: not UTF-8 text") from error
+    except BaraError as error:
+        raise BaraError(f"the {what} {path} is {error}") from error

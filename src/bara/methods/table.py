@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from peft import AdaLoraConfig, LoraConfig, MontecloraConfig, PeftConfig, PveraConfig
+from pydantic import Field
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from bara.cards.adapter_files import config_types
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
 from bara.methods.adalora import AdaloraTrainer, adalora_options
@@ -17,9 +21,10 @@ from bara.methods.ensemble import EnsembleOptions
 from bara.methods.ivon import IvonOptions, IvonTrainer
 from bara.methods.laplace import LaplaceOptions, LaplaceTrainer
 from bara.methods.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
-from bara.methods.recipe import METHOD_DEFAULTS, TrainRecipe, refuse_unknown
+from bara.methods.recipe import TrainRecipe
 from bara.methods.tfb import TfbOptions, TfbTrainer
 from bara.posteriors.registry import Family, for_each_family
+from bara.schema import NotNegative, Positive, check, field_types, mapping_of, refuse_unknown, shown
 from bara.training.trainer import AdapterTrainer
 
 TEMPERED = "+temperature"
@@ -29,6 +34,26 @@ TEMPERED = "+temperature"
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
 TASKS = ("classification", "regression", *LANGUAGE_TASKS)
+MAX_RANK = 65_536
+"""More than the width of any model."""
+
+_Count = Annotated[int, Field(ge=1, le=1_000_000)]
+_REPORTS = Literal["all", "none", *INTEGRATION_TO_CALLBACK]  # type: ignore[valid-type]
+TRAINING_TYPES = field_types(TrainingArguments) | {
+    "num_train_epochs": Annotated[float, Field(gt=0, le=1e6)],
+    "learning_rate": Positive,
+    **dict.fromkeys(("weight_decay", "warmup_steps", "max_grad_norm"), NotNegative),
+    **dict.fromkeys(("logging_steps", "save_steps"), Positive),
+    "eval_steps": Positive | None,
+    "max_steps": Annotated[int, Field(ge=-1)],
+    "per_device_train_batch_size": _Count,
+    "per_device_eval_batch_size": _Count,
+    "gradient_accumulation_steps": _Count,
+    "dataloader_num_workers": Annotated[int, Field(ge=0, le=256)],
+    "report_to": _REPORTS | list[_REPORTS] | None,
+}
+"""Types of the options of training, narrower where `TrainingArguments` takes what cannot train."""
+_TRAINING = mapping_of(TRAINING_TYPES)
 
 
 @dataclass(frozen=True)
@@ -67,13 +92,12 @@ class Method:
         """Whether several adapters are trained, one after the other."""
         return issubclass(self.options, EnsembleOptions)
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Raises `BaraError` for an option that is unknown or a package that is missing."""
-        known = set(METHOD_DEFAULTS)  # a rank is given to every method, and means nothing to some
-        known |= {option.name for option in fields(self.options)}
-        if self.config is not None:
-            known |= {option.name for option in fields(self.config)} - {"peft_type", "task_type"}
-        refuse_unknown(options, known, "method_options")
+    def check(self, options: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
+        """Raises `BaraError` for an option that is unknown or of a wrong type, or a package that is
+        missing; `flags` are what the user typed for an option."""
+        types, schema = _options_of(self.config, self.options)  # type: ignore[arg-type]
+        refuse_unknown(options, types - {"peft_type", "task_type"}, "method_options")
+        check(schema, options, "method_options", flags=flags)
         self.own_options(options)
         if self.package and find_spec(self.package) is None:
             raise BaraError(f"the method needs a package: pip install 'bara-peft[{self.package}]'")
@@ -99,6 +123,17 @@ class Method:
         known = {option.name for option in fields(self.config)}
         given = {key: value for key, value in options.items() if key in known}
         return self.translate(given, self.own_options(options)) if self.translate else given
+
+
+@cache
+def _options_of(config: type[PeftConfig] | None, own: type) -> tuple[set[str], Any]:
+    """Names of the options of a method, and their schema."""
+    # A rank is given to every method, and means nothing to some.
+    types: dict[str, Any] = {"lora_alpha": float} | field_types(own)
+    if config is not None:
+        types |= config_types(config)
+    types["r"] = Annotated[int, Field(le=MAX_RANK)]
+    return set(types), mapping_of(types)
 
 
 METHODS: dict[str, Method] = {
@@ -185,17 +220,24 @@ def parse_method(name: str) -> tuple[Method, bool]:
     return METHODS[base], base != name.lower()
 
 
-def check_recipe(recipe: TrainRecipe) -> None:
-    """Checks the method and the names of all options.
+def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) -> None:
+    """Checks the method, and the names and values of all options.
+
+    Args:
+        recipe: of a run.
+        flags: what the user typed for an option, such as `--epochs` for
+            `training.num_train_epochs`; messages say that.
 
     Raises:
-        BaraError: a name is unknown (the message has the nearest that is known), or the method
-            does not fit the task.
+        BaraError: a name is unknown (the message has the nearest that is known), a value is of
+            the wrong type or out of range, or the method does not fit the task.
     """
     if not recipe.model:
         raise BaraError("which model? Give a folder or a hub name with --model")
+    if recipe.task is not None and recipe.task not in TASKS:
+        raise BaraError(f"task must be {', '.join(TASKS)}, not {shown(recipe.task)}")
     method, tempered = parse_method(recipe.method)
-    method.check(recipe.method_options)
+    method.check(recipe.method_options, flags)
     if tempered and recipe.task == "causal-lm":
         raise BaraError(
             f"method {recipe.method}: a temperature is fitted to classes, choices or numbers, "
@@ -204,5 +246,5 @@ def check_recipe(recipe: TrainRecipe) -> None:
     for name, instead in ELSEWHERE.items():
         if name in recipe.training:
             raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
-    known = {option.name for option in fields(TrainingArguments)} - set(ELSEWHERE)
-    refuse_unknown(recipe.training, known, "training")
+    refuse_unknown(recipe.training, TRAINING_TYPES.keys() - ELSEWHERE, "training")
+    check(_TRAINING, recipe.training, "training", flags=flags)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -86,16 +87,29 @@ def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """A language model from a folder, a hub name or a .gguf file, whose weights become `dtype`.
 
     Raises:
-        BaraError: it cannot be loaded.
+        BaraError: it cannot be loaded, or is no causal language model: its head would be random, or
+            it would see the tokens that it is to predict.
     """
     origin = source(name)
+    missing: list[str] = []
     try:
         if "gguf_file" in origin:
             model = load_gguf(origin, options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(**origin, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **origin, output_loading_info=True, **options
+            )
+            model, missing = loaded[0], sorted(loaded[1]["missing_keys"])
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
+    reads_both_ways = type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not (
+        getattr(model.config, "is_decoder", False) or getattr(model.config, "causal", False)
+    )
+    if missing or reads_both_ways:
+        why = f"it has no weights for {missing[0]}" if missing else "it reads texts both ways"
+        raise BaraError(
+            f"{name!r} is no causal language model ({why}); give one, or another --task"
+        )
     model.name_or_path = name  # PEFT notes it for those who load the adapter
     return model
 

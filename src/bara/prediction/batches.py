@@ -22,6 +22,8 @@ Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 PADDING = {"labels": -100}
 """What pads a column of sequences, where it is not 0; input_ids take the model's pad token."""
+LABELS = ("label", "label_ids")
+"""Other names of the labels, which the collators of `Trainer` know."""
 
 
 def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
@@ -93,7 +95,7 @@ def batches(
     pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     collate = collate_fn or partial(pad_rows, pad_token_id=pad)
     if isinstance(data, Mapping):
-        yield dict(data), list(range(num_rows(data)))
+        yield _with_labels(data), list(range(num_rows(data)))
     elif isinstance(data, DataLoader):
         seen = 0
         try:
@@ -102,7 +104,7 @@ def batches(
             total = None
         for batch in bar(data, total=total):
             rows = num_rows(batch)
-            yield dict(batch), list(range(seen, seen + rows))
+            yield _with_labels(batch), list(range(seen, seen + rows))
             seen += rows
         if not seen:
             raise BaraError("The data loader gave no batch.")
@@ -114,13 +116,13 @@ def batches(
         starts = range(0, len(order), batch_size)
         for start in bar(starts):
             index = order[start : start + batch_size]
-            yield dict(collate([data[i] for i in index])), index
+            yield _with_labels(collate([data[i] for i in index])), index
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, Tensor)):
         seen = 0
         stream = iter(bar(data))
         while items := list(islice(stream, batch_size)):
             _require_numbers(items[0])
-            yield dict(collate(items)), list(range(seen, seen + len(items)))
+            yield _with_labels(collate(items)), list(range(seen, seen + len(items)))
             seen += len(items)
         if not seen:
             raise BaraError("The data set is empty.")
@@ -158,6 +160,15 @@ def _require_numbers(row: Any) -> None:
             "The data set's rows hold nothing a model can take: tokenise it first "
             "(dataset.map(lambda row: tokenizer(row['text'], truncation=True)))."
         )
+
+
+def _with_labels(batch: Mapping[str, Any]) -> Batch:
+    """The batch, with its labels under the name that models take."""
+    named = dict(batch)
+    for name in LABELS:
+        if "labels" not in named and isinstance(named.get(name), Tensor):
+            named["labels"] = named.pop(name)
+    return named
 
 
 def _is_numeric(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Required
 
 import torch
 from peft import PeftModel
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bara.errors import BaraError
 from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.schema import Positive, mapping_of, read_json
 
 TEMPERATURE = "predictive_temperature"
 """Name of the fitted temperature in the model's configuration."""
@@ -27,6 +28,7 @@ def get_temperature(model: nn.Module) -> float:
 TEMPERATURE_FILE = "temperature.json"
 RANGE = (0.05, 20.0)
 """Where a temperature is looked for."""
+_SAVED = mapping_of({"temperature": Required[Positive]})
 
 
 def fit_temperature(predictive: Predictive) -> float:
@@ -125,13 +127,10 @@ def load_temperature(model: nn.Module, folder: Path) -> None:
     """Reads what `save_temperature` wrote.
 
     Raises:
-        BaraError: the file is missing or damaged.
+        BaraError: the file is missing or damaged, or holds no number above 0.
     """
-    path = folder / TEMPERATURE_FILE
-    try:
-        set_temperature(model, float(json.loads(path.read_text("utf-8"))["temperature"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaraError(f"{path} is missing or damaged; train again or restore it") from error
+    saved = read_json(folder / TEMPERATURE_FILE, _SAVED, "train again or restore the file")
+    set_temperature(model, saved["temperature"])
 
 
 def negative_log_likelihood(predictive: Predictive, temperature: float = 1.0) -> Tensor:

@@ -97,14 +97,17 @@ class AdapterTrainer(KLMixin, Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        others = {path.parent for path in folder.parent.glob(f"checkpoint-*/{COMPLETE}")} - {folder}
         try:
             super()._save_checkpoint(model, trial)
             (folder / COMPLETE).touch()
         except Exception as error:  # torch and safetensors have types of their own for full disks
             shutil.rmtree(folder, ignore_errors=True)
+            then = "earlier ones are intact, so make room and go on with --resume"
+            if not others:
+                then = "there is no earlier one, so make room and start again"
             raise BaraError(
-                f"cannot save the checkpoint {folder}: {first_line(error)}; earlier ones are "
-                "intact, so make room and go on with --resume"
+                f"cannot save the checkpoint {folder}: {first_line(error)}; {then}"
             ) from error
 
 
