@@ -11,6 +11,8 @@ from peft import PeftModel, get_peft_model
 
 import bara
 from bara import BaraConfig, BaraError
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import check_recipe
 from helpers import TinyNet, adapt, layer_posterior, stir, tiny_llama
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -145,3 +147,10 @@ def test_options_of_earlier_versions(option, usual, other, tmp_path):
 def test_damaged_numbers_are_refused():
     with pytest.raises(BaraError, match="resolved must be numbers among"):
         BaraConfig(target_modules=["layer"], resolved={"kl": 1})
+
+
+@pytest.mark.parametrize("name", ["resolved", "used_by_draws", "needs"])
+def test_what_is_filled_in_is_no_option_of_the_recipe(name):
+    recipe = TrainRecipe(model="m", method="bara", method_options={name: "x"})
+    with pytest.raises(BaraError, match=name):
+        check_recipe(recipe)

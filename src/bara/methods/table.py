@@ -23,6 +23,7 @@ from bara.methods.laplace import LaplaceOptions, LaplaceTrainer
 from bara.methods.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
 from bara.methods.recipe import TrainRecipe
 from bara.methods.tfb import TfbOptions, TfbTrainer
+from bara.posteriors.config import NOT_OPTIONS
 from bara.posteriors.registry import Family, for_each_family
 from bara.schema import NotNegative, Positive, check, field_types, mapping_of, refuse_unknown, shown
 from bara.training.trainer import AdapterTrainer
@@ -96,7 +97,7 @@ class Method:
         """Raises `BaraError` for an option that is unknown or of a wrong type, or a package that is
         missing; `flags` are what the user typed for an option."""
         types, schema = _options_of(self.config, self.options)  # type: ignore[arg-type]
-        refuse_unknown(options, types - {"peft_type", "task_type"}, "method_options")
+        refuse_unknown(options, types - {"peft_type", "task_type", *NOT_OPTIONS}, "method_options")
         check(schema, options, "method_options", flags=flags)
         self.own_options(options)
         if self.package and find_spec(self.package) is None:

@@ -14,6 +14,8 @@ from bara.errors import BaraError
 from bara.posteriors.schedule import LossSchedule
 
 NEEDS = "import bara (pip install bara-peft) before PEFT loads this adapter"
+NOT_OPTIONS = {"resolved", "used_by_draws", "needs"}
+"""Fields that are filled in, and only saved."""
 TRAINING_ONLY = {"num_observations", "kl_weight", "local_kl_weight", "warmup", "resolved", "needs"}
 """Fields that predictions do not depend on."""
 
