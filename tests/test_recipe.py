@@ -188,6 +188,12 @@ def test_seeds_that_numpy_does_not_take_are_refused(seed: object) -> None:
         TrainRecipe(seed=seed)
 
 
+def test_options_of_earlier_versions_are_unknown_to_a_new_training() -> None:
+    recipe = TrainRecipe(model="m", method_options={"logit_scale": 10.0})
+    with pytest.raises(BaraError, match="there is no 'logit_scale'"):
+        check_recipe(recipe)
+
+
 def test_what_training_arguments_take_stays_allowed() -> None:
     training = {
         "num_train_epochs": 0.5,

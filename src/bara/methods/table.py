@@ -132,7 +132,8 @@ def _options_of(config: type[PeftConfig] | None, own: type) -> tuple[set[str], A
     # A rank is given to every method, and means nothing to some.
     types: dict[str, Any] = {"lora_alpha": float} | field_types(own)
     if config is not None:
-        types |= config_types(config)
+        retired = getattr(config, "RETIRED", ())  # a saved adapter may name these, a new one not
+        types |= {name: t for name, t in config_types(config).items() if name not in retired}
     types["r"] = Annotated[int, Field(le=MAX_RANK)]
     return set(types), mapping_of(types)
 
