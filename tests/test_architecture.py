@@ -1,6 +1,7 @@
 """The order of the packages, read from the sources: imports run one way, and files stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 import bara
@@ -95,3 +96,10 @@ def test_a_package_hands_names_on_and_does_nothing_else():
 def test_no_file_is_long():
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in FILES.values()}
     assert {path: n for path, n in lengths.items() if n > MOST_LINES} == {}
+
+
+def test_the_page_names_the_packages_in_this_order():
+    page = (ROOT.parents[1] / "docs" / "architecture.md").read_text("utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = re.findall(r"`(\w+)/?`", " ".join(rows))
+    assert tuple(named) == ORDER
