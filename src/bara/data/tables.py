@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,15 +105,22 @@ def _read_csv(path: Path, text_columns: Collection[str | None]) -> Dataset:
     import pandas as pd
     from datasets import Dataset
 
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open("rb") as file:
         ends_in_crlf = file.readline().endswith(b"\r\n")
+    # pandas takes a minute to find out that there are a million columns
+    with (
+        path.open(encoding="utf-8-sig", newline="") as lines,
+        suppress(csv.Error, UnicodeDecodeError),  # pandas says what is wrong with the rest
+    ):
+        _check_number(len(next(csv.reader(lines, delimiter=separator), ())), str(path))
     try:
         with warnings.catch_warnings():
             # A row with too many cells would otherwise lose them with a warning only.
             warnings.simplefilter("error", pd.errors.ParserWarning)
             cells = pd.read_csv(
                 path,
-                sep="\t" if path.suffix.lower() == ".tsv" else ",",
+                sep=separator,
                 encoding="utf-8-sig",
                 dtype=str,
                 header=None,  # pandas would rename the second of two columns with one name
@@ -145,12 +154,17 @@ def _as_numbers(texts: Any) -> Any:
     return numbers if (numbers.dropna() % 1 != 0).any() else given
 
 
-def _check_columns(names: Sequence[str], name: str) -> None:
-    """Refuses a table that has a column twice, or more columns than a table of texts."""
-    if len(names) > MOST_COLUMNS:
+def _check_number(columns: int, name: str) -> None:
+    """Refuses a table with more columns than a table of texts."""
+    if columns > MOST_COLUMNS:
         raise BaraError(
-            f"{name} has {len(names):,} columns; give a table with {MOST_COLUMNS:,} or fewer"
+            f"{name} has {columns:,} columns; give a table with {MOST_COLUMNS:,} or fewer"
         )
+
+
+def _check_columns(names: Sequence[str], name: str) -> None:
+    """Refuses a table that has a column twice, or too many of them."""
+    _check_number(len(names), name)
     if null := next((column for column in names if "\0" in column), None):
         raise BaraError(f"{name}: the column {shown(null)} has a null character in its name")
     twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
