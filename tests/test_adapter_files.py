@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, TrainerCallback
 
+import bara
 from bara import BaraError, load_adapter
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
@@ -211,3 +216,48 @@ def test_an_adapter_for_tasks_of_this_version_still_loads_from_its_own_file(tmp_
     task = TextTask("a", "b", "c", "regression", max_length=7, target_mean=-3.5, target_std=2.0)
     task.save(tmp_path / "text_task.json")
     assert TextTask.load(tmp_path / "text_task.json") == task
+
+
+@pytest.mark.parametrize("method", ["bara", "balora"])
+def test_a_folder_of_version_0_1_loads_with_the_same_draws(
+    tmp_path: Path, tiny_model_dir: Path, method: str
+) -> None:
+    """It has the adapter's name inside of keys, other names for BaLoRA's network, no `resolved`."""
+    table = Dataset.from_dict({"text": ["good film", "bad plot"] * 4, "label": ["+", "-"] * 4})
+    options = {"explained": [0.2, 0.5]} if method == "bara" else {}
+    training = {"learning_rate": 0.01, "use_cpu": True, "save_strategy": "no"}
+    recipe = TrainRecipe(
+        model=str(tiny_model_dir),
+        output=str(tmp_path / "out"),
+        method=method,
+        method_options=options,
+        training=training,
+    )
+    folder = finetune(recipe, table)
+    now = bara.load_adapter(folder, device="cpu")
+
+    def drawn(loaded: Any) -> torch.Tensor:
+        model, tokenizer, task = loaded
+        options = {"num_draws": 3, "progress": False}
+        return predict_table(model, tokenizer, task, table, **options).log_probs_draws
+
+    expected = drawn(now)
+    weights = load_file(folder / "adapter_model.safetensors")
+    names = {"hidden_": "network.0.", "output_": "network.2.", "schedule.": "schedule."}
+    old = {
+        re.sub(
+            r"(?<=lora_posterior\.)(hidden_|output_|schedule\.)",
+            lambda part: f"default.{names[part[0]]}",
+            key,
+        ): tensor
+        for key, tensor in weights.items()
+    }
+    assert old.keys() != weights.keys()
+    save_file(old, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = folder / "adapter_config.json"
+    stored = json.loads(path.read_text("utf-8"))
+    stored |= {k: v for k, v in stored.pop("resolved").items() if k in stored}
+    for name in ("used_by_draws", "needs"):
+        del stored[name]
+    path.write_text(json.dumps(stored), "utf-8")
+    torch.testing.assert_close(drawn(bara.load_adapter(folder, device="cpu")), expected)

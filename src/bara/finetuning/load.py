@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from bara.adapter.layer import renamed_key
 from bara.cards.adapter_files import (
     CONFIG_FILE,
     MEND,
@@ -128,7 +129,7 @@ def _load_peft(
     folder: Path, base_model: str | None, model_options: Mapping[str, Any]
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, Task]:
     config = read_config(folder)
-    saved_shapes = read_shapes(folder)
+    saved_shapes = {renamed_key(key): shape for key, shape in read_shapes(folder).items()}
     task = load_task(folder)
     name = base_model or config.base_model_name_or_path
     if not name:
