@@ -154,3 +154,11 @@ def test_what_is_filled_in_is_no_option_of_the_recipe(name):
     recipe = TrainRecipe(model="m", method="bara", method_options={name: "x"})
     with pytest.raises(BaraError, match=name):
         check_recipe(recipe)
+
+
+def test_a_loaded_adapter_has_the_configuration_that_it_was_given(tmp_path):
+    config = BaraConfig(r=4, **TARGETS)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.inference_mode

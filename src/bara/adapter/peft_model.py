@@ -70,11 +70,14 @@ class BayesianLoraModel(LoraModel):
     ) -> None:
         """PEFT's hook: makes the LoRA layers, then a posterior for each.
 
-        The adapter gets a copy of the configuration, which stays what the user wrote but for the
-        numbers in force, `resolved`.
+        An adapter to train gets a copy of the configuration, so that the numbers in force,
+        `resolved`, are not left on the object that the user goes on with; one that is loaded keeps
+        the object, as PEFT promises.
         """
-        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
         assert isinstance(config, BayesianConfig)
+        if not config.inference_mode:
+            config = self.peft_config[adapter_name] = copy.copy(config)
         self._new: list[_NewLayer] = []
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
