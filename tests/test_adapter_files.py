@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 import bara
 from bara import BaraError, load_adapter
@@ -23,18 +23,14 @@ from bara.finetuning.finetune import finetune
 from bara.finetuning.task_inputs import predict_table
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS
-from conftest import tiny_bert_config, write_jsonl
-from test_cli import sentences
+from test_cli import base_and_table
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
     """A trained adapter with a temperature and checkpoints, and its table."""
     folder = tmp_path_factory.mktemp("whole")
-    torch.manual_seed(0)
-    BertForSequenceClassification(tiny_bert_config()).save_pretrained(folder / "base")
-    tiny_tokenizer.save_pretrained(folder / "base")
-    table = write_jsonl(folder / "table.jsonl", sentences())
+    table = base_and_table(folder, tiny_tokenizer)
     recipe = TrainRecipe(
         model=str(folder / "base"),
         data=str(table),

@@ -28,7 +28,7 @@ from bara.models.base import load_base
 from bara.schema import json_text
 from conftest import VOCABULARY, tiny_bert_config, write_jsonl
 from helpers import tiny_gpt2, tiny_llama
-from test_cli import sentences, small_files_only, train_arguments
+from test_cli import base_and_table, sentences, small_files_only, train_arguments
 
 __all__ = ["small_files_only"]
 
@@ -37,10 +37,7 @@ __all__ = ["small_files_only"]
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> Path:
     """A trained adapter, its base model and its table."""
     folder = tmp_path_factory.mktemp("whole")
-    torch.manual_seed(0)
-    BertForSequenceClassification(tiny_bert_config()).save_pretrained(folder / "base")
-    tiny_tokenizer.save_pretrained(folder / "base")
-    table = write_jsonl(folder / "table.jsonl", sentences())
+    table = base_and_table(folder, tiny_tokenizer)
     training = {"num_train_epochs": 1, "save_strategy": "no"}
     finetune(
         TrainRecipe(

@@ -15,7 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    TrainerCallback,
+)
 
 from bara import BaraError
 from bara.data.tables import load_table
@@ -25,7 +30,7 @@ from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from bara.prediction.predict import predict
-from conftest import write_jsonl
+from conftest import tiny_bert_config, write_jsonl
 
 GOOD = ("good", "great", "fine", "warm")
 BAD = ("bad", "awful", "poor", "cold")
@@ -39,6 +44,14 @@ def sentences() -> list[dict[str, object]]:
         for i, word in enumerate(words)
         for noun in NOUNS
     ]
+
+
+def base_and_table(folder: Path, tokenizer: BertTokenizerFast) -> Path:
+    """Writes a tiny base model into the folder `base`, and a table beside it; returns the table."""
+    torch.manual_seed(0)
+    BertForSequenceClassification(tiny_bert_config()).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    return write_jsonl(folder / "table.jsonl", sentences())
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ def adapted(method, seed=1, **options):
     return stir(get_peft_model(tiny_llama(), config(method, **options)), 0.2, seed).eval()
 
 
-def draws(model, **options):
-    """Logits of two draws; of the mean where `num_draws` is None."""
+def draws(model, mean=False):
+    """Logits of two draws, or of the posterior mean."""
     with torch.no_grad():
-        if options.get("mean"):
+        if mean:
             return model(input_ids=IDS).logits
         with bara.sampling(model, num_draws=2, seed=3):
             return model(input_ids=IDS.repeat(2, 1)).logits

@@ -37,9 +37,9 @@ def in_threads(call):
     return [results[i] for i in range(CALLS)]
 
 
-def batches(model_inputs=CALLS):
+def batches():
     generator = torch.Generator().manual_seed(0)
-    for i in range(model_inputs):
+    for i in range(CALLS):
         rows, length = 1 + i % 3, 4 + i % 5
         ids = torch.randint(5, 20, (rows, length), generator=generator)
         mask = torch.ones_like(ids)

@@ -225,7 +225,6 @@ class BayesianConfig(LoraConfig):
 
         `PeftModel.save_pretrained` calls this after it has written its own model card.
         """
-
         super().save_pretrained(save_directory, **kwargs)
         about = self.ABOUT
         write_method_card(
