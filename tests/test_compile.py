@@ -7,6 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import bara
+from bara.adapter.elbo import elbo_of
+from bara.posteriors.fused import LayerStep
 from helpers import CONFIGS, adapt, gradients, stir, tiny_llama, train_log
 
 METHODS = list(CONFIGS)
@@ -21,9 +23,11 @@ def texts(rows, length):
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
 
 
-def model_of(method):
-    model = stir(adapt(tiny_llama(num_hidden_layers=1), method), 0.1).train()
+def model_of(method, **sizes):
+    """A model whose layers draw their own noise, as those of a compiled one do."""
+    model = stir(adapt(tiny_llama(**{"num_hidden_layers": 1} | sizes), method), 0.1).train()
     bara.set_progress(model, 1.0, 100)
+    elbo_of(model).fuse = False
     return model
 
 
@@ -63,11 +67,22 @@ def test_a_compiled_step_is_the_eager_one_in_one_graph(method):
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_layers_are_not_fused_besides(method, monkeypatch):
+    """A compiler fuses by itself; the graph is one, and every loss is a draw of the same ELBO."""
+    monkeypatch.setattr(LayerStep, "apply", None)
+    model = model_of(method)
+    elbo_of(model).fuse = True
+    found = step(model, torch.compile(model, backend=BACKEND), texts(3, 7))
+    assert found[0].isfinite()
+    assert all(gradient.isfinite().all() for gradient in found[2].values())
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
 @pytest.mark.parametrize("method", ["bara", "balora"])
 def test_compiled_blocks_share_their_graphs(method):
     """One for the first block, whose input has no gradient, and one for the others."""
-    model = adapt(tiny_llama(num_hidden_layers=5, use_cache=False), method).train()
-    bara.set_progress(model, 1.0, 100)
+    model = model_of(method, num_hidden_layers=5, use_cache=False)
     twin = copy.deepcopy(model)
     for block in twin.get_base_model().model.layers:
         block.compile(backend=BACKEND)
@@ -104,6 +119,7 @@ def test_trainer_compiles_with_the_kl(tmp_path):
     histories = []
     for compiled in (False, True):
         model = adapt(tiny_llama(), num_observations=None, weight_noise=0.5)
+        elbo_of(model).fuse = False
         rows = [
             {name: column[0] for name, column in texts(1, 5 + i % 3).items()} for i in range(24)
         ]

@@ -7,14 +7,15 @@ import pytest
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "operations.py"))
 BESIDE_LORA = {
-    "mc-dropout": 10,
-    "scalabl": 21,
-    "rankwise": 69,
-    "blob": 52,
-    "balora": 66,
-    "bara": 105,
+    "mc-dropout": -11,
+    "scalabl": -9,
+    "rankwise": -6,
+    "blob": -6,
+    "balora": 15.5,
+    "bara": 20.5,
 }
-"""Operations of an adapted layer beyond LoRA's; the goal is 30 for BaRA and 16 for BaLoRA."""
+"""Operations of an adapted layer beyond LoRA's. Fewer than LoRA's own where PEFT casts every
+layer's input, weights and gradients one by one, and the fused step all at once."""
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from bara.adapter.call_inputs import batch_size_of, loss_items, position_weights_of, share_of
@@ -26,6 +27,7 @@ from bara.draws.context import PerContext, PerThread
 from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved
+from bara.posteriors.posterior import Posterior
 from bara.posteriors.schedule import LossSchedule, rise
 
 HOLD = 0.4
@@ -40,11 +42,13 @@ class AttachedAdapter:
         config: what the user wrote.
         resolved: the numbers in force.
         schedule: what its KL and noise follow besides the steps; None for nothing.
+        layers: PEFT's layers that it adapts and their posteriors, by name.
     """
 
     config: BayesianConfig
     resolved: Resolved
     schedule: LossSchedule | None = None
+    layers: dict[str, tuple[LoraLayer, Posterior]] = field(default_factory=dict)
 
     def weight(self, ramp: float) -> float:
         """The factor on both KL weights now, in [0, 1], of the warm-up's."""
@@ -58,6 +62,7 @@ class Elbo(DrawSource):
         adapters: its Bayesian adapters by name.
         progress: how far training is, in [0, 1]; None if nobody says.
         last: the last training pass.
+        fuse: prepare layers together where that can be done; False computes each on its own.
         draws: the draws in force here; None for the posterior mean.
         adapter_names: PEFT's adapters of the rows of a mixed batch that runs here.
         observers: told of every layer that runs here.
@@ -74,6 +79,7 @@ class Elbo(DrawSource):
         self.adapters: dict[str, AttachedAdapter] = {}
         self.progress: float | None = None
         self.last: ForwardPass | None = None
+        self.fuse = True
         self._warned_of_progress = False
         self._recomputed: dict[int, ForwardPass] = {}  # by the backward pass that needs them
         self._arguments = list(inspect.signature(model.forward).parameters)
@@ -152,7 +158,10 @@ class Elbo(DrawSource):
             adapter_names=self.adapter_names,
             training=training,
             observers=self.observers or (),
+            fuse=self.fuse,
         )
+        if self.fuse and forward.draws is None and model.training:
+            forward.seed = int(torch.randint(2**31, ()))
         if training:
             for adapter in self.adapters.values():
                 adapter.resolved.held = self._part_of_warmup(adapter.config) == 0

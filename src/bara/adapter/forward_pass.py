@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.draws.draws import Draws, FixedNoise, FreshNoise, Noise
+from bara.posteriors.fused import FusedLayer
 from bara.posteriors.posterior import Kl, Posterior
 from bara.posteriors.rank_space import RankSpace, SharedInput
 
@@ -99,6 +100,10 @@ class ForwardPass:
         asked: whether a layer was asked for its KL.
         kl: the weighted KL, until it is in a loss.
         shared: the latest input of a layer, which its siblings may read too, and whose it is.
+        seed: of the fused layers' fresh noise; None where none is drawn.
+        fuse: whether layers may be prepared together (`adapter/fused_pass`).
+        fused: those that are, by adapter, precision of the projections and whether there are
+            gradients, by name.
     """
 
     batch_size: int
@@ -117,6 +122,9 @@ class ForwardPass:
     kl_in_loss: bool = False
     reached: Reached = field(default_factory=Reached)
     shared: tuple[SharedInput, tuple[object, ...]] | None = None
+    fuse: bool = False
+    seed: int | None = None
+    fused: dict[tuple[object, ...], dict[str, FusedLayer]] = field(default_factory=dict)
 
     def input_of(self, x: Tensor, layer: str) -> SharedInput:
         """A layer's input, shared by the layers of one module that read the same (q, k, v).

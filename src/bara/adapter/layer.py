@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from bara.adapter.elbo import Elbo
 from bara.adapter.forward_pass import ForwardPass
+from bara.adapter.fused_pass import fused_layer
 from bara.draws.draws import Noise
 from bara.errors import BaraError
+from bara.posteriors.fused import FusedLayer
 from bara.posteriors.posterior import Posterior, PosteriorOutput
-from bara.posteriors.rank_space import Projection, RankSpace, wide
+from bara.posteriors.rank_space import Projection, RankSpace, SharedInput, wide
 
 CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
@@ -74,14 +76,50 @@ class RankSpaceVariant(LoraVariant):
         posterior = posteriors(module)[active_adapter]
         forward = self._forward_pass(posterior, x)
         with_kl = self._asks_for_kl(module, active_adapter, posterior, forward)
-        x = module.lora_dropout[active_adapter](x)
-        space, layout = self._rank_space(module, active_adapter, x, forward)
+        if with_kl:
+            posterior.calibrated = None  # what it was averaged over is about to change
+        shared = self._input(module, active_adapter, x, forward)
+        fused = self._fused(module, active_adapter, posterior, shared.x, forward)
+        if fused is not None:
+            positions = shared.x.numel() // (forward.batch_size * shared.x.shape[-1])
+            weights = self._position_weights(posterior, forward, positions, None)
+            result, kl = fused(shared, forward.batch_size, weights, result)
+            if with_kl:
+                forward.add(active_adapter, posterior, kl, posterior.kl)
+            return result
+        space, layout = self._rank_space(module, active_adapter, shared, forward)
         noise = self._noise(module, active_adapter, posterior, space, forward)
         output = posterior(space, noise, with_kl=with_kl)
         if with_kl:
             forward.add(active_adapter, posterior, output.kl, posterior.kl)
         self._tell_observers(posterior, space, forward)
         return result + self._through_b(module, active_adapter, output, layout)
+
+    def _input(
+        self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
+    ) -> SharedInput:
+        """What A reads, after LoRA's dropout."""
+        dropout: Any = module.lora_dropout[adapter]
+        shared = forward.input_of(x, self.layer)
+        if isinstance(dropout, nn.Identity) or not dropout.training:
+            return shared
+        weight: Any = module.lora_A[adapter].weight
+        return SharedInput(dropout(shared.cast(weight.dtype)))
+
+    def _fused(
+        self,
+        module: LoraLayer,
+        adapter: str,
+        posterior: Posterior,
+        x: Tensor,
+        forward: ForwardPass,
+    ) -> FusedLayer | None:
+        """The layer prepared together with the adapter's others; None if it goes on its own."""
+        if x.dim() < 2 or x.shape[0] % forward.batch_size or not x.numel():
+            return None
+        lora_a: Any = module.lora_A[adapter]
+        layers = self.elbo.adapters[adapter].layers
+        return fused_layer(self.layer, adapter, layers, forward, projection_dtype(x, lora_a.weight))
 
     def _asks_for_kl(
         self, module: LoraLayer, adapter: str, posterior: Posterior, forward: ForwardPass
@@ -161,24 +199,23 @@ class RankSpaceVariant(LoraVariant):
         return ForwardPass(batch_size=x.shape[0], draws=self.elbo.draws)
 
     def _rank_space(
-        self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
+        self, module: LoraLayer, adapter: str, shared: SharedInput, forward: ForwardPass
     ) -> tuple[RankSpace, Layout]:
         """The layer's rank space, and how the layer itself arranges it."""
         lora_a: Any = module.lora_A[adapter]
         lora_b: Any = module.lora_B[adapter]
         convolution = not isinstance(lora_a, nn.Linear)
+        x = shared.cast(lora_a.weight.dtype)  # where PEFT casts it in every layer
         rows = forward.rows_of(adapter, x.device)
-        shared = forward.input_of(x, self.layer)
-        # autocast would cast x in every layer again
-        arranged = lora_a(shared.cast(autocast_dtype(x)))
+        arranged = lora_a(shared.cast(projection_dtype(x, lora_a.weight)))
         batch = forward.batch_size if rows is None else len(rows)
         layout = Layout(arranged.shape, convolution, batch)
         u = layout.flatten(arranged)
+        weights = None
         if not convolution:
             x = x.reshape(*u.shape[:2], x.shape[-1])
-        weights = None if convolution else forward.position_weights(u.shape[1], rows)
-        if weights is None and not convolution and u.shape[1] > 1:
-            self._check_unmasked(posteriors(module)[adapter], forward, u.shape[1])
+            posterior = posteriors(module)[adapter]
+            weights = self._position_weights(posterior, forward, u.shape[1], rows)
         space = RankSpace(
             u=u,
             wide_u=wide(u),
@@ -191,6 +228,19 @@ class RankSpaceVariant(LoraVariant):
             groups=getattr(lora_b, "groups", 1),
         )
         return space, layout
+
+    def _position_weights(
+        self, posterior: Posterior, forward: ForwardPass, positions: int, rows: Tensor | None
+    ) -> Tensor | None:
+        """What the positions count; None for all alike.
+
+        Raises:
+            BaraError: they are to be pooled, and no mask says which of them are padding.
+        """
+        weights = forward.position_weights(positions, rows)
+        if weights is None and positions > 1:
+            self._check_unmasked(posterior, forward, positions)
+        return weights
 
     def _check_unmasked(self, posterior: Posterior, forward: ForwardPass, positions: int) -> None:
         if posterior.granularity == "sequence" and any(not w.all() for w in forward.weights):
@@ -232,12 +282,12 @@ def _projection(lora_a: Any) -> Projection:
     return Projection(lora_a.stride, lora_a.padding, lora_a.dilation, lora_a.groups)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The precision in which a linear layer would see x."""
+def projection_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The precision in which a linear layer of this weight would see x."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return x.dtype
+    return weight.dtype
 
 
 @contextmanager

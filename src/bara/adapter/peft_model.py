@@ -38,12 +38,14 @@ class _NewLayer:
     """A LoRA layer that is about to get its posterior.
 
     Attributes:
+        name: in the base model.
         module: PEFT's layer.
         granularity: of its posterior.
         rng_state: torch's generator as it was when the layer's A had been drawn, from which a copy
             draws the posterior: so a seed gives all layers the A of plain LoRA.
     """
 
+    name: str
     module: LoraLayer
     granularity: Granularity
     rng_state: Tensor
@@ -85,7 +87,8 @@ class BayesianLoraModel(LoraModel):
         new, self._new = self._new, []
         family, schedule = family_of(config), config.loss_schedule()
         config.resolved = resolved = config.resolve(len(new))
-        self.elbo.adapters[adapter_name] = AttachedAdapter(config, resolved, schedule)
+        attached = AttachedAdapter(config, resolved, schedule)
+        self.elbo.adapters[adapter_name] = attached
         empty = init_empty_weights if low_cpu_mem_usage else nullcontext
         for layer in new:
             a, b = (getattr(layer.module, m)[adapter_name].weight for m in ("lora_A", "lora_B"))
@@ -94,6 +97,7 @@ class BayesianLoraModel(LoraModel):
                 torch.set_rng_state(layer.rng_state)
                 posterior = family.posterior(setup)
             add_posterior(layer.module, adapter_name, posterior)
+            attached.layers[layer.name] = layer.module, posterior
             active = adapter_name in layer.module.active_adapters
             posterior.requires_grad_(active and not config.inference_mode)
         if family.head is not None:
@@ -139,7 +143,11 @@ class BayesianLoraModel(LoraModel):
         frozen = {adapter_name: lora_config.FROZEN}
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}
         layer.lora_variant[adapter_name] = RankSpaceVariant(current_key, self.elbo)
-        self._new.append(_NewLayer(layer, granularity, torch.get_rng_state()))
+        # plain LoRA on the same layer needs PEFT's cast; ours shares one among its siblings
+        layer.cast_input_dtype_enabled = not all(
+            isinstance(layer.lora_variant.get(name), RankSpaceVariant) for name in layer.lora_A
+        )
+        self._new.append(_NewLayer(current_key, layer, granularity, torch.get_rng_state()))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

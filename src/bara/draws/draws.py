@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -86,6 +86,21 @@ class Draws:
             self._cache[key, shape, device] = cached
         return cached
 
+    def stacked(
+        self,
+        layers: Sequence[str],
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ) -> Tensor:
+        """The numbers called `name` of several layers, (L, S, *shape), float32."""
+        key = (" ".join((name, *layers)), shape, device)
+        if key not in self._cache:
+            numbers = [self.numbers(f"{layer}/{name}", kind, shape, device) for layer in layers]
+            self._cache[key] = torch.stack(numbers)
+        return self._cache[key]
+
 
 class DrawSource:
     """What makes a model's forward passes use draws of its posterior.
@@ -124,13 +139,18 @@ def draw_source(model: nn.Module) -> DrawSource | None:
 
 def generator(*entropy: int) -> torch.Generator:
     """A generator on the CPU whose state mixes all the given numbers."""
+    return torch.Generator().manual_seed(mixed(*entropy))
+
+
+def mixed(*entropy: int) -> int:
+    """A seed that all the given numbers have a part in."""
     state = 0
     for number in entropy:  # SplitMix64's mixing, so that neighbouring seeds are unrelated
         state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
-    return torch.Generator().manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+    return state & 0x7FFFFFFFFFFFFFFF
 
 
 class FixedNoise:

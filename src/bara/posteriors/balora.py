@@ -8,6 +8,7 @@ sampled in rank space, where A x has mean theta_A x and variance alpha_l(x) (the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,15 +18,21 @@ from torch.nn.functional import linear, softplus
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import scale_noise_kl
+from bara.posteriors.fused import Fused, Stack
 from bara.posteriors.posterior import (
     LOG_SCALE,
+    Kl,
     LayerSetup,
     Posterior,
     PosteriorOutput,
     relative_noise_draw,
 )
-from bara.posteriors.rank_space import RankSpace, rms_normalised, wide
+from bara.posteriors.rank_functions import Gradients, Saved, pooled, product, unit
+from bara.posteriors.rank_space import RankSpace, position_mean, rms_normalised, wide
 from bara.posteriors.registry import register
+
+LEAST_ALPHA = 1e-6
+"""Least relative variance, so that its logarithm is finite."""
 
 
 @dataclass
@@ -70,6 +77,47 @@ class BaloraConfig(BayesianConfig):
         return self.dropout_prior / (1 - self.dropout_prior)
 
 
+@dataclass(frozen=True)
+class BaloraStep:
+    """u + e sqrt(s alpha(u)) with s = A^2 x^2, and its derivative.
+
+    Attributes:
+        pool: alpha is that of a sequence.
+    """
+
+    pool: bool
+    part = "alpha"
+
+    def forward(
+        self, u: Tensor, s: Tensor | None, weights: Tensor | None, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        assert s is not None
+        e, hidden_weight, hidden_bias, output_weight, output_bias = tensors
+        features, _ = unit(pooled(u, weights) if self.pool else u)
+        flat = features.view(-1, u.shape[-1])
+        hidden = torch.tanh(torch.addmm(hidden_bias, flat, hidden_weight.mT))
+        raw = torch.addmm(output_bias, hidden, output_weight.mT)
+        alpha = (softplus(raw) + LEAST_ALPHA).view(*features.shape[:2], 1)
+        level = (s * alpha).sqrt()
+        y = torch.addcmul(u, level, e, out=torch.empty_like(u))
+        return y, alpha, (s, e, alpha, level, raw, hidden, flat, output_weight)
+
+    def backward(
+        self, saved: Saved, dy: Tensor, dpart: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Gradients]:
+        s, e, alpha, level, raw, hidden, flat, output_weight = saved
+        of_variance = dy * e / level  # twice the gradient of s alpha
+        ds = product(of_variance, alpha, s.dtype)  # twice, for x^2 and A^2 pass on half of theirs
+        dalpha = (of_variance * s).sum(-1, keepdim=True)
+        if alpha.shape[1] != dy.shape[1]:
+            dalpha = dalpha.sum(1, keepdim=True)
+        dalpha = dalpha / 2 if dpart is None else torch.add(dpart, dalpha, alpha=0.5)
+        draw = torch.ops.aten.softplus_backward(dalpha.view(raw.shape), raw, 1, 20)
+        dhidden = torch.ops.aten.tanh_backward(draw @ output_weight, hidden)
+        gradients = dhidden.mT @ flat, dhidden.sum(0), draw.mT @ hidden, draw.sum(0)
+        return dy, ds, (None, *gradients)
+
+
 class BaloraPosterior(Posterior):
     """The network behind one layer's noise level alpha_l(x): one hidden layer of tanh units.
 
@@ -94,7 +142,7 @@ class BaloraPosterior(Posterior):
         features = features.to(self.hidden_weight.dtype)
         hidden = torch.tanh(linear(features, self.hidden_weight, self.hidden_bias))
         raw = linear(hidden, self.output_weight, self.output_bias)
-        return softplus(LOG_SCALE * wide(raw)) + 1e-6
+        return softplus(LOG_SCALE * wide(raw)) + LEAST_ALPHA
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None and not with_kl:
@@ -105,9 +153,28 @@ class BaloraPosterior(Posterior):
                 u = space.with_relative_noise(alpha, noise).to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u)
-            self.calibrated = None  # the noise is about to change
-            kl = space.a.numel() * scale_noise_kl(alpha.squeeze(-1), self.config.noise_prior)
-            return PosteriorOutput(u, {"parameters": space.mean_over_positions(kl)})
+            parts = {"alpha": alpha, "elements": alpha.new_tensor(space.a.numel())}
+            if space.weights is not None and alpha.shape[1] > 1:
+                parts["weights"] = space.weights
+            return PosteriorOutput(u, parts)
+
+    def fuse(self, stack: Stack) -> Fused:
+        root = math.sqrt(self.rank)  # features of norm 1 here, of root mean square 1 there
+        tensors = [
+            stack.noise.normal("A", (self.rank,)).unsqueeze(2),
+            stack.parameter("hidden_weight") * root,
+            stack.parameter("hidden_bias"),
+            stack.parameter("output_weight") * LOG_SCALE,
+            stack.parameter("output_bias") * LOG_SCALE,
+        ]
+        elements = tensors[0].new_tensor([a.numel() for a in stack.a])
+        step = BaloraStep(pool=self.granularity == "sequence")
+        return Fused(step, tensors, {"elements": elements}, squares=True)
+
+    def kl(self, parts: Mapping[str, Tensor]) -> Kl:
+        of_element = scale_noise_kl(parts["alpha"].squeeze(-1), self.config.noise_prior)
+        per_input = position_mean(of_element, parts.get("weights"), dim=2)
+        return Kl(parts["elements"].unsqueeze(1) * per_input)
 
     def input_dependence(self, space: RankSpace) -> Tensor | None:
         return space.mean_over_positions(self.alpha(space)).mean(dim=0)

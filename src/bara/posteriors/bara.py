@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bara.draws.draws import Noise
+from bara.draws.noise_stack import NoiseStack
 from bara.posteriors.bara_config import BaraConfig, BaraResolved
+from bara.posteriors.bara_step import BaraStep
 from bara.posteriors.config import About
 from bara.posteriors.distributions import (
+    GATE_TEMPERATURE,
+    HIGH,
+    LOW,
     OPEN_SHIFT,
     bernoulli_kl,
     hard_concrete,
@@ -29,6 +34,7 @@ from bara.posteriors.distributions import (
     open_logit,
     scale_noise_kl,
 )
+from bara.posteriors.fused import Fused, Stack
 from bara.posteriors.posterior import (
     Kl,
     LayerSetup,
@@ -113,7 +119,6 @@ class BaraPosterior(Posterior):
             u = u.to(space.u.dtype)
             if not with_kl:
                 return PosteriorOutput(u)
-            self.calibrated = None  # the gates are about to change
             return PosteriorOutput(u, self._kl_parts(space, variables))
 
     @property
@@ -142,6 +147,35 @@ class BaraPosterior(Posterior):
             log_alpha=self._location(self.noise_logit) if self.config.factor_noise else None,
         )
 
+    def fuse(self, stack: Stack) -> Fused:
+        config, noise, shape = self.config, stack.noise, (self.rank,)
+        parts: dict[str, Tensor] = {}
+        if config.global_gate:
+            parts["z"] = self._location(stack.parameter("global_logit"))
+        if config.factor_noise:
+            parts["log_alpha"] = self._location(stack.parameter("noise_logit"))
+        of_task = {name: part[:, None, None] for name, part in parts.items()}  # (L, 1, 1, r)
+        multipliers = self._multipliers(
+            Variables(of_task.get("z"), of_task.get("log_alpha")), noise
+        )
+        eps = noise.normal("A", shape).unsqueeze(2)
+        m = reduce(torch.mul, multipliers) if multipliers else torch.ones_like(eps)
+        tensors = [m.detach() * (HIGH - LOW), self.weight_noise**0.5 * eps, m]
+        if config.local_gate:
+            logistic = logistic_noise(noise.uniform("g", shape)).unsqueeze(2) / GATE_TEMPERATURE
+            bias = self._location(stack.parameter("gate_bias"))[:, None, None]
+            weight = self._location(stack.parameter("gate_weight")).mT
+            scale = LOGIT_SCALE / GATE_TEMPERATURE
+            # features of norm 1 here, of root mean square 1 there
+            root = math.sqrt(self.rank) * self._gate_scale()
+            tensors += [torch.add(logistic, bias, alpha=scale), weight * (scale * root)]
+            parts["logistic"] = logistic
+        if stack.with_kl:
+            parts["columns"] = stack.squared_columns()
+        noisy = self.weight_noise > 0
+        step = BaraStep(config.local_gate, noisy, self.granularity == "sequence")
+        return Fused(step, tensors, parts, squares=noisy)
+
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:
         """What the maps of the input-dependent parts make of normalised features, by their names.
 
@@ -159,7 +193,7 @@ class BaraPosterior(Posterior):
         anything."""
         return 1 / math.sqrt(self.rank)
 
-    def _multipliers(self, variables: Variables, noise: Noise | None) -> list[Tensor]:
+    def _multipliers(self, variables: Variables, noise: Noise | NoiseStack | None) -> list[Tensor]:
         """z, 1 + sqrt(alpha) eps and g drawn, or without noise their means.
 
         Each broadcasts to (B, T, r); one random number per input is shared by its tokens.
@@ -168,17 +202,17 @@ class BaraPosterior(Posterior):
         if variables.z is not None:
             multipliers.append(self._gate("z", variables.z, noise))
         if variables.log_alpha is not None and noise is not None:
-            eps = noise.normal("eps", (self.rank,)).unsqueeze(1)
+            eps = noise.normal("eps", (self.rank,)).unsqueeze(-2)
             std = torch.exp(variables.log_alpha * (LOGIT_SCALE / 2))
             multipliers.append(1 + std * eps)
         if variables.g is not None:
             multipliers.append(self._gate("g", variables.g, noise))
         return multipliers
 
-    def _gate(self, name: str, logit: Tensor, noise: Noise | None) -> Tensor:
+    def _gate(self, name: str, logit: Tensor, noise: Noise | NoiseStack | None) -> Tensor:
         if noise is None:
             return hard_concrete_mean(LOGIT_SCALE * logit)
-        uniform = noise.uniform(name, (self.rank,)).unsqueeze(1)
+        uniform = noise.uniform(name, (self.rank,)).unsqueeze(-2)
         return hard_concrete(logit, logistic_noise(uniform), LOGIT_SCALE)
 
     def keep_factors(self, kept: Tensor, maps: Mapping[str, Tensor]) -> None:
@@ -243,9 +277,13 @@ class BaraPosterior(Posterior):
     def _local_kl(self, parts: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Of factors of an input, averaged over its positions: the KL of an active factor, and
         P(g > 0); each (L, B, r), None without local gates."""
-        if "g" not in parts:
+        if "shifted" in parts:  # of a fused step: with the draw's noise, over the temperature
+            opened = open_logit((parts["shifted"] - parts["logistic"]) * GATE_TEMPERATURE)
+        elif "g" in parts:
+            opened = self._open_logit(parts["g"])
+        else:
             return None, None
-        opened, weights = self._open_logit(parts["g"]), parts.get("weights")
+        weights = parts.get("weights")
         probability = torch.sigmoid(opened)
         assert self.config.local_prior is not None  # the config replaced its None
         kl = bernoulli_kl(probability, opened, self.config.local_prior)

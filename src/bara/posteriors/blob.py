@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
+from bara.posteriors.fused import Fused, Stack, flipout
 from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
 from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
@@ -70,6 +72,14 @@ class BlobPosterior(Posterior):
                 return PosteriorOutput(u)
             kl = gaussian_kl(wide(space.a), std, self.config.prior_std).sum()
             return PosteriorOutput(u, {"parameters": kl})
+
+    def fuse(self, stack: Stack) -> Fused | None:
+        roots: list[Any] = [posterior.noise_root for posterior in stack.posteriors]
+        stds = [
+            wide(torch.stack([roots[i] for i in layers])).square()
+            for layers, _ in stack.stacks_of_a
+        ]
+        return flipout(stack, stds, lambda a, std: gaussian_kl(a, std, self.config.prior_std))
 
     def mean_scale(self) -> Tensor | None:
         return None

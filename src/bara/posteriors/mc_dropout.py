@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from bara.draws.draws import Noise
+from bara.draws.noise_stack import FreshNoiseStack
 from bara.posteriors.config import About, BayesianConfig
+from bara.posteriors.fused import Fused, Stack, put
 from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_functions import Plain
 from bara.posteriors.rank_space import RankSpace, trailing
 from bara.posteriors.registry import register
 
@@ -50,6 +53,15 @@ class McDropoutPosterior(Posterior):
         mask = mask.unsqueeze(1) if channel == -1 else trailing(mask, x.dim())
         x = x * mask.to(x.dtype)
         return PosteriorOutput(space.project(x, space.a.to(x.dtype)))
+
+    def fuse(self, stack: Stack) -> Fused | None:
+        if not isinstance(stack.noise, FreshNoiseStack):
+            return None
+        rate, masks = self.config.dropout_rate, list(stack.a)
+        for layers, weights in stack.stacks_of_a:
+            uniform = stack.noise.uniform_of(len(layers), weights.shape[-1:])
+            put(masks, layers, uniform.ge(rate).to(stack.dtype).unsqueeze(2))
+        return Fused(Plain(), mask=masks, scale=1 / (1 - rate))
 
     def mean_scale(self) -> Tensor | None:
         return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved
+from bara.posteriors.fused import Fused, Stack
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
 from bara.posteriors.schedule import LossSchedule
 
@@ -122,6 +123,14 @@ class Posterior(nn.Module):
             with_kl: also hand up what the KL divergences and the activity are made of.
         """
         raise NotImplementedError
+
+    def fuse(self, stack: Stack) -> Fused | None:
+        """What `forward` does with noise, for L layers alike of which this is one, prepared.
+
+        Returns:
+            None if this family or these options have no fused step.
+        """
+        return None
 
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:
         """The KL of L layers alike, of which this is one.

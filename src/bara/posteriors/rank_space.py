@@ -83,6 +83,21 @@ class SharedInput:
             self.made[key] = x * x.detach()
         return self.made[key]
 
+    def data(self, dtype: torch.dtype) -> Tensor:
+        """x in another precision without its gradient, (N, d_in)."""
+        key = "data", dtype
+        if key not in self.made:
+            x = self.made.get(("x", dtype), self.x).detach()
+            self.made[key] = x.to(dtype).reshape(-1, x.shape[-1])
+        return self.made[key]
+
+    def squared_data(self, dtype: torch.dtype) -> Tensor:
+        """x^2 without its gradient, (N, d_in)."""
+        key = "squared data", dtype
+        if key not in self.made:
+            self.made[key] = self.data(dtype).square()
+        return self.made[key]
+
 
 @dataclass(frozen=True)
 class RankSpace:

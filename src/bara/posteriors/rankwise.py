@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import log_uniform_kl
+from bara.posteriors.fused import Fused, Stack, flipout
 from bara.posteriors.posterior import LOG_SCALE, LayerSetup, Posterior, PosteriorOutput
 from bara.posteriors.rank_space import RankSpace, trailing, wide
 from bara.posteriors.registry import register
@@ -57,7 +58,7 @@ class RankwisePosterior(Posterior):
 
     def variance(self) -> Tensor:
         """sigma_k^2, (r,); its logarithm is kept in [-20, 2]."""
-        return torch.exp((LOG_SCALE * wide(self.log_variance)).clamp(-20, 2))
+        return _variance(self.log_variance)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -67,8 +68,12 @@ class RankwisePosterior(Posterior):
                 u = u + space.project_noise(variance.sqrt(), noise, "A").to(u.dtype)
             if not with_kl:
                 return PosteriorOutput(u)
-            log_alpha = variance.log() - torch.log(a.square() + 1e-8)
-            return PosteriorOutput(u, {"parameters": log_uniform_kl(log_alpha).sum()})
+            return PosteriorOutput(u, {"parameters": _kl(a, variance.sqrt()).sum()})
+
+    def fuse(self, stack: Stack) -> Fused | None:
+        std = _variance(stack.parameter("log_variance")).sqrt().unsqueeze(2)
+        stds = [std[layers].expand_as(a) for layers, a in stack.stacks_of_a]
+        return flipout(stack, stds, _kl)
 
     def mean_scale(self) -> Tensor | None:
         return None
@@ -76,6 +81,15 @@ class RankwisePosterior(Posterior):
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         std = trailing(self.variance().sqrt(), a.dim())
         return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None
+
+
+def _variance(log_variance: Tensor) -> Tensor:
+    return torch.exp((LOG_SCALE * wide(log_variance)).clamp(-20, 2))
+
+
+def _kl(a: Tensor, std: Tensor) -> Tensor:
+    """Of each element of A."""
+    return log_uniform_kl(2 * std.log() - torch.log(a.square() + 1e-8))
 
 
 register(

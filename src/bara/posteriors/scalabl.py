@@ -18,7 +18,9 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
+from bara.posteriors.fused import Fused, Stack
 from bara.posteriors.posterior import LOG_SCALE, Kl, LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.rank_functions import Multiplied
 from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
 
@@ -60,11 +62,11 @@ class ScalablPosterior(Posterior):
 
     def mean(self) -> Tensor:
         """mu, (r,)."""
-        return wide(self.log_mean).exp()
+        return _mean(self.log_mean)
 
     def std(self) -> Tensor:
         """sigma, (r,)."""
-        return torch.exp(LOG_SCALE * wide(self.log_std))
+        return _std(self.log_std)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):
@@ -75,6 +77,12 @@ class ScalablPosterior(Posterior):
             u = space.u * diagonal.to(space.u.dtype)
             return PosteriorOutput(u, {"mean": mean, "std": std} if with_kl else {})
 
+    def fuse(self, stack: Stack) -> Fused:
+        mean, std = _mean(stack.parameter("log_mean")), _std(stack.parameter("log_std"))
+        eps = stack.noise.normal("s", (self.rank,))
+        diagonal = torch.addcmul(mean[:, None], std[:, None], eps).unsqueeze(2)
+        return Fused(Multiplied(), [diagonal], {"mean": mean, "std": std})
+
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:
         return Kl(gaussian_kl(parts["mean"], parts["std"], self.config.prior_std).sum(-1))
 
@@ -83,6 +91,14 @@ class ScalablPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         return a, self.mean() + self.std() * noise.normal("s", (self.rank,))[0]
+
+
+def _mean(log_mean: Tensor) -> Tensor:
+    return wide(log_mean).exp()
+
+
+def _std(log_std: Tensor) -> Tensor:
+    return torch.exp(LOG_SCALE * wide(log_std))
 
 
 register(
