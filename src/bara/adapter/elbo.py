@@ -194,6 +194,7 @@ class Elbo(DrawSource):
             forward.kl = self._weighted_kl(forward)
         self._watch_gradients(forward, outputs)
         self._reopen_in_backward(forward, outputs)
+        forward.fused = {}  # the graph is to go when the loss goes
         if kwargs.get("fused_lm_head"):
             return outputs  # TRL's trainers use its log-probabilities, not its loss: see KLMixin
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
