@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--num-draws", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quieten_libraries()
@@ -41,7 +42,7 @@ def main() -> None:
     base = load_causal_lm(str(smollm2_path()), {"dtype": "float32"})
     tokenizer = load_tokenizer(str(smollm2_path()), base)
     config = bara.BaraConfig(r=8, target_modules=attention_projections(base), task_type="CAUSAL_LM")
-    model = get_peft_model(base, config).eval()
+    model = get_peft_model(base, config).eval().to(arguments.device)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start; the time does not depend on the values
             torch.nn.init.normal_(parameter, std=0.02)
@@ -62,6 +63,7 @@ def main() -> None:
     result = {
         "new_tokens": arguments.new_tokens,
         "num_draws": arguments.num_draws,
+        "device": arguments.device,
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "ratio to a single decode": {n: median(t) / single for n, t in seconds.items()},
