@@ -142,7 +142,6 @@ def _recipe(method: str, folder: Path, seed: int, **training: Any) -> TrainRecip
         method=method,
         training={
             "save_strategy": "no",
-            "train_sampling_strategy": "group_by_length",  # else two fifths of it is padding
             "bf16": fast_bfloat16(),
             "use_cpu": not torch.cuda.is_available(),
             **training,
