@@ -3,6 +3,7 @@
 import bara.machine  # noqa: F401  (before what imports PEFT)
 from bara.adapter.peft_model import BayesianLoraModel
 from bara.certificates.certificate import Certificate, certify
+from bara.data.questions import QuestionWindows, question_windows
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
@@ -22,8 +23,11 @@ from bara.posteriors.mc_dropout import McDropoutConfig
 from bara.posteriors.rankwise import RankwiseConfig
 from bara.posteriors.scalabl import ScalablConfig
 from bara.prediction.likelihood import gaussian_nll
+from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.spans import SpanPredictive
+from bara.prediction.words import TokenPredictive
 from bara.ranks.effective_rank import EffectiveRank, calibrate_gates, effective_rank, rank_shift
 from bara.ranks.pruning import prune
 from bara.reports.measured_card import write_model_card
@@ -45,13 +49,17 @@ __all__ = [
     "Generation",
     "KLMixin",
     "McDropoutConfig",
+    "MultiLabelPredictive",
     "Predictive",
+    "QuestionWindows",
     "RankwiseConfig",
     "RegressionPredictive",
     "ScalablConfig",
     "SentenceClassifier",
+    "SpanPredictive",
     "StreamedToken",
     "Threshold",
+    "TokenPredictive",
     "calibrate_gates",
     "calibrate_threshold",
     "certify",
@@ -68,6 +76,7 @@ __all__ = [
     "multiple_choice",
     "predict",
     "prune",
+    "question_windows",
     "rank_shift",
     "sampling",
     "set_progress",

@@ -61,6 +61,22 @@ def loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
     return labels.ne(-100)
 
 
+def loss_terms(model: nn.Module, given: dict[str, Any]) -> int:
+    """How many terms of one input the model's own loss is the mean of, where it should be the sum.
+
+    The likelihood of several labels is a product over them, that of a span one over its start and
+    its end; the losses of transformers divide by their number.
+    """
+    if isinstance(given.get("start_positions"), Tensor):
+        return 2
+    labels, config = given.get("labels"), getattr(model, "config", None)
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or not labels.is_floating_point():
+        return 1
+    # before the first loss transformers has not yet concluded the problem from the labels
+    known = getattr(config, "problem_type", None) in (None, "multi_label_classification")
+    return labels.shape[1] if known and getattr(config, "num_labels", 1) == labels.shape[1] else 1
+
+
 def share_of(items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """The part of an accumulated batch's loss terms that a micro-batch has; 1 if unknown.
 

@@ -20,7 +20,13 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from bara.adapter.call_inputs import batch_size_of, loss_items, position_weights_of, share_of
+from bara.adapter.call_inputs import (
+    batch_size_of,
+    loss_items,
+    loss_terms,
+    position_weights_of,
+    share_of,
+)
 from bara.adapter.call_outputs import tensors_of, with_loss
 from bara.adapter.forward_pass import ForwardPass, Observer
 from bara.draws.context import PerContext, PerThread
@@ -167,6 +173,7 @@ class Elbo(DrawSource):
                 adapter.resolved.held = self._part_of_warmup(adapter.config) == 0
             self.check_consumed()
             self.last = None
+            forward.loss_terms = loss_terms(model, given)
             items = loss_items(model, given)
             if items is not None:
                 forward.items = items.flatten(1).sum(1) if items.dim() > 1 else items
@@ -205,7 +212,8 @@ class Elbo(DrawSource):
         )
 
     def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
-        """beta_g / N KL_global + beta_l KL_local, summed over the active adapters."""
+        """beta_g / N KL_global + beta_l KL_local, summed over the active adapters, in the loss's
+        unit."""
         weighted = []
         for name, terms in forward.terms.items():
             adapter = self.adapters[name]
@@ -217,7 +225,10 @@ class Elbo(DrawSource):
             ):
                 if kl is not None:
                     weighted.append(adapter.weight(self.ramp(adapter.config)) * weight * kl)
-        return sum(weighted[1:], weighted[0]) if weighted else None
+        if not weighted:
+            return None
+        kl = sum(weighted[1:], weighted[0])
+        return kl / forward.loss_terms if forward.loss_terms > 1 else kl
 
     def ramp(self, config: BayesianConfig) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""

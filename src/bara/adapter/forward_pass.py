@@ -91,6 +91,8 @@ class ForwardPass:
             row, (B, T): 0 for padding.
         items: loss terms of each row, (B,): its weight in the mean over the batch; None for ones.
         share: part of the whole accumulated batch that this micro-batch is, 1 if unknown.
+        loss_terms: terms of an input that the model's own loss is the mean of: the KL is divided
+            by their number too.
         draws: the draws in force, or None (fresh noise in training, else the mean).
         adapter_names: PEFT's adapter per row of a mixed batch.
         training: whether KL is collected: train mode with gradients.
@@ -110,6 +112,7 @@ class ForwardPass:
     weights: tuple[Tensor, ...] = ()
     items: Tensor | None = None
     share: Tensor | float = 1.0
+    loss_terms: int = 1
     draws: Draws | None = None
     adapter_names: tuple[str, ...] | None = None
     training: bool = False

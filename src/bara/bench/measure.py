@@ -27,6 +27,7 @@ def metrics_of(predictive: Predictive) -> dict[str, float]:
     correlation of the epistemic variance alone with the absolute error."""
     if isinstance(predictive, ClassificationPredictive):
         return classification_metrics(predictive)
+    assert isinstance(predictive, RegressionPredictive)
     metrics = regression_metrics(predictive)
     if predictive.num_draws > 1 and predictive.labels is not None:
         error = (predictive.mean - predictive.labels).abs()
@@ -46,6 +47,7 @@ def first_draws(predictive: Predictive, count: int) -> Predictive:
     if isinstance(predictive, ClassificationPredictive):
         draws = predictive.log_probs_draws[:count]
         return ClassificationPredictive(draws, predictive.labels, predictive.label_names)
+    assert isinstance(predictive, RegressionPredictive)
     return RegressionPredictive(
         predictive.mean_draws[:count], predictive.variance_draws[:count], predictive.labels
     )
@@ -65,6 +67,7 @@ def with_temperature(predictive: Predictive, temperature: float) -> Predictive:
     if isinstance(predictive, ClassificationPredictive):
         tempered = (predictive.log_probs_draws / temperature).log_softmax(-1)
         return ClassificationPredictive(tempered, predictive.labels, predictive.label_names)
+    assert isinstance(predictive, RegressionPredictive)
     return RegressionPredictive(
         predictive.mean_draws, predictive.variance_draws * temperature, predictive.labels
     )
@@ -97,6 +100,7 @@ def rank_numbers(rank: EffectiveRank, predictive: Predictive) -> dict[str, Any]:
     if isinstance(predictive, ClassificationPredictive):
         error = F.nll_loss(predictive.log_probs, predictive.labels, reduction="none")
     else:
+        assert isinstance(predictive, RegressionPredictive)
         error = (predictive.mean - predictive.labels).abs()
     numbers = {
         "s_bar": rank.s_bar,

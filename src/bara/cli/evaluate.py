@@ -74,7 +74,9 @@ def evaluate(
             "generates answers: leave them out"
         )
     options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
-    metrics, selective = _evaluate(model, tokenizer, task, table, ood_table, options, decoding)
+    metrics, by_label, selective = _evaluate(
+        model, tokenizer, task, table, ood_table, options, decoding
+    )
     source = draw_source(model)
     drawn = None if source is None else source.num_draws(num_draws)
     caption = f"{len(table)} texts, " + ("no draws" if drawn is None else f"{drawn} draws")
@@ -84,6 +86,8 @@ def evaluate(
     for name, value in metrics.items():
         view.add_row(name, f"{value:.4f}")
     console().print(view)
+    if by_label:
+        console().print(_label_view(by_label))
     update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
     if calibrate_risk is not None:
         threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)
@@ -102,7 +106,7 @@ def evaluate(
                 f"{calibrate_risk:g}; {threshold.coverage:.0%} of these are answered."
             )
     if json_file is not None:
-        content = {
+        content: dict[str, Any] = {
             "adapter": str(adapter),
             "data": data,
             "ood": ood,
@@ -111,6 +115,8 @@ def evaluate(
             "seed": seed,
             "metrics": metrics,
         }
+        if by_label is not None:
+            content["by_label"] = by_label
         atomic_write_text(json_file, json_text(content, indent=2) + "\n")
 
 
@@ -122,20 +128,38 @@ def _evaluate(
     ood: Any,
     options: dict[str, Any],
     decoding: dict[str, Any],
-) -> tuple[dict[str, float], Callable[[], Any]]:
-    """The metrics of a task, and what `calibrate_threshold` needs, computed when it is called."""
+) -> tuple[dict[str, float], dict[str, dict[str, float]] | None, Callable[[], Any]]:
+    """The metrics of a task, those of each label where there are such, and what
+    `calibrate_threshold` needs, computed when it is called."""
     from bara.errors import BaraError
     from bara.evaluation.metrics import measure
     from bara.finetuning.task_inputs import model_inputs, predict_table
     from bara.language.evaluation import answer_losses, token_metrics
+    from bara.language.tasks import LanguageTask
 
     if task.task == "causal-lm":
         if ood is not None:
             raise BaraError("--ood is for classification and multiple choice: leave it out")
         metrics = token_metrics(model, model_inputs(table, tokenizer, task), **options)
-        return metrics, lambda: answer_losses(model, tokenizer, table, **options, **decoding)
+        return metrics, None, lambda: answer_losses(model, tokenizer, table, **options, **decoding)
+    if ood is not None and not isinstance(task, LanguageTask) and task.task != "classification":
+        raise BaraError("--ood is for classification and multiple choice: leave it out")
     predictive = predict_table(model, tokenizer, task, table, **options)
     elsewhere = None
     if ood is not None:
         elsewhere = predict_table(model, tokenizer, task, ood, labels=False, **options)
-    return measure(predictive, elsewhere).to_dict(), lambda: predictive
+    evaluation = measure(predictive, elsewhere)
+    return evaluation.to_dict(), evaluation.by_label, lambda: predictive
+
+
+def _label_view(by_label: dict[str, dict[str, float]]) -> Any:
+    """A table with a row for each label."""
+    from rich.table import Table
+
+    view = Table()
+    view.add_column("label")
+    for name in next(iter(by_label.values())):
+        view.add_column(name, justify="right")
+    for name, scores in by_label.items():
+        view.add_row(name, *(f"{value:.4g}" for value in scores.values()))
+    return view

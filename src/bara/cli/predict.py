@@ -89,11 +89,11 @@ def predict(
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:
     """Takes back the predictions that are too uncertain."""
     from bara.errors import BaraError
-    from bara.prediction.predictive import ClassificationPredictive
+    from bara.prediction.predictive import RegressionPredictive
 
-    if not isinstance(predictive, ClassificationPredictive):
-        raise BaraError("--abstain-at-risk is for classification and multiple choice")
-    declined = threshold.abstains(1 - predictive.probs.amax(-1)).tolist()
+    if isinstance(predictive, RegressionPredictive):
+        raise BaraError("--abstain-at-risk is not for regression: leave it out")
+    declined = threshold.abstains(1 - predictive.confidence).tolist()
     for record, abstained in zip(records, declined, strict=True):
         record["abstained"] = abstained
         if abstained:

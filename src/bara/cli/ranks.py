@@ -30,6 +30,7 @@ def ranks(
 
     from bara.adapter.inspection import bayesian_adapter
     from bara.cli.terminal import console, update_card
+    from bara.data.question_task import QuestionTask
     from bara.files import require_new
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import model_inputs, read_table
@@ -57,7 +58,9 @@ def ranks(
         for part in inputs
     ]
     errors = None
-    if not isinstance(task, LanguageTask) and task.label_column in tables[0].column_names:
+    if not isinstance(task, LanguageTask | QuestionTask) and (
+        task.label_column in tables[0].column_names
+    ):
         whole = model_inputs(tables[0], tokenizer, task)
         draws: dict[str, Any] = {
             "num_draws": max(1, num_draws),
@@ -65,10 +68,12 @@ def ranks(
             "batch_size": batch_size,
         }
         errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
-    if isinstance(task, LanguageTask):
+    if isinstance(task, LanguageTask | QuestionTask):
         texts = [str(tokenizer.decode(row["input_ids"])) for row in inputs[0]]
     else:
-        texts = [" | ".join(str(row[column]) for column in task.text_columns) for row in tables[0]]
+        texts = [
+            " | ".join(_text(row[column]) for column in task.text_columns) for row in tables[0]
+        ]
     other = None if against is None else (Path(against).name, measured[1])
     report = RankReport(Path(data).name, measured[0], texts, other, errors)
     notes = [
@@ -91,3 +96,7 @@ def ranks(
     lines.append(f"{output / 'report.html'} shows the pictures.")
     for line in lines:
         terminal.print(line, soft_wrap=True)
+
+
+def _text(cell: Any) -> str:
+    return " ".join(cell) if isinstance(cell, list) else str(cell)

@@ -36,13 +36,15 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     from bara.errors import BaraError
     from bara.finetuning.task_inputs import model_inputs, read_table
 
-    inputs = model_inputs(read_table(data, task), tokenizer, task, labels=False)
+    fit = read_table(data, task)
     if held_out is not None:
-        return inputs, model_inputs(read_table(held_out, task), tokenizer, task, labels=False)
-    if len(inputs) < 2:
+        measure = read_table(held_out, task)
+    elif len(fit) < 2:
         raise BaraError(f"{data} has one text: give two at least, or --held-out")
-    numbers = range(len(inputs))
-    return inputs.select(numbers[::2]), inputs.select(numbers[1::2])
+    else:
+        numbers = range(len(fit))
+        fit, measure = fit.select(numbers[::2]), fit.select(numbers[1::2])
+    return tuple(model_inputs(part, tokenizer, task, labels=False) for part in (fit, measure))
 
 
 def update_card(adapter: Path, **measured: Any) -> None:

@@ -33,7 +33,10 @@ def train(
     label_column: Annotated[str | None, Option(help="Column with classes or targets.")] = None,
     task: Annotated[
         str | None,
-        Option(help="classification, regression, causal-lm or multiple-choice."),
+        Option(
+            help="classification, regression, multi-label, token-classification, "
+            "question-answering, causal-lm or multiple-choice."
+        ),
     ] = None,
     scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
     max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-TaskType = Literal["classification", "regression"]
+TaskType = Literal["classification", "regression", "multi-label"]
 TEXT_COLUMNS = ("text", "sentence", "sentence1")
 TEXT_PAIR_COLUMNS = ("text_pair", "sentence2")
 LABEL_COLUMNS = ("label", "labels", "target")
@@ -81,13 +81,13 @@ class TextTask:
         if len(dataset) == 0:
             raise BaraError("the training data has no rows; give at least one")
         columns = dataset.column_names
-        text = _find_column(columns, text_column, TEXT_COLUMNS, "text")
-        label = _find_column(columns, label_column, LABEL_COLUMNS, "label")
+        text = find_column(columns, text_column, TEXT_COLUMNS, "text")
+        label = find_column(columns, label_column, LABEL_COLUMNS, "label")
         pair = text_pair_column or next((c for c in TEXT_PAIR_COLUMNS if c in columns), None)
         if pair is not None:
-            pair = _find_column(columns, pair, (), "text-pair")
+            pair = find_column(columns, pair, (), "text-pair")
         values = list(dataset[label])
-        _refuse_missing(values, label)
+        refuse_missing(values, label)
         if task is None:
             task = (
                 "regression" if any(_is_fraction(value) for value in values) else "classification"
@@ -135,8 +135,8 @@ class TextTask:
         Raises:
             BaraError: a label is missing, not a number, not finite, or unseen in training.
         """
-        values = list(dataset[_find_column(dataset.column_names, self.label_column)])
-        _refuse_missing(values, self.label_column, first_row)
+        values = list(dataset[find_column(dataset.column_names, self.label_column)])
+        refuse_missing(values, self.label_column, first_row)
         if self.task == "regression":
             targets = _targets(values, self.label_column, first_row)
             return [(target - self.target_mean) / self.target_std for target in targets]
@@ -147,8 +147,8 @@ class TextTask:
             row = first_row + next(i for i, name in enumerate(names) if name not in index)
             raise BaraError(
                 f"column {self.label_column!r} has labels that were not in the training data: "
-                f"{_listed(unseen)} (first in row {row}); "
-                f"the model knows {_listed(self.label_names)}"
+                f"{listed(unseen)} (first in row {row}); "
+                f"the model knows {listed(self.label_names)}"
             )
         return [index[name] for name in names]
 
@@ -173,8 +173,9 @@ class TextTask:
         """
         mend = "it does not describe a text task as `bara train` writes it; restore the file"
         task: TextTask = read_json(path, cls, mend)
-        if task.task == "classification" and len(set(task.label_names)) < 2:
-            raise BaraError(f"{path}: label_names must be two classes or more; {mend}")
+        fewest = {"classification": 2, "multi-label": 1}.get(task.task, 0)
+        if len(set(task.label_names)) < fewest:
+            raise BaraError(f"{path}: label_names must be {fewest} classes or more; {mend}")
         if len(set(task.label_names)) < len(task.label_names):
             raise BaraError(f"{path}: label_names has a class twice; {mend}")
         return task
@@ -245,7 +246,7 @@ def split_dataset(
         raise BaraError(f"cannot take {test_size} of {total} rows: both parts must have some")
     classes = None
     if label_column is not None:
-        names = _label_names(dataset, _find_column(dataset.column_names, label_column))
+        names = _label_names(dataset, find_column(dataset.column_names, label_column))
         sizes = [names.count(name) for name in set(names)]
         if min(sizes) > 1 and len(sizes) <= min(count, total - count):
             classes = names
@@ -255,11 +256,11 @@ def split_dataset(
     return dataset.select(sorted(rest)), dataset.select(sorted(test))
 
 
-def _find_column(
+def find_column(
     columns: Sequence[str], given: str | None, usual: Sequence[str] = (), role: str = ""
 ) -> str:
     found = given or next((column for column in usual if column in columns), None)
-    there = f"the columns are {_listed(columns)}"
+    there = f"the columns are {listed(columns)}"
     if found is None:
         raise BaraError(f"which column has the {role}? Say so with --{role}-column; {there}")
     if found not in columns:
@@ -267,7 +268,7 @@ def _find_column(
     return found
 
 
-def _listed(names: Iterable[str], at_most: int = 20) -> str:
+def listed(names: Iterable[str], at_most: int = 20) -> str:
     quoted = [shown(name) for name in names]
     more = f" and {len(quoted) - at_most} more" if len(quoted) > at_most else ""
     return ", ".join(quoted[:at_most]) + more
@@ -279,7 +280,7 @@ def _rows(rows: Sequence[int], first_row: int) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {numbers}{more}"
 
 
-def _refuse_missing(values: Sequence[Any], column: str, first_row: int = 1) -> None:
+def refuse_missing(values: Sequence[Any], column: str, first_row: int = 1) -> None:
     """Refuses labels that are missing, or no labels at all: lists, objects, ..."""
     for row, value in enumerate(values):
         if isinstance(value, list | tuple | dict | bytes):
@@ -314,7 +315,7 @@ def _targets(values: Sequence[Any], column: str, first_row: int) -> list[float]:
             f"column {column!r} has {shown(values[bad])} in row {first_row + bad}, not a number; "
             "regression needs numeric targets (or use --task classification)"
         ) from None
-    _refuse_missing(targets, column, first_row)
+    refuse_missing(targets, column, first_row)
     return targets
 
 
@@ -326,7 +327,7 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-def _label_name(value: Any) -> str:
+def label_name(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -339,7 +340,7 @@ def _label_names(dataset: Dataset, column: str) -> list[str]:
     feature = dataset.features[column]
     if hasattr(feature, "int2str"):
         return cast(list[str], feature.int2str(values))
-    return [_label_name(value) for value in values]
+    return [label_name(value) for value in values]
 
 
 def _as_known(names: list[str], known: Sequence[str]) -> list[str]:
@@ -368,19 +369,19 @@ def _class_names(dataset: Dataset, column: str) -> tuple[str, ...]:
         names = tuple(feature.names)
     else:
         # A stable order: numbers by value, anything else as text.
-        distinct = {_label_name(value) for value in values}
+        distinct = {label_name(value) for value in values}
         numeric = all(_is_number(name) for name in distinct)
         names = tuple(sorted(distinct, key=lambda n: (float(n) if numeric else 0.0, n)))
     if len(names) < 2:
         raise BaraError(
-            f"column {column!r} has only the class {_listed(names)}; "
+            f"column {column!r} has only the class {listed(names)}; "
             "classification needs two or more"
         )
     return names
 
 
 def _texts(dataset: Dataset, column: str, first_row: int) -> list[str]:
-    values = list(dataset[_find_column(dataset.column_names, column)])
+    values = list(dataset[find_column(dataset.column_names, column)])
     bad = [row for row, v in enumerate(values) if not isinstance(v, str) or not v.strip()]
     if bad:
         found = values[bad[0]]

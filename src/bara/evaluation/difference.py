@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bara.errors import BaraError
+from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.spans import SpanDistribution, SpanPredictive
+from bara.prediction.words import TokenPredictive
 
 
 @dataclass(frozen=True)
@@ -14,10 +20,10 @@ class Difference:
     """The distance between two predictions of n inputs.
 
     Attributes:
-        num_inputs: n.
+        num_inputs: n; of token classification the words.
         mean, largest: mean and largest distance over the inputs. Classification: total variation
-            between the class probabilities, in [0, 1]. Regression: between the predicted means, in
-            the target's unit.
+            between the class probabilities (of words; of spans), in [0, 1]; of labels its mean.
+            Regression: between the predicted means, in the target's unit.
         changed: share of the inputs whose most probable class is another; None for regression.
     """
 
@@ -39,13 +45,38 @@ def difference(first: Predictive, second: Predictive) -> Difference:
     """The distance between two predictions for the same inputs.
 
     Raises:
-        BaraError: one is a classification and the other a regression.
+        BaraError: they are of different kinds.
     """
     if isinstance(first, ClassificationPredictive) and isinstance(second, ClassificationPredictive):
         distance = 0.5 * (first.probs - second.probs).abs().sum(-1)
-        changed = (first.prediction != second.prediction).double().mean().item()
-        return Difference(len(distance), distance.mean().item(), distance.max().item(), changed)
+        return _difference(distance, first.prediction != second.prediction)
     if isinstance(first, RegressionPredictive) and isinstance(second, RegressionPredictive):
         distance = (first.mean - second.mean).abs()
         return Difference(len(distance), distance.mean().item(), distance.max().item(), None)
-    raise BaraError("A classification and a regression cannot be compared.")
+    if isinstance(first, TokenPredictive) and isinstance(second, TokenPredictive):
+        return difference(first.words, second.words)
+    if isinstance(first, MultiLabelPredictive) and isinstance(second, MultiLabelPredictive):
+        distance = (first.probs - second.probs).abs().mean(-1)
+        others = (first.prediction != second.prediction).any(-1)
+        return _difference(distance, others)
+    if isinstance(first, SpanPredictive) and isinstance(second, SpanPredictive):
+        distance = torch.tensor(
+            [
+                _variation(first.distribution(i), second.distribution(i))
+                for i in range(len(first.passages))
+            ]
+        )
+        pairs = zip(first.answers, second.answers, strict=True)
+        return _difference(distance, torch.tensor([a.spans[0] != b.spans[0] for a, b in pairs]))
+    raise BaraError("Predictions of different kinds cannot be compared.")
+
+
+def _variation(first: SpanDistribution, second: SpanDistribution) -> float:
+    """Total variation between two distributions over the spans of one context."""
+    spans = (first.log_probs.exp() - second.log_probs.exp()).abs().sum()
+    return 0.5 * float(spans + (first.no_answer.exp() - second.no_answer.exp()).abs())
+
+
+def _difference(distance: Tensor, changed: Tensor) -> Difference:
+    share = changed.double().mean().item()
+    return Difference(len(distance), distance.mean().item(), distance.max().item(), share)

@@ -10,9 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bara.errors import BaraError
+from bara.evaluation.curves import NUM_BINS, below_one, risk_coverage
+from bara.evaluation.task_metrics import (
+    label_scores,
+    multi_label_metrics,
+    span_metrics,
+    tag_scores,
+    task_selection,
+    token_metrics,
+)
+from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
-
-NUM_BINS = 15
+from bara.prediction.spans import SpanPredictive
+from bara.prediction.words import TokenPredictive
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,14 +30,17 @@ class Evaluation:
     """Metrics of one model on one data set, with the predictions they came from.
 
     Attributes:
-        metrics: what `classification_metrics` or `regression_metrics` returned.
+        metrics: one number each, by name.
         predictive: predictions for the labelled data.
         ood_predictive: predictions for the out-of-distribution data, if there were any.
+        by_label: for multi-label classification the metrics of each label, for token
+            classification those of each type of entity.
     """
 
     metrics: dict[str, float]
     predictive: Predictive
     ood_predictive: Predictive | None = None
+    by_label: dict[str, dict[str, float]] | None = None
 
     def to_dict(self) -> dict[str, float]:
         """The metrics as plain floats, for JSON."""
@@ -49,11 +62,24 @@ def measure(predictive: Predictive, ood: Predictive | None = None) -> Evaluation
         BaraError: labels are missing, or a regression has an `ood`.
     """
     if isinstance(predictive, ClassificationPredictive):
-        if not isinstance(ood, RegressionPredictive):
+        if ood is None or isinstance(ood, ClassificationPredictive):
             return Evaluation(classification_metrics(predictive, ood=ood), predictive, ood)
     elif ood is None:
-        return Evaluation(regression_metrics(predictive), predictive)
+        return _without_ood(predictive)
     raise BaraError("OOD detection is measured for classification only: leave out ood.")
+
+
+def _without_ood(predictive: Predictive) -> Evaluation:
+    if isinstance(predictive, MultiLabelPredictive):
+        metrics = multi_label_metrics(predictive)
+        return Evaluation(metrics, predictive, by_label=label_scores(predictive))
+    if isinstance(predictive, TokenPredictive):
+        metrics = classification_metrics(predictive.labelled) | token_metrics(predictive)
+        return Evaluation(metrics, predictive, by_label=tag_scores(predictive))
+    if isinstance(predictive, SpanPredictive):
+        return Evaluation(span_metrics(predictive), predictive)
+    assert isinstance(predictive, RegressionPredictive)
+    return Evaluation(regression_metrics(predictive), predictive)
 
 
 def classification_metrics(
@@ -93,7 +119,7 @@ def classification_metrics(
         "accuracy": 1 - errors.mean().item(),
         "nll": F.nll_loss(predictive.log_probs, labels).item(),
         "ece": multiclass_calibration_error(
-            _below_one(probs), labels, num_classes=predictive.num_classes, n_bins=NUM_BINS
+            below_one(probs), labels, num_classes=predictive.num_classes, n_bins=NUM_BINS
         ).item(),
         "brier": (probs - F.one_hot(labels, predictive.num_classes)).square().sum(-1).mean().item(),
         "aurc": risk_coverage(uncertainty, errors)[1].mean().item(),
@@ -137,34 +163,6 @@ def regression_metrics(
     }
 
 
-def risk_coverage(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean loss on the inputs that are left when the most uncertain ones go unanswered.
-
-    Geifman & El-Yaniv (2017, arXiv 1705.08500). Equally uncertain inputs are answered in random
-    order, and the expectation over that order is returned; so the inputs' own order never counts.
-
-    Args:
-        uncertainty: (n,), larger = answered later.
-        loss: (n,), for instance 1 for a wrong answer and 0 for a right one.
-
-    Returns:
-        (n,) coverages 1/n … 1 and (n,) risks, float64. The area under the curve is the mean risk.
-
-    Raises:
-        BaraError: no inputs, or two different numbers of them.
-    """
-    if uncertainty.shape != loss.shape or loss.dim() != 1 or len(loss) == 0:
-        raise BaraError(
-            "uncertainty and loss must be one number for each input, at least one, not of the "
-            f"shapes {tuple(uncertainty.shape)} and {tuple(loss.shape)}"
-        )
-    _, group, size = uncertainty.unique(return_inverse=True, return_counts=True)
-    group_loss = torch.zeros(len(size), dtype=torch.float64).index_add_(0, group, loss.double())
-    answered = torch.arange(1, len(loss) + 1, dtype=torch.float64)
-    risk = (group_loss / size).repeat_interleave(size).cumsum(0) / answered
-    return answered / len(loss), risk
-
-
 def reliability(
     probs: Tensor, labels: Tensor, bins: int = NUM_BINS
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +175,7 @@ def reliability(
     Returns:
         (bins,) mean confidences, accuracies and counts; the former two NaN where the count is 0.
     """
-    confidence, prediction = _below_one(probs).max(-1)
+    confidence, prediction = below_one(probs).max(-1)
     index = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1), right=True) - 1
     count = index.bincount(minlength=bins)
 
@@ -189,7 +187,7 @@ def reliability(
 
 def selective_risk(predictive: Predictive) -> tuple[Tensor, Tensor]:
     """The risk–coverage curve of labelled predictions, as `risk_coverage` returns it: of the
-    error rate for classification, of the squared error for regression.
+    error rate, or for regression of the squared error.
 
     Raises:
         BaraError: as the metrics do.
@@ -199,17 +197,22 @@ def selective_risk(predictive: Predictive) -> tuple[Tensor, Tensor]:
 
 def selection(predictive: Predictive) -> tuple[Tensor, Tensor]:
     """(n,) uncertainties and (n,) losses of labelled predictions, by which an input is answered or
-    not: 1 - largest probability and errors, or for regression variances and squared errors.
+    not: 1 - probability of the prediction and errors, or for regression variances and squared
+    errors. A prediction of several labels or words is right if all of them are.
 
     Raises:
         BaraError: as the metrics do.
     """
     if isinstance(predictive, ClassificationPredictive):
         return _selection(predictive, _class_labels(predictive, None))
+    if not isinstance(predictive, RegressionPredictive):
+        return task_selection(predictive)
     return _selection(predictive, _targets(predictive, None))
 
 
-def _selection(predictive: Predictive, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _selection(
+    predictive: ClassificationPredictive | RegressionPredictive, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """(n,) uncertainties and (n,) float64 losses that selective prediction is judged by."""
     if isinstance(predictive, ClassificationPredictive):
         return 1 - predictive.probs.amax(-1), (predictive.prediction != labels).double()
@@ -228,12 +231,6 @@ def _ood_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
         "ood_auroc": float(roc_auc_score(is_outside, score)),
         "ood_fpr95": float(false_positives[(true_positives >= 0.95).argmax()]),
     }
-
-
-def _below_one(probs: Tensor) -> Tensor:
-    # torchmetrics gives a probability of exactly 1 a bin of its own, and takes one that rounding
-    # has put above 1 for a logit.
-    return probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
 
 
 def _labels(predictive: Predictive, labels: Tensor | None, num_inputs: int) -> Tensor:

@@ -35,8 +35,8 @@ from bara.files import atomic_directory, require_new, require_space
 from bara.models.sentence import SentenceClassifier, save_sentence_transformer
 from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
+from bara.prediction.mixture import mixture
 from bara.prediction.predict import predict
-from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import fold_temperature, get_temperature, output_layer
 from bara.ranks.effective_rank import calibrate_gates
 
@@ -140,7 +140,7 @@ def export_lora(
         if held_out is None:
             return None
         parts = [predict(m, held_out, deterministic=True, **options) for m in models]
-        return difference(predict(model, held_out, **expected, **options), _mixture(parts))
+        return difference(predict(model, held_out, **expected, **options), mixture(parts))
 
     if mode == "merged":
         merged, size = _merged(shipped, folder)
@@ -248,18 +248,6 @@ def _plain_models(model: PeftModel, adapter: str, weights: list[Weights]) -> Ite
             a, b = weight(name, originals[name], adapter, posterior)
             layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = a, b
         yield plain
-
-
-def _mixture(parts: list[Predictive]) -> Predictive:
-    """One predictive with the draws of all."""
-    if all(isinstance(part, ClassificationPredictive) for part in parts):
-        draws = torch.cat([part.log_probs_draws for part in parts])  # type: ignore[union-attr]
-        return ClassificationPredictive(draws)
-    means, variances = (
-        torch.cat([getattr(part, name) for part in parts])
-        for name in ("mean_draws", "variance_draws")
-    )
-    return RegressionPredictive(means, variances)
 
 
 def _manifest(

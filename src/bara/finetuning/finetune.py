@@ -14,20 +14,30 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
+from bara.data.multi_label_task import MultiLabelTask
+from bara.data.question_task import QuestionTask
 from bara.data.tables import load_table
-from bara.data.text_task import TextTask
+from bara.data.tag_task import TagTask
+from bara.data.text_task import LABEL_COLUMNS, TextTask
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.certified_prior import prepare
 from bara.finetuning.checkpoints import CHECKPOINTS, check_output, only_run, prepare_checkpoints
 from bara.finetuning.save import save_adapter
-from bara.finetuning.task_inputs import model_inputs, predict_table, read_table, text_task
+from bara.finetuning.task_inputs import (
+    TABLE_TASKS,
+    model_inputs,
+    predict_table,
+    read_table,
+    text_task,
+)
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
@@ -36,6 +46,7 @@ from bara.methods.table import Method, check_recipe, parse_method
 from bara.models.base import load_base, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
+from bara.prediction.batches import pad_rows
 from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.temperature import fit_temperature, set_temperature
 from bara.schema import SEEDS
@@ -49,7 +60,13 @@ if TYPE_CHECKING:
 MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
 
-_TASK_TYPES = {TextTask: "SEQ_CLS", LanguageTask: "CAUSAL_LM"}
+_TASK_TYPES = {
+    TextTask: "SEQ_CLS",
+    MultiLabelTask: "SEQ_CLS",
+    TagTask: "TOKEN_CLS",
+    QuestionTask: "QUESTION_ANS",
+    LanguageTask: "CAUSAL_LM",
+}
 
 ATTENTION_PROJECTIONS = (
     *("query", "key", "value"),
@@ -113,7 +130,9 @@ def _finetune(
     if train is None:
         if not recipe.data:
             raise BaraError("which data? Give a file or a hub data set with --data")
-        texts = (recipe.text_column, recipe.text_pair_column)
+        texts: tuple[str | None, ...] = (recipe.text_column, recipe.text_pair_column)
+        if recipe.task == "multi-label":  # names, even where all look like numbers
+            texts += (recipe.label_column, *LABEL_COLUMNS)
         train = load_table(recipe.data, split=recipe.split, text_columns=texts)
     if tempered and validation is None and not recipe.validation:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
@@ -169,8 +188,16 @@ def _training_inputs(
         window = getattr(model.config, "sliding_window", None)
         rows = partial(tokenise_choices, tokenizer=tokenizer, task=task, window=window)
         return rows, ChoiceCollator(tokenizer)
-    collator = DataCollatorForSeq2Seq if isinstance(task, LanguageTask) else DataCollatorWithPadding
-    return partial(model_inputs, tokenizer=tokenizer, task=task), collator(tokenizer)
+    inputs = partial(model_inputs, tokenizer=tokenizer, task=task)
+    if isinstance(task, QuestionTask):
+        # on the right, so that the answers stay where they are
+        collator = partial(pad_rows, pad_token_id=tokenizer.pad_token_id or 0)
+        return lambda table: inputs(table).dataset(), collator
+    if isinstance(task, TagTask):
+        return inputs, DataCollatorForTokenClassification(tokenizer)
+    if isinstance(task, LanguageTask):
+        return inputs, DataCollatorForSeq2Seq(tokenizer)
+    return inputs, DataCollatorWithPadding(tokenizer)
 
 
 def train_model(
@@ -242,14 +269,19 @@ def _task(recipe: TrainRecipe, train: Dataset) -> Task:
             max_length=recipe.max_length,
             scoring=recipe.scoring,  # type: ignore[arg-type]  # checked there
         )
-    return TextTask.infer(
-        train,
-        text_column=recipe.text_column,
-        text_pair_column=recipe.text_pair_column,
-        label_column=recipe.label_column,
-        task=recipe.task,  # type: ignore[arg-type]  # checked there
-        max_length=recipe.max_length,
-    )
+    described = TABLE_TASKS.get(recipe.task or "", TextTask)
+    options: dict[str, Any] = {
+        "text_column": recipe.text_column,
+        "text_pair_column": recipe.text_pair_column,
+        "label_column": recipe.label_column,
+        "max_length": recipe.max_length,
+    }
+    if described is TextTask:
+        options["task"] = recipe.task  # checked there
+    if described is QuestionTask:
+        options["stride"] = recipe.stride
+        options["max_answer_length"] = recipe.max_answer_length
+    return described.infer(train, **options)
 
 
 def build_model(

@@ -12,12 +12,7 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_model
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoConfig, AutoModel
 
 from bara.adapter.layer import renamed_key
 from bara.cards.adapter_files import (
@@ -32,17 +27,13 @@ from bara.cards.adapter_files import (
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.task_inputs import load_task
-from bara.language.tasks import (
-    LanguageTask,
-    Task,
-    is_multiple_choice,
-)
+from bara.language.tasks import Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.probabilistic_peft import PveraDraws, PveraTrainer
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import parse_method
 from bara.methods.weight_draws import WeightDraws
-from bara.models.base import load_base, load_tokenizer
+from bara.models.base import load_base, load_tokenizer, model_class
 from bara.models.sentence import SentenceClassifier
 from bara.prediction.temperature import load_temperature
 from bara.schema import read_json, shown
@@ -174,12 +165,10 @@ def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase,
     task = load_task(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
-        if isinstance(task, LanguageTask):
-            model = AutoModelForCausalLM.from_config(config)
-        elif SentenceClassifier.__name__ in (config.architectures or ()):
+        if SentenceClassifier.__name__ in (config.architectures or ()):
             model = SentenceClassifier(AutoModel.from_config(config))
         else:
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = model_class(task).from_config(config)
         load_model(model, folder / MODEL_FILE)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaraError(

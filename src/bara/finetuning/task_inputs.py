@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from bara.cards.adapter_files import TASK_FILE
+from bara.data.multi_label_task import MultiLabelTask
+from bara.data.question_task import QuestionTask
 from bara.data.tables import load_table
-from bara.data.text_task import TaskType, TextTask, tokenise
+from bara.data.tag_task import TagTask
+from bara.data.text_task import TextTask, tokenise
 from bara.errors import BaraError
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import (
@@ -22,11 +26,21 @@ from bara.language.tasks import (
 )
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
+from bara.prediction.words import TokenPredictive
 from bara.schema import read_json, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+TABLE_TASKS: dict[str, type[TextTask | TagTask | QuestionTask]] = {
+    "classification": TextTask,
+    "regression": TextTask,
+    "multi-label": MultiLabelTask,
+    "token-classification": TagTask,
+    "question-answering": QuestionTask,
+}
+"""What describes a table of texts, by the name of the task."""
 
 _Named = dict[str, Any]
 """Any JSON object, before its `task` says of which kind it is."""
@@ -44,10 +58,10 @@ def load_task(folder: Path) -> Task:
     if name in LANGUAGE_TASKS:
         language: LanguageTask = read_json(path, LanguageTask, mend)
         return language
-    if name not in get_args(TaskType):
-        known = ", ".join((*get_args(TaskType), *LANGUAGE_TASKS))
+    if not isinstance(name, str) or name not in TABLE_TASKS:
+        known = ", ".join((*TABLE_TASKS, *LANGUAGE_TASKS))
         raise BaraError(f"{path}: task must be {known}, not {shown(name)}; {mend}")
-    return TextTask.load(path)
+    return TABLE_TASKS[name].load(path)
 
 
 def read_table(source: str, task: Task, *, split: str | None = None) -> Dataset:
@@ -56,7 +70,9 @@ def read_table(source: str, task: Task, *, split: str | None = None) -> Dataset:
     Raises:
         BaraError: see `bara.data.tables.load_table`.
     """
-    texts = task.text_columns if isinstance(task, TextTask) else ()
+    texts = () if isinstance(task, LanguageTask) else task.text_columns
+    if isinstance(task, MultiLabelTask):
+        texts += (task.label_column,)
     return load_table(source, split=split, text_columns=texts)
 
 
@@ -71,26 +87,36 @@ def text_task(task: Task, command: str) -> TextTask:
             f"`bara {command}` needs labelled classes, and this adapter was trained for "
             f"{task.task}: use `bara generate`"
         )
+    if not isinstance(task, TextTask):
+        raise BaraError(f"`bara {command}` is not for adapters that were trained for {task.task}")
     return task
 
 
 def model_inputs(
-    table: Dataset, tokenizer: PreTrainedTokenizerBase, task: Task, *, labels: bool = True
-) -> Dataset:
-    """A table as the model of a task reads it.
+    table: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    labels: bool = True,
+    first_row: int = 1,
+) -> Any:
+    """A table as the model of a task reads it: a data set, or for questions their windows.
 
     Args:
         table: its rows.
         tokenizer: the model's.
         task: what the model is for.
         labels: keep the labels; a language model's inputs always have theirs.
+        first_row: number of the first row, for messages.
 
     Raises:
         BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
     """
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)
-    return tokenise(table, tokenizer, task, labels=labels)
+    if isinstance(task, TextTask):
+        return tokenise(table, tokenizer, task, labels=labels, first_row=first_row)
+    return task.inputs(table, tokenizer, labels=labels, first_row=first_row)
 
 
 def predict_table(
@@ -119,7 +145,11 @@ def predict_table(
     if is_multiple_choice(task):
         asked = questions(table, first_row=first_row)
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
-    task = text_task(task, "predict")
-    return predict(
-        model, tokenise(table, tokenizer, task, labels=labels, first_row=first_row), **options
-    )
+    if isinstance(task, LanguageTask):
+        text_task(task, "predict")  # says what it is for
+    inputs = model_inputs(table, tokenizer, task, labels=labels, first_row=first_row)
+    predictive = predict(model, inputs, **options)
+    if isinstance(predictive, TokenPredictive) and isinstance(task, TagTask):
+        words = task.words(table, first_row=first_row)
+        return replace(predictive, texts=tuple(tuple(row) for row in words))
+    return predictive

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import ConfigDict
 
+from bara.data.question_task import QuestionTask
+from bara.data.tag_task import TagTask
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
@@ -188,4 +190,4 @@ def _encode(
     return [], token_ids(tokenizer, completion)
 
 
-Task = TextTask | LanguageTask
+Task = TextTask | TagTask | QuestionTask | LanguageTask

@@ -63,6 +63,8 @@ class TrainRecipe:
             `bara.data.text_task.TextTask.infer`. For `task` causal-lm or multiple-choice see
             `bara.language.tasks.LanguageTask`, which has fixed columns.
         scoring: for multiple choice, `text` or `letter`.
+        stride, max_answer_length: for question answering, see
+            `bara.data.question_task.QuestionTask`.
         method: a name of `bara.methods.table.METHODS`, with the suffix `+temperature` for a
             temperature fitted on the validation table.
         method_options: fields of the method's configuration class and its own options, over
@@ -88,6 +90,8 @@ class TrainRecipe:
     task: str | None = None
     max_length: Annotated[int, Field(lt=2**31)] = 128
     scoring: str = "text"
+    stride: Annotated[int, Field(ge=0)] | None = None
+    max_answer_length: Annotated[int, Field(ge=1)] = 30
     method: str = "bara"
     method_options: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)

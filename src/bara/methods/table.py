@@ -34,7 +34,10 @@ TEMPERED = "+temperature"
 
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
-TASKS = ("classification", "regression", *LANGUAGE_TASKS)
+TASKS = (
+    *("classification", "regression", "multi-label", "token-classification", "question-answering"),
+    *LANGUAGE_TASKS,
+)
 MAX_RANK = 65_536
 """More than the width of any model."""
 
@@ -240,10 +243,10 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         raise BaraError(f"task must be {', '.join(TASKS)}, not {shown(recipe.task)}")
     method, tempered = parse_method(recipe.method)
     method.check(recipe.method_options, flags)
-    if tempered and recipe.task == "causal-lm":
+    if tempered and recipe.task in ("causal-lm", "question-answering"):
         raise BaraError(
-            f"method {recipe.method}: a temperature is fitted to classes, choices or numbers, "
-            "which causal-lm does not predict; leave out +temperature"
+            f"method {recipe.method}: a temperature is fitted to classes, labels, choices or "
+            f"numbers, which {recipe.task} does not predict; leave out +temperature"
         )
     for name, instead in ELSEWHERE.items():
         if name in recipe.training:

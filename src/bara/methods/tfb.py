@@ -15,7 +15,7 @@ from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.methods.weight_draws import Factors, WeightDraws
 from bara.prediction.predict import predict
-from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.temperature import negative_log_likelihood
 from bara.training.trainer import AdapterTrainer
 
@@ -136,6 +136,8 @@ def _attach(model: nn.Module, directions: dict[str, tuple[Tensor, Tensor]], sigm
 
 def _labelled(predictive: Predictive, reference: Predictive | None) -> Predictive:
     """The prediction with its labels, or else with the reference's, or its own as labels."""
+    if not isinstance(predictive, ClassificationPredictive | RegressionPredictive):
+        raise BaraError("tfb: this is for classification and regression")
     if predictive.labels is not None:
         return predictive
     if reference is not None:

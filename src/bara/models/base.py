@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Any
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
+from bara.data.question_task import QuestionTask
+from bara.data.tag_task import TagTask
+from bara.data.text_task import TextTask
 from bara.errors import BaraError, first_line
 from bara.language.tasks import (
     LanguageTask,
@@ -23,8 +28,22 @@ from bara.models.sentence import SentenceClassifier, is_sentence_encoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEADS = ("classifier", "score")
-"""Modules that PEFT saves with every sequence-classification adapter."""
+HEADS = {
+    "token-classification": ("classifier", "score"),
+    "question-answering": ("qa_outputs",),
+}
+"""Modules that PEFT saves with every adapter of a task; those of the others are the first."""
+
+
+def model_class(task: Task) -> Any:
+    """The class of transformers that a task's model is made by."""
+    if isinstance(task, LanguageTask):
+        return AutoModelForCausalLM
+    if isinstance(task, TagTask):
+        return AutoModelForTokenClassification
+    if isinstance(task, QuestionTask):
+        return AutoModelForQuestionAnswering
+    return AutoModelForSequenceClassification
 
 
 def load_base(
@@ -50,22 +69,18 @@ def load_base(
     """
     if isinstance(task, LanguageTask):
         return load_causal_lm(name, options), []
-    head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": "regression"}
-    if task.task == "classification":
-        names = dict(enumerate(task.label_names))
-        head["problem_type"] = "single_label_classification"
-        head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+    head = _head(task)
     info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
     try:
-        if is_sentence_encoder(name):
+        if isinstance(task, TextTask) and is_sentence_encoder(name):
             model = SentenceClassifier.from_encoder(name, **head, **options)
         else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = model_class(task).from_pretrained(
                 name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
-    if task.task == "regression":
+    if isinstance(task, TextTask) and task.task == "regression":
         model.config.target_mean = task.target_mean
         model.config.target_std = task.target_std
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -80,7 +95,29 @@ def load_base(
             f"the base model {name!r} has no weights for {len(unexpected)} of its modules (first: "
             f"{unexpected[0]}); give a complete checkpoint"
         )
-    return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in HEADS)]
+    heads = HEADS.get(task.task, HEADS["token-classification"])
+    return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in heads)]
+
+
+PROBLEMS = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
+}
+"""What transformers calls a task of texts; it decides a model's own loss."""
+
+
+def _head(task: TextTask | TagTask | QuestionTask) -> dict[str, Any]:
+    """What a model's configuration says of its outputs."""
+    if isinstance(task, QuestionTask):
+        return {}
+    head: dict[str, Any] = {"num_labels": task.num_labels}
+    if isinstance(task, TextTask):
+        head["problem_type"] = PROBLEMS[task.task]
+    if task.label_names:
+        names = dict(enumerate(task.label_names))
+        head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
+    return head
 
 
 def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:

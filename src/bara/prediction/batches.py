@@ -20,8 +20,10 @@ Item = TypeVar("Item")
 Batch = dict[str, Any]
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
-PADDING = {"labels": -100}
+PADDING = {"labels": -100, "word_ids": -1}
 """What pads a column of sequences, where it is not 0; input_ids take the model's pad token."""
+NO_INPUTS = ("labels", "start_positions", "end_positions", "word_ids", "place")
+"""Columns that are for what follows the model: what is right, and what its outputs belong to."""
 LABELS = ("label", "label_ids")
 """Other names of the labels, which the collators of `Trainer` know."""
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from bara.draws.blocks import Blocks
+from bara.data.questions import QuestionWindows
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
-from bara.prediction.batches import Collate, batches, num_rows, to_device
-from bara.prediction.likelihood import MIN_LOG_VARIANCE, require_finite
+from bara.prediction.batches import Collate
+from bara.prediction.likelihood import MIN_LOG_VARIANCE
+from bara.prediction.multi_label import MultiLabelPredictive
+from bara.prediction.outputs import outputs_of_draws
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.spans import SpanCollector, start_and_end
 from bara.prediction.temperature import get_temperature
+from bara.prediction.words import WordCollector, WordPooling
 
 
 def predict(
@@ -31,17 +33,19 @@ def predict(
     collate_fn: Collate | None = None,
     progress: bool | None = None,
     noise_variance: float = 0.5,
+    words: WordPooling = "first",
 ) -> Predictive:
-    """Predictive distribution of a classifier or a regression model.
+    """Predictive distribution of a model for texts or images.
 
     A model without a posterior is predicted with as it is, as one draw. An ensemble has as many
     draws as members, whatever `num_draws`. A temperature that was fitted for the model
     (`bara.methods.set_temperature`) is applied to every draw.
 
     Args:
-        model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs).
+        model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs), or
+            for token classification (n, tokens, classes), or `start_logits` and `end_logits`.
         data: a tokenised `datasets.Dataset` or `IterableDataset`, a DataLoader or one batch; labels
-            are kept.
+            are kept. For question answering what `bara.question_windows` makes.
         num_draws: S, draws of the posterior. All are computed in one pass as far as `batch_size`
             allows. The same seed gives the same draws, whatever the batch size.
         deterministic: use the posterior mean, as `model.eval()` does, instead of draws.
@@ -50,65 +54,90 @@ def predict(
         progress: show a progress bar on standard error; None does so on a terminal.
         noise_variance: for regression with one output, the variance of the noise in the units of
             the model's output, squared; 0.5 is what a mean-squared-error loss trains.
+        words: for token classification with a column `word_ids` (the word that each token belongs
+            to, -1 for none), whether a word's probabilities are those of its first token, which
+            training labels, or the mean over its tokens.
 
     Returns:
-        A `ClassificationPredictive`, or for regression (one output, or two outputs for mean and
-        log-variance with `config.problem_type == "regression"`) a `RegressionPredictive`.
+        A `ClassificationPredictive`; for regression (one output, or two outputs for mean and
+        log-variance with `config.problem_type == "regression"`) a `RegressionPredictive`; with
+        `problem_type == "multi_label_classification"` a `MultiLabelPredictive`; for a class per
+        token a `TokenPredictive`; for question answering a `SpanPredictive`.
 
     Raises:
-        BaraError: num_draws < 1, empty or untokenised data, logits that are not finite or not of
-            shape (n, outputs).
+        BaraError: num_draws < 1, empty or untokenised data, logits that are not finite or of none
+            of these shapes.
     """
     if num_draws < 1:
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
     draws = Portions(model, None if deterministic else num_draws, seed)
-    device = next(model.parameters()).device
-    takes = _accepted(model)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "collate_fn": collate_fn,
+        "progress": progress,
+    }
+    temperature = get_temperature(model)
+    if isinstance(data, QuestionWindows):
+        spans = SpanCollector(data, temperature)
+        with evaluating(model):
+            for both, batch, _ in outputs_of_draws(model, draws, data, start_and_end, **options):
+                spans.add(both, batch)
+        return spans.predictive()
+    collector = WordCollector(words, temperature)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     order: list[int] = []
     with evaluating(model):
-        inputs = max(1, batch_size // draws.num_draws)
-        for batch, index in batches(data, model, inputs, collate_fn, progress):
+        for part, batch, index in outputs_of_draws(model, draws, data, _logits, **options):
+            if part.dim() == 4:
+                _require_tokens(part, batch, model)
+                collector.add(part, batch, index)
+                continue
             if isinstance(batch.get("labels"), Tensor):
-                labels.append(batch.pop("labels").cpu())
-            known = {k: v for k, v in batch.items() if takes is None or k in takes}
-            logits.append(_logits_of_draws(model, draws, to_device(known, device), batch_size))
+                labels.append(batch["labels"].cpu())
+            logits.append(part)
             order += index
+    if not logits:
+        return collector.predictive(_label_names(model))
     position = torch.tensor(order).argsort()
     stacked = torch.cat(logits, dim=1)[:, position]
     target = torch.cat(labels)[position] if labels else None
     return _predictive(stacked, target, model, noise_variance)
 
 
-def _logits_of_draws(
-    model: nn.Module, draws: Portions, batch: dict[str, Any], batch_size: int
-) -> Tensor:
-    """Logits of one batch under every draw, (S, n, outputs), float32 on the CPU."""
-    rows = num_rows(batch)
-
-    def run(blocks: Blocks) -> Tensor:
-        output = model(**blocks.repeat(batch))
-        logits = output.get("logits") if hasattr(output, "get") else None
-        expected = rows * blocks.num_draws
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != expected:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
-            raise BaraError(
-                f"predict needs a model whose output has logits of shape (inputs, outputs), got "
-                f"{shape}: a model for sequence or image classification, or regression."
-            )
-        return blocks.split(require_finite(logits).float().cpu())
-
-    return torch.cat(draws.map(run, rows, batch_size))
+def _logits(output: Any) -> Tensor:
+    logits = output.get("logits") if hasattr(output, "get") else None
+    if isinstance(logits, Tensor) and logits.dim() in (2, 3):
+        return logits
+    if hasattr(output, "get") and output.get("start_logits") is not None:
+        raise BaraError("for question answering give predict what bara.question_windows makes")
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    raise _unknown(shape)
 
 
-def _accepted(model: nn.Module) -> set[str] | None:
-    """The forward arguments the base model names, None if there is no telling."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameters = inspect.signature(base.forward).parameters
-    return set(parameters) if "input_ids" in parameters or "pixel_values" in parameters else None
+def _unknown(shape: tuple[int, ...] | None) -> BaraError:
+    return BaraError(
+        f"predict needs a model whose output has logits of shape (inputs, outputs), got "
+        f"{shape}: a model for sequence, token or image classification, or regression."
+    )
+
+
+def _require_tokens(logits: Tensor, batch: dict[str, Any], model: nn.Module) -> None:
+    """Refuses logits (S, n, T, C) that are not of the tokens' classes, as a language model's."""
+    classes = getattr(getattr(model, "config", None), "num_labels", None)
+    ids = batch.get("input_ids")
+    tokens = isinstance(ids, Tensor) and tuple(ids.shape) == tuple(logits.shape[1:3])
+    if not tokens or classes != logits.shape[-1]:
+        raise _unknown(tuple(logits.shape[1:]))
+
+
+def _label_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes, if the configuration has one for each."""
+    config: Any = getattr(model, "config", None)
+    names = getattr(config, "id2label", None)
+    return tuple(names[i] for i in range(len(names))) if names else None
 
 
 def _predictive(
@@ -118,8 +147,10 @@ def _predictive(
     config: Any = getattr(model, "config", None)
     temperature = get_temperature(model)
     problem = getattr(config, "problem_type", None)
+    names = _label_names(model)
+    names = names if names and len(names) == outputs else None
     if problem == "multi_label_classification":
-        raise BaraError("Multi-label classification is not supported by predict.")
+        return MultiLabelPredictive(logits / temperature, labels, names)
     if problem == "regression" or outputs == 1:
         if outputs > 2:
             raise BaraError(f"Regression with {outputs} outputs is not supported: one, or two.")
@@ -135,8 +166,4 @@ def _predictive(
         target = None if labels is None else labels.float().flatten() * scale + shift
         variance = variance * scale**2 * temperature
         return RegressionPredictive(mean * scale + shift, variance, target)
-    names = getattr(config, "id2label", None)
-    label_names = (
-        tuple(names[i] for i in range(outputs)) if names and len(names) == outputs else None
-    )
-    return ClassificationPredictive((logits / temperature).log_softmax(-1), labels, label_names)
+    return ClassificationPredictive((logits / temperature).log_softmax(-1), labels, names)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,49 @@ from torch.distributions import Normal
 
 from bara.errors import BaraError
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class Predictive(ABC):
+    """What a model predicts for n inputs under S draws of its posterior.
+
+    Attributes:
+        labels: what is right for each input, as far as it is known.
+    """
+
+    labels: Any
+
+    @property
+    @abstractmethod
+    def num_draws(self) -> int:
+        """S."""
+
+    @abstractmethod
+    def select(self, index: Any) -> Predictive:
+        """The inputs at ``index``: a slice, positions, or a (n,) boolean mask."""
+
+    @abstractmethod
+    def to_records(self) -> list[dict[str, Any]]:
+        """One dict of plain Python values per input, for JSON."""
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table: a row for each input, or for each word or label of one.
+
+        Its columns are the fields of `to_records`, nested ones with a dot between the names, and
+        `label`, what is right, where that is known.
+        """
+        from pandas import json_normalize  # takes a second to import
+
+        return json_normalize(self._rows())
+
+    @abstractmethod
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of the table."""
+
 
 @dataclass(frozen=True, eq=False)
-class ClassificationPredictive:
+class ClassificationPredictive(Predictive):
     """Class probabilities of n inputs under S posterior draws.
 
     Uncertainties are in nats and split as in Depeweg et al. (2018, arXiv 1710.07283):
@@ -41,7 +82,7 @@ class ClassificationPredictive:
                 "log_probs_draws must have the shape (draws, inputs, classes) with at least one "
                 f"draw and two classes, not {shape}"
             )
-        _check_not_nan(self.log_probs_draws)
+        check_not_nan(self.log_probs_draws)
         _check_labels_shape(self.labels, shape[1])
         if self.label_names is not None and len(set(self.label_names)) != shape[2]:
             raise BaraError(
@@ -73,6 +114,11 @@ class ClassificationPredictive:
     def prediction(self) -> Tensor:
         """(n,) index of the most probable class."""
         return self.log_probs.argmax(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """(n,) probability of the prediction."""
+        return self.probs.amax(-1)
 
     @property
     def total_uncertainty(self) -> Tensor:
@@ -124,9 +170,16 @@ class ClassificationPredictive:
             for prediction, probs, total, aleatoric, epistemic in rows
         ]
 
+    def _rows(self) -> list[dict[str, Any]]:
+        if self.labels is None:
+            return self.to_records()
+        names = self.label_names or [str(c) for c in range(self.num_classes)]
+        known = [names[i] if 0 <= i < len(names) else None for i in self.labels.tolist()]
+        return with_labels(self.to_records(), known)
+
 
 @dataclass(frozen=True, eq=False)
-class RegressionPredictive:
+class RegressionPredictive(Predictive):
     """A Gaussian for each of n inputs and S posterior draws: together a mixture of Gaussians.
 
     Attributes:
@@ -150,8 +203,8 @@ class RegressionPredictive:
                 "mean_draws and variance_draws must both have the shape (draws, inputs), "
                 f"not {shape} and {tuple(self.variance_draws.shape)}"
             )
-        _check_not_nan(self.mean_draws)
-        _check_not_nan(self.variance_draws)
+        check_not_nan(self.mean_draws)
+        check_not_nan(self.variance_draws)
         if (self.variance_draws < 0).any():
             raise BaraError("variance_draws has negative values: variances are 0 or more")
         _check_labels_shape(self.labels, shape[1])
@@ -246,11 +299,17 @@ class RegressionPredictive:
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return [dict(zip(columns, row, strict=True)) for row in rows]
 
+    def _rows(self) -> list[dict[str, Any]]:
+        records = self.to_records()
+        return records if self.labels is None else with_labels(records, self.labels.tolist())
 
-Predictive = ClassificationPredictive | RegressionPredictive
+
+def with_labels(records: list[dict[str, Any]], labels: Sequence[Any]) -> list[dict[str, Any]]:
+    """The records, each with its label."""
+    return [{**record, "label": label} for record, label in zip(records, labels, strict=True)]
 
 
-def _check_not_nan(draws: Tensor) -> None:
+def check_not_nan(draws: Tensor) -> None:
     bad = draws.isnan().flatten(2).any(-1) if draws.dim() == 3 else draws.isnan()
     if bad.any():
         inputs = bad.any(0).nonzero().flatten().tolist()

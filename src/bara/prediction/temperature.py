@@ -13,7 +13,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from bara.errors import BaraError
-from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.multi_label import MultiLabelPredictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.words import TokenPredictive
 from bara.schema import Positive, mapping_of, read_json
 
 TEMPERATURE = "predictive_temperature"
@@ -35,8 +37,9 @@ def fit_temperature(predictive: Predictive) -> float:
     """The temperature T that minimises the negative log-likelihood of held-out labels.
 
     Every draw is tempered, p(y | x, draw)^(1/T) normalised, and the mixture over the draws is
-    scored: softmax(logits / T) for classes, T times the variance for a Gaussian. The search is a
-    grid over log T that is refined around its best point, to a relative precision below 1e-5.
+    scored: softmax(logits / T) for classes (of inputs, or of words), sigmoid(logits / T) for labels
+    (an input's together), T times the variance for a Gaussian. The search is a grid over log T that
+    is refined around its best point, to a relative precision below 1e-5.
 
     Args:
         predictive: the untempered prediction of held-out data, with labels.
@@ -135,12 +138,20 @@ def load_temperature(model: nn.Module, folder: Path) -> None:
 
 def negative_log_likelihood(predictive: Predictive, temperature: float = 1.0) -> Tensor:
     """Mean negative log-likelihood of the labels under the mixture of tempered draws, in nats."""
-    assert predictive.labels is not None
+    if isinstance(predictive, TokenPredictive):
+        predictive = predictive.labelled
+    assert isinstance(predictive.labels, Tensor)
+    if isinstance(predictive, MultiLabelPredictive):
+        cooled = predictive.logits_draws.double() / temperature
+        return -MultiLabelPredictive(cooled).log_prob(predictive.labels).mean()
     if isinstance(predictive, ClassificationPredictive):
+        assert predictive.labels is not None
         tempered = (predictive.log_probs_draws.double() / temperature).log_softmax(-1)
         index = predictive.labels.expand(tempered.shape[0], -1).unsqueeze(-1)
         log_likelihood = tempered.gather(-1, index).squeeze(-1)
     else:
+        assert isinstance(predictive, RegressionPredictive)
+        assert predictive.labels is not None
         std = (predictive.variance_draws.double() * temperature).sqrt()
         normal = torch.distributions.Normal(predictive.mean_draws.double(), std)
         log_likelihood = normal.log_prob(predictive.labels.double())

@@ -17,7 +17,7 @@ from bara.draws.sharing import evaluating
 from bara.errors import BaraError
 from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace
-from bara.prediction.batches import Batch, Collate, batches, num_rows, to_device
+from bara.prediction.batches import NO_INPUTS, Batch, Collate, batches, num_rows, to_device
 
 
 @dataclass(frozen=True)
@@ -231,8 +231,8 @@ def unlabelled_batches(
     """The data's batches on the model's device, without labels, and each batch's rows."""
     device = next(model.parameters()).device
     for batch, index in batches(data, model, batch_size, collate_fn, progress, "ranks"):
-        batch.pop("labels", None)
-        yield to_device(batch, device), index
+        read = {name: value for name, value in batch.items() if name not in NO_INPUTS}
+        yield to_device(read, device), index
 
 
 def observed_pass(

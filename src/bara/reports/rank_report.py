@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bara.evaluation.metrics import selection
 from bara.files import atomic_directory
-from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.ranks.effective_rank import EffectiveRank, RankShift, rank_shift
 from bara.reports import plots
 from bara.reports.report import picture, rank_numbers, render_page
@@ -157,6 +158,8 @@ def prediction_errors(predictive: Predictive) -> Tensor:
     assert predictive.labels is not None
     if isinstance(predictive, ClassificationPredictive):
         return (predictive.prediction != predictive.labels).double()
+    if not isinstance(predictive, RegressionPredictive):
+        return selection(predictive)[1]
     return (predictive.mean - predictive.labels).abs().double()
 
 

@@ -1,0 +1,70 @@
+"""A model's outputs under every draw, batch by batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bara.draws.blocks import Blocks
+from bara.draws.portions import Portions
+from bara.errors import BaraError
+from bara.prediction.batches import NO_INPUTS, Batch, Collate, batches, num_rows, to_device
+from bara.prediction.likelihood import require_finite
+
+
+def outputs_of_draws(
+    model: nn.Module,
+    draws: Portions,
+    data: Any,
+    read: Callable[[Any], Tensor],
+    *,
+    batch_size: int,
+    collate_fn: Collate | None = None,
+    progress: bool | None = None,
+) -> Iterator[tuple[Tensor, Batch, list[int]]]:
+    """For each batch what is read from the model's outputs, the batch, and its rows' numbers.
+
+    Args:
+        model: in evaluation mode.
+        draws: of it.
+        data, collate_fn, progress: see `bara.predict`.
+        read: takes the logits (rows, ...) from the model's outputs; an input has a row per draw.
+        batch_size: most rows in one forward pass.
+
+    Yields:
+        Logits (S, n, ...), float32 on the CPU; the batch with all its columns, which the model is
+        given those of that it takes, but for the labels; and the numbers of its n rows.
+
+    Raises:
+        BaraError: logits that are not finite, or not one row for each input and draw.
+    """
+    device = next(model.parameters()).device
+    takes = accepted(model)
+    inputs = max(1, batch_size // draws.num_draws)
+    for batch, index in batches(data, model, inputs, collate_fn, progress):
+        known = {k: v for k, v in batch.items() if k not in NO_INPUTS}
+        known = {k: v for k, v in known.items() if takes is None or k in takes}
+        moved, rows = to_device(known, device), num_rows(known)
+
+        def run(blocks: Blocks, moved: Batch = moved, rows: int = rows) -> Tensor:
+            logits = read(model(**blocks.repeat(moved)))
+            if logits.shape[0] != rows * blocks.num_draws:
+                raise BaraError(
+                    f"the model's logits {tuple(logits.shape)} are not one for each of the {rows} "
+                    "inputs of a batch"
+                )
+            return blocks.split(require_finite(logits).float().cpu())
+
+        yield torch.cat(draws.map(run, rows, batch_size)), batch, index
+
+
+def accepted(model: nn.Module) -> set[str] | None:
+    """The forward arguments the base model names, None if there is no telling."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(base.forward).parameters
+    return set(parameters) if "input_ids" in parameters or "pixel_values" in parameters else None
