@@ -15,6 +15,8 @@ from bara.posteriors.posterior import Kl
 
 HEAD_CONTAINER = "lora_head"
 """Name of the module dict that holds a head's posteriors."""
+LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT adds to `modules_to_save` by the task, but only when the adapter is attached."""
 
 
 class PosteriorHead(nn.Module, BaseTunerLayer):
@@ -49,6 +51,13 @@ class PosteriorHead(nn.Module, BaseTunerLayer):
 
 def _trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def with_late_heads(config: Any) -> list[str] | None:
+    """The `modules_to_save` that an adapter is going to have, known before it is attached."""
+    given = list(config.modules_to_save or ())
+    late = LATE_HEADS.get(config.task_type, ())
+    return given + [name for name in late if name not in given] or None
 
 
 def in_heads(path: str, heads: Collection[str]) -> bool:

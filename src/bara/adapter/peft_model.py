@@ -18,7 +18,7 @@ from peft.utils import hotswap
 from torch import Tensor, nn
 
 from bara.adapter.elbo import AttachedAdapter, Elbo
-from bara.adapter.heads import HEAD_CONTAINER, add_heads, in_heads
+from bara.adapter.heads import HEAD_CONTAINER, add_heads, in_heads, with_late_heads
 from bara.adapter.layer import (
     CONTAINER,
     RankSpaceVariant,
@@ -80,6 +80,7 @@ class BayesianLoraModel(LoraModel):
         assert isinstance(config, BayesianConfig)
         if not config.inference_mode:
             config = self.peft_config[adapter_name] = copy.copy(config)
+            config.modules_to_save = with_late_heads(config)
         self._new: list[_NewLayer] = []
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict

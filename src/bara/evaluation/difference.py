@@ -20,10 +20,11 @@ class Difference:
     """The distance between two predictions of n inputs.
 
     Attributes:
-        num_inputs: n; of token classification the words.
+        num_inputs: n.
         mean, largest: mean and largest distance over the inputs. Classification: total variation
-            between the class probabilities (of words; of spans), in [0, 1]; of labels its mean.
-            Regression: between the predicted means, in the target's unit.
+            between the class probabilities, in [0, 1]; of an input's words or labels their mean;
+            of spans that between their distributions. Regression: between the predicted means, in
+            the target's unit.
         changed: share of the inputs whose most probable class is another; None for regression.
     """
 
@@ -54,7 +55,11 @@ def difference(first: Predictive, second: Predictive) -> Difference:
         distance = (first.mean - second.mean).abs()
         return Difference(len(distance), distance.mean().item(), distance.max().item(), None)
     if isinstance(first, TokenPredictive) and isinstance(second, TokenPredictive):
-        return difference(first.words, second.words)
+        variation = 0.5 * (first.words.probs - second.words.probs).abs().sum(-1)
+        others = (first.words.prediction != second.words.prediction).float()
+        sums = torch.zeros(2, len(first.lengths))
+        sums.index_add_(1, first.owners, torch.stack([variation, others]))
+        return _difference(sums[0] / first.lengths.clamp(min=1), sums[1] > 0)
     if isinstance(first, MultiLabelPredictive) and isinstance(second, MultiLabelPredictive):
         distance = (first.probs - second.probs).abs().mean(-1)
         others = (first.prediction != second.prediction).any(-1)
