@@ -124,7 +124,7 @@ def test_an_adapter_comes_back_and_is_evaluated(task, trained, run, tmp_path):
 
 @pytest.mark.parametrize("task", ROWS)
 def test_predictions_are_one_line_for_each_input(task, trained, run, tmp_path):
-    folder, table = trained(task)
+    folder, _ = trained(task)
     rows = ROWS[task]()
     for row in rows:
         for column in ("labels", "tags", "answers"):
@@ -171,6 +171,7 @@ def test_other_commands_take_the_adapter_or_refuse_it(task, trained, run, failin
         *("export", folder, "--mode", "draws", "-n", 2, "--data", table),
         *("--output", tmp_path / "draws", "--batch-size", 64),
     )
+    assert json.loads((tmp_path / "draws" / "manifest.json").read_text())["task"] == task
     assert "Distance to the original on 9 held-out texts" in exported
     assert "certif" in failing("certify", folder, "--data", table)
     assert "--ood" in failing("evaluate", folder, "--data", table, "--ood", table)

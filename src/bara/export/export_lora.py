@@ -43,6 +43,8 @@ from bara.ranks.effective_rank import calibrate_gates
 Mode = Literal["mean", "draws", "merged"]
 MANIFEST_FILE = "manifest.json"
 CLIENT_FILE = "client.py"
+TASKS = {"TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering"}
+"""Names of PEFT's tasks that the model's configuration does not tell apart."""
 
 
 @dataclass(frozen=True)
@@ -268,15 +270,18 @@ def _manifest(
 
 
 def _task(model: PeftModel) -> tuple[str, list[str] | None]:
-    """The task, and for a classification the names of its classes."""
+    """The task, and the names of its classes or labels."""
     base: Any = model.get_base_model()
     if isinstance(base, PreTrainedModel) and base.can_generate():
         return "causal-lm", None
     config = getattr(model, "config", None)
-    if getattr(config, "problem_type", None) == "regression":
-        return "regression", None
+    problem = getattr(config, "problem_type", None)
+    kind = TASKS.get(getattr(model.active_peft_config, "task_type", None) or "")
+    if problem == "regression" or kind == "question-answering":
+        return kind or "regression", None
     names = getattr(config, "id2label", None)
-    return "classification", names and [names[number] for number in sorted(names)]
+    several = "multi-label" if problem == "multi_label_classification" else "classification"
+    return kind or several, names and [names[number] for number in sorted(names)]
 
 
 def _outdated(folder: str | Path) -> list[str]:
