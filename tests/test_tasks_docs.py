@@ -1,0 +1,18 @@
+"""The Python of docs/tasks.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "docs/tasks.md"
+
+
+def test_the_page_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, object] = {}
+    exec("\n".join(blocks), names)
+    printed = capsys.readouterr().out
+    for metric in ("subset_accuracy", "precision", "exact_match"):
+        assert metric in printed
+    assert len(names["windows"]) > 1
+    assert names["predictive"].num_draws == 10
