@@ -207,10 +207,4 @@ def _is_word(value: Any) -> bool:
 def _encode(rows: list[list[str]], tokenizer: Any) -> Any:
     if not tokenizer.is_fast:
         raise BaraError("token classification needs a fast tokeniser, which knows a token's word")
-    try:
-        return tokenizer(rows, is_split_into_words=True)
-    except AssertionError:  # of tokenisers like RoBERTa's
-        raise BaraError(
-            "this tokeniser reads lists of words only with add_prefix_space=True: save it with "
-            "that beside the base model"
-        ) from None
+    return tokenizer(rows, is_split_into_words=True)

@@ -25,19 +25,14 @@ from bara.data.multi_label_task import MultiLabelTask
 from bara.data.question_task import QuestionTask
 from bara.data.tables import load_table
 from bara.data.tag_task import TagTask
+from bara.data.tasks import TABLE_TASKS
 from bara.data.text_task import LABEL_COLUMNS, TextTask
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.certified_prior import prepare
 from bara.finetuning.checkpoints import CHECKPOINTS, check_output, only_run, prepare_checkpoints
 from bara.finetuning.save import save_adapter
-from bara.finetuning.task_inputs import (
-    TABLE_TASKS,
-    model_inputs,
-    predict_table,
-    read_table,
-    text_task,
-)
+from bara.finetuning.task_inputs import model_inputs, predict_table, read_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
@@ -298,7 +293,7 @@ def build_model(
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
-    tokenizer = load_tokenizer(recipe.model, base)
+    tokenizer = load_tokenizer(recipe.model, base, words=isinstance(task, TagTask))
     if method.config is None:
         return base, tokenizer
     options = method.config_options(recipe.method_options)

@@ -10,9 +10,9 @@ from torch import nn
 
 from bara.cards.adapter_files import TASK_FILE
 from bara.data.multi_label_task import MultiLabelTask
-from bara.data.question_task import QuestionTask
 from bara.data.tables import load_table
 from bara.data.tag_task import TagTask
+from bara.data.tasks import TABLE_TASKS
 from bara.data.text_task import TextTask, tokenise
 from bara.errors import BaraError
 from bara.language.multiple_choice import multiple_choice
@@ -32,15 +32,6 @@ from bara.schema import read_json, shown
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-TABLE_TASKS: dict[str, type[TextTask | TagTask | QuestionTask]] = {
-    "classification": TextTask,
-    "regression": TextTask,
-    "multi-label": MultiLabelTask,
-    "token-classification": TagTask,
-    "question-answering": QuestionTask,
-}
-"""What describes a table of texts, by the name of the task."""
 
 _Named = dict[str, Any]
 """Any JSON object, before its `task` says of which kind it is."""

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import ConfigDict
 
-from bara.data.question_task import QuestionTask
-from bara.data.tag_task import TagTask
-from bara.data.text_task import TextTask
+from bara.data.tasks import TableTask
 from bara.errors import BaraError
 from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
 from bara.language.question import Question, Scoring
@@ -190,4 +188,4 @@ def _encode(
     return [], token_ids(tokenizer, completion)
 
 
-Task = TextTask | TagTask | QuestionTask | LanguageTask
+Task = TableTask | LanguageTask

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bara.cards.adapter_files import config_types
+from bara.data.tasks import TABLE_TASKS
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
 from bara.methods.adalora import AdaloraTrainer, adalora_options
@@ -34,10 +35,7 @@ TEMPERED = "+temperature"
 
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
-TASKS = (
-    *("classification", "regression", "multi-label", "token-classification", "question-answering"),
-    *LANGUAGE_TASKS,
-)
+TASKS = (*TABLE_TASKS, *LANGUAGE_TASKS)
 MAX_RANK = 65_536
 """More than the width of any model."""
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from bara.data.question_task import QuestionTask
 from bara.data.tag_task import TagTask
+from bara.data.tasks import TableTask
 from bara.data.text_task import TextTask
 from bara.errors import BaraError, first_line
 from bara.language.tasks import (
@@ -107,7 +108,7 @@ PROBLEMS = {
 """What transformers calls a task of texts; it decides a model's own loss."""
 
 
-def _head(task: TextTask | TagTask | QuestionTask) -> dict[str, Any]:
+def _head(task: TableTask) -> dict[str, Any]:
     """What a model's configuration says of its outputs."""
     if isinstance(task, QuestionTask):
         return {}
@@ -151,15 +152,25 @@ def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, model: PreTrainedModel, *, words: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokeniser, with a padding token that the model knows too.
+
+    Args:
+        name: folder, hub name or .gguf file.
+        model: gets the padding token.
+        words: it is to read lists of words: those of byte-level tokenisers (RoBERTa, GPT-2) have to
+            begin with a space, as in a text.
 
     Raises:
         BaraError: it cannot be loaded, or has nothing to pad with.
     """
     origin = source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**origin)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **origin, **({"add_prefix_space": True} if words else {})
+        )
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the tokeniser of {name!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
