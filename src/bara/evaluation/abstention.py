@@ -73,8 +73,9 @@ def calibrate_threshold(
     others in [0, 1].
 
     Args:
-        predictive: labelled predictions on held-out data: a classifier's uncertainty is
-            1 - largest probability, its loss 1 for an error. Or (uncertainty, loss), (n,) each.
+        predictive: labelled predictions on held-out data: the uncertainty is 1 - probability of an
+            input's prediction, the loss 1 for an error (of any of its labels or words). Or
+            (uncertainty, loss), (n,) each.
         risk: in (0, 1), the wanted mean loss of the answered inputs.
         delta: in (0, 1).
         seed: of the split.
