@@ -15,6 +15,7 @@ from bara import BaraError, SpanPredictive, question_windows
 from bara.data.questions import Passage
 from bara.evaluation.difference import difference
 from bara.evaluation.metrics import measure, selection
+from bara.prediction.batches import pad_rows
 from bara.prediction.spans import Window
 from bara.training.callback import count_observations
 from conftest import tiny_bert_config
@@ -232,3 +233,22 @@ def test_what_does_not_fit_is_refused(model, tiny_tokenizer):
     with pytest.raises(BaraError, match="row 1 has no answer"):
         question_windows(none, tiny_tokenizer, max_length=14, stride=3, unanswerable=False)
     assert question_windows(none, tiny_tokenizer, max_length=14, stride=3).unanswerable
+
+
+def test_answers_that_were_learned_are_found(tiny_tokenizer):
+    """From the characters of a table to the labels of windows, and back to its characters."""
+    torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForQuestionAnswering(tiny_bert_config(initializer_range=0.3, **dropout))
+    data = windows(tiny_tokenizer)
+    rows = [{k: v for k, v in row.items() if k != "place"} for row in data]
+    batch = pad_rows(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    model.train()
+    for _ in range(60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    predictive = bara.predict(model, data)
+    assert predictive.prediction == ["not great", "poor"]
+    assert measure(predictive).metrics["exact_match"] == 1
