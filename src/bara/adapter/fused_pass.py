@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def _is_hooked(module: nn.Module) -> bool:
     return any(hooks) or bool(module._backward_pre_hooks)
 
 
+@cache
 def _fuses_what_it_computes(family: type[Posterior]) -> bool:
     """Whether `fuse` is not older than `forward`: a subclass may have changed the latter alone."""
     owner = {

@@ -136,10 +136,11 @@ class FusedLayer:
         elif self.second is not None:
             second, factor = x.squared_data(self.second.dtype), data
         given = Given(rows, weights, data, self.mask, second, factor)
-        with torch.autocast(x.x.device.type, enabled=False):
-            out, part = LayerStep.apply(
-                self.function, given, x.x, result, self.a, self.second, self.b, *self.tensors
-            )
+        weights_of = self.a, self.second, self.b
+        out, part = _without_autocast(
+            x.x.device.type,
+            lambda: LayerStep.apply(self.function, given, x.x, result, *weights_of, *self.tensors),
+        )
         if part is None:
             return out, self.parts
         assert self.function.part is not None
@@ -207,8 +208,7 @@ class LayerStep(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dpart: Tensor | None) -> tuple[Any, ...]:
         """The gradients."""
-        with torch.autocast(ctx.device, enabled=False):
-            return LayerStep._backward(ctx, dout, dpart)
+        return _without_autocast(ctx.device, lambda: LayerStep._backward(ctx, dout, dpart))
 
     @staticmethod
     def _backward(ctx: Any, dout: Tensor | None, dpart: Tensor | None) -> tuple[Any, ...]:
@@ -238,6 +238,17 @@ class LayerStep(torch.autograd.Function):
             dx = dx if mask is None else dx.view(by_input).mul_(mask)
             dx = dx.view(ctx.shape).to(ctx.dtypes[0])
         return None, None, dx, dresult, da, dsecond, db, *gradients
+
+
+def _without_autocast(device: str, function: Callable[[], Any]) -> Any:
+    """What the function returns; a context would take longer than some layers."""
+    if not torch.is_autocast_enabled(device):
+        return function()
+    torch.set_autocast_enabled(device, False)
+    try:
+        return function()
+    finally:
+        torch.set_autocast_enabled(device, True)
 
 
 def stacked_layers(stack: Stack, fused: Fused) -> list[FusedLayer]:

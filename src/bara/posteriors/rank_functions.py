@@ -127,13 +127,12 @@ def _least_norm(width: int) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a * b, rounded once, in one operation."""
+    """a * b in the shape of a, rounded once, in one operation."""
     if a.dtype == b.dtype == dtype:
         return a * b
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    return torch.mul(a, b, out=torch.empty(shape, dtype=dtype, device=a.device))
+    return torch.mul(a, b, out=torch.empty_like(a, dtype=dtype))
 
 
 def divided(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a / b, rounded once, in one operation."""
-    return torch.div(a, b, out=torch.empty(a.shape, dtype=dtype, device=a.device))
+    """a / b in the shape of a, rounded once, in one operation."""
+    return torch.div(a, b, out=torch.empty_like(a, dtype=dtype))
