@@ -38,7 +38,7 @@ def tiny_seq2seq(architecture: str) -> PreTrainedModel:
             **sizes,
             num_heads=4,
             dropout_rate=0.0,
-            initializer_factor=3.0,
+            initializer_factor=1.0,
             decoder_start_token_id=0,
             pad_token_id=0,
             eos_token_id=2,

@@ -354,4 +354,4 @@ def test_n_counts_label_tokens_and_accumulation_changes_no_gradient(
 
     whole, parts = step(4), step(1)
     for name, gradient in whole.items():
-        assert (gradient - parts[name]).norm() <= 1e-2 * gradient.norm(), name
+        assert (gradient - parts[name]).norm() <= 1e-2 * gradient.norm() + 1e-7, name

@@ -3,6 +3,7 @@
 import bara.machine  # noqa: F401  (before what imports PEFT)
 from bara.adapter.peft_model import BayesianLoraModel
 from bara.certificates.certificate import Certificate, certify
+from bara.data.images import load_images
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
@@ -65,6 +66,7 @@ __all__ = [
     "kl_loss",
     "kl_terms",
     "load_adapter",
+    "load_images",
     "multiple_choice",
     "predict",
     "prune",

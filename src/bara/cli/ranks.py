@@ -30,6 +30,7 @@ def ranks(
 
     from bara.adapter.inspection import bayesian_adapter
     from bara.cli.terminal import console, update_card
+    from bara.data.images import ImageTask
     from bara.files import require_new
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import model_inputs, read_table
@@ -65,7 +66,9 @@ def ranks(
             "batch_size": batch_size,
         }
         errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
-    if isinstance(task, LanguageTask):
+    if isinstance(task, ImageTask):
+        texts = [str(image) for image in tables[0]["image"]]
+    elif isinstance(task, LanguageTask):
         texts = [str(tokenizer.decode(row["input_ids"])) for row in inputs[0]]
     else:
         texts = [" | ".join(str(row[column]) for column in task.text_columns) for row in tables[0]]

@@ -15,11 +15,13 @@ from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    DefaultDataCollator,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
+from bara.data.images import IMAGE_TASK, ImageTask, image_table
 from bara.data.tables import load_table
 from bara.data.text_task import TextTask
 from bara.draws.draws import attach_draws
@@ -33,7 +35,7 @@ from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import Method, check_recipe, parse_method
-from bara.models.base import load_base, load_tokenizer
+from bara.models.base import load_base, load_processor, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.prediction.likelihood import gaussian_nll
@@ -49,7 +51,14 @@ if TYPE_CHECKING:
 MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
 
-_TASK_TYPES = {TextTask: "SEQ_CLS", LanguageTask: "CAUSAL_LM"}
+_TASK_TYPES = {
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "causal-lm": "CAUSAL_LM",
+    "multiple-choice": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    IMAGE_TASK: None,  # PEFT has no type for images
+}
 
 ATTENTION_PROJECTIONS = (
     *("query", "key", "value"),
@@ -114,7 +123,10 @@ def _finetune(
         if not recipe.data:
             raise BaraError("which data? Give a file or a hub data set with --data")
         texts = (recipe.text_column, recipe.text_pair_column)
-        train = load_table(recipe.data, split=recipe.split, text_columns=texts)
+        if recipe.task == IMAGE_TASK:
+            train = image_table(recipe.data, split=recipe.split)
+        else:
+            train = load_table(recipe.data, split=recipe.split, text_columns=texts)
     if tempered and validation is None and not recipe.validation:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = _task(recipe, train)
@@ -123,7 +135,8 @@ def _finetune(
         validation = read_table(recipe.validation, task, split=recipe.validation_split)
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, method, task)
-    task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
+    if not isinstance(task, ImageTask):
+        task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
         prepare(model, recipe, train, text_task(task, "certify"), learn)
@@ -169,8 +182,11 @@ def _training_inputs(
         window = getattr(model.config, "sliding_window", None)
         rows = partial(tokenise_choices, tokenizer=tokenizer, task=task, window=window)
         return rows, ChoiceCollator(tokenizer)
+    rows = partial(model_inputs, tokenizer=tokenizer, task=task)
+    if isinstance(task, ImageTask):
+        return rows, DefaultDataCollator()
     collator = DataCollatorForSeq2Seq if isinstance(task, LanguageTask) else DataCollatorWithPadding
-    return partial(model_inputs, tokenizer=tokenizer, task=task), collator(tokenizer)
+    return rows, collator(tokenizer)
 
 
 def train_model(
@@ -236,6 +252,8 @@ def _train_members(
 
 
 def _task(recipe: TrainRecipe, train: Dataset) -> Task:
+    if recipe.task == IMAGE_TASK:
+        return ImageTask.infer(train, label_column=recipe.label_column)
     if recipe.task in LANGUAGE_TASKS:
         return LanguageTask(
             recipe.task,  # type: ignore[arg-type]  # checked above
@@ -252,10 +270,9 @@ def _task(recipe: TrainRecipe, train: Dataset) -> Task:
     )
 
 
-def build_model(
-    recipe: TrainRecipe, method: Method, task: Task
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser.
+def build_model(recipe: TrainRecipe, method: Method, task: Task) -> tuple[Any, Any]:
+    """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser or image
+    processor.
 
     Args:
         recipe: the model and the options.
@@ -266,11 +283,15 @@ def build_model(
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
-    tokenizer = load_tokenizer(recipe.model, base)
+    tokenizer: Any
+    if isinstance(task, ImageTask):
+        tokenizer = load_processor(recipe.model)
+    else:
+        tokenizer = load_tokenizer(recipe.model, base)
     if method.config is None:
         return base, tokenizer
     options = method.config_options(recipe.method_options)
-    options["task_type"] = _TASK_TYPES[type(task)]
+    options["task_type"] = _TASK_TYPES[task.task]
     if options.get("target_modules") is None:
         options["target_modules"] = attention_projections(base)
     # What the checkpoint lacks is random: it has to come back with the adapter.
@@ -293,8 +314,8 @@ def attention_projections(model: nn.Module) -> list[str] | str:
 def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArguments:
     checkpoints = Path(recipe.output) / CHECKPOINTS
     options = {"eval_strategy": "epoch", **recipe.training}
-    if recipe.task == "multiple-choice":
-        options["remove_unused_columns"] = False  # the loss needs one that the model does not
+    if recipe.task in ("multiple-choice", IMAGE_TASK):
+        options["remove_unused_columns"] = False  # the loss, or what reads images, needs another
     if not evaluate:
         options["eval_strategy"] = "no"
     try:

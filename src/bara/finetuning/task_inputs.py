@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from bara.cards.adapter_files import TASK_FILE
+from bara.data.images import IMAGE_TASK, ImageTask, image_inputs, image_table
 from bara.data.tables import load_table
 from bara.data.text_task import TaskType, TextTask, tokenise
 from bara.errors import BaraError
@@ -44,8 +45,10 @@ def load_task(folder: Path) -> Task:
     if name in LANGUAGE_TASKS:
         language: LanguageTask = read_json(path, LanguageTask, mend)
         return language
+    if name == IMAGE_TASK:
+        return ImageTask.load(path)
     if name not in get_args(TaskType):
-        known = ", ".join((*get_args(TaskType), *LANGUAGE_TASKS))
+        known = ", ".join((*get_args(TaskType), *LANGUAGE_TASKS, IMAGE_TASK))
         raise BaraError(f"{path}: task must be {known}, not {shown(name)}; {mend}")
     return TextTask.load(path)
 
@@ -54,8 +57,10 @@ def read_table(source: str, task: Task, *, split: str | None = None) -> Dataset:
     """A table for a task: its texts stay texts, even where all of them look like numbers.
 
     Raises:
-        BaraError: see `bara.data.tables.load_table`.
+        BaraError: see `bara.data.tables.load_table` and `bara.data.images.image_table`.
     """
+    if isinstance(task, ImageTask):
+        return image_table(source, split=split)
     texts = task.text_columns if isinstance(task, TextTask) else ()
     return load_table(source, split=split, text_columns=texts)
 
@@ -64,8 +69,10 @@ def text_task(task: Task, command: str) -> TextTask:
     """The task, if it is one of `TextTask`'s.
 
     Raises:
-        BaraError: the adapter is a language model's.
+        BaraError: the adapter is a language model's or reads images.
     """
+    if isinstance(task, ImageTask):
+        raise BaraError(f"`bara {command}` is for texts, and this adapter is for images")
     if isinstance(task, LanguageTask):
         raise BaraError(
             f"`bara {command}` needs labelled classes, and this adapter was trained for "
@@ -81,13 +88,15 @@ def model_inputs(
 
     Args:
         table: its rows.
-        tokenizer: the model's.
+        tokenizer: the model's, or its image processor.
         task: what the model is for.
         labels: keep the labels; a language model's inputs always have theirs.
 
     Raises:
         BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
     """
+    if isinstance(task, ImageTask):
+        return image_inputs(table, tokenizer, task if labels else None)
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)
     return tokenise(table, tokenizer, task, labels=labels)
@@ -103,7 +112,7 @@ def predict_table(
     first_row: int = 1,
     **options: Any,
 ) -> Predictive:
-    """The predictive distribution of a table's texts or questions.
+    """The predictive distribution of a table's texts, questions or images.
 
     Args:
         model, tokenizer, task: what `load_adapter` returns.
@@ -119,6 +128,9 @@ def predict_table(
     if is_multiple_choice(task):
         asked = questions(table, first_row=first_row)
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
+    if isinstance(task, ImageTask):
+        known = task if labels else None
+        return predict(model, image_inputs(table, tokenizer, known, first_row=first_row), **options)
     task = text_task(task, "predict")
     return predict(
         model, tokenise(table, tokenizer, task, labels=labels, first_row=first_row), **options

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import ConfigDict
 
+from bara.data.images import ImageTask
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.language.prompts import (
@@ -225,4 +226,4 @@ def _encode(
     return [], token_ids(tokenizer, completion)
 
 
-Task = TextTask | LanguageTask
+Task = TextTask | LanguageTask | ImageTask

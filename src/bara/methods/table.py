@@ -14,8 +14,9 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bara.cards.adapter_files import config_types
+from bara.data.images import IMAGE_TASK
 from bara.errors import BaraError, first_line
-from bara.language.tasks import LANGUAGE_TASKS
+from bara.language.tasks import GENERATING_TASKS, LANGUAGE_TASKS
 from bara.methods.adalora import AdaloraTrainer, adalora_options
 from bara.methods.ensemble import EnsembleOptions
 from bara.methods.ivon import IvonOptions, IvonTrainer
@@ -34,7 +35,7 @@ TEMPERED = "+temperature"
 
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
-TASKS = ("classification", "regression", *LANGUAGE_TASKS)
+TASKS = ("classification", "regression", *LANGUAGE_TASKS, IMAGE_TASK)
 MAX_RANK = 65_536
 """More than the width of any model."""
 
@@ -240,10 +241,10 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         raise BaraError(f"task must be {', '.join(TASKS)}, not {shown(recipe.task)}")
     method, tempered = parse_method(recipe.method)
     method.check(recipe.method_options, flags)
-    if tempered and recipe.task == "causal-lm":
+    if tempered and recipe.task in GENERATING_TASKS:
         raise BaraError(
             f"method {recipe.method}: a temperature is fitted to classes, choices or numbers, "
-            "which causal-lm does not predict; leave out +temperature"
+            f"which {recipe.task} does not predict; leave out +temperature"
         )
     for name, instead in ELSEWHERE.items():
         if name in recipe.training:

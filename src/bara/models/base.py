@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
+from bara.data.images import ImageTask
+from bara.data.text_task import TextTask
 from bara.errors import BaraError, first_line
-from bara.language.tasks import (
-    LanguageTask,
-    Task,
-)
+from bara.language.tasks import LanguageTask, Task, is_seq2seq
 from bara.models.gguf import load_gguf, source
 from bara.models.sentence import SentenceClassifier, is_sentence_encoder
 
@@ -42,30 +44,33 @@ def load_base(
         options: further arguments of `from_pretrained`.
 
     Returns:
-        The model, and the modules that the checkpoint has no weights for besides the head that
-        PEFT saves anyway. They have to be saved with the adapter.
+        The model, and the modules that have to be trained and saved with the adapter: those that
+        the checkpoint has no weights for besides the head that PEFT saves anyway, and the heads of
+        image models.
 
     Raises:
         BaraError: the model cannot be loaded.
     """
+    if is_seq2seq(task):
+        return load_seq2seq(name, options), []
     if isinstance(task, LanguageTask):
         return load_causal_lm(name, options), []
     head: dict[str, Any] = {"num_labels": task.num_labels, "problem_type": "regression"}
-    if task.task == "classification":
+    if task.task != "regression":
         names = dict(enumerate(task.label_names))
         head["problem_type"] = "single_label_classification"
         head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
     info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
     try:
-        if is_sentence_encoder(name):
+        if isinstance(task, TextTask) and is_sentence_encoder(name):
             model = SentenceClassifier.from_encoder(name, **head, **options)
         else:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            model, info = auto_class(task).from_pretrained(
                 name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except Exception as error:  # hub, file and configuration errors of many types
         raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
-    if task.task == "regression":
+    if isinstance(task, TextTask) and task.task == "regression":
         model.config.target_mean = task.target_mean
         model.config.target_std = task.target_std
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -80,7 +85,20 @@ def load_base(
             f"the base model {name!r} has no weights for {len(unexpected)} of its modules (first: "
             f"{unexpected[0]}); give a complete checkpoint"
         )
+    if isinstance(task, ImageTask):  # PEFT knows no heads of image models
+        return model, heads(model, modules)
     return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in HEADS)]
+
+
+def heads(model: PreTrainedModel, new: Sequence[str]) -> list[str]:
+    """The modules beside a model's backbone, and those that its checkpoint has no weights for."""
+    beside = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    within = tuple(f"{name}." for name in beside)
+    return [*beside, *(name for name in new if not f"{name}.".startswith(within))]
 
 
 def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -112,6 +130,52 @@ def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
         )
     model.name_or_path = name  # PEFT notes it for those who load the adapter
     return model
+
+
+def load_seq2seq(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with an encoder and a decoder for texts, from a folder or a hub name.
+
+    Raises:
+        BaraError: it cannot be loaded, or lacks weights.
+    """
+    try:
+        loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(
+            name, output_loading_info=True, **options
+        )
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise BaraError(
+            f"{name!r} is no sequence-to-sequence model (it has no weights for {missing[0]}); give "
+            "one, or another --task"
+        )
+    return model
+
+
+def auto_class(task: Task) -> Any:
+    """The class of transformers whose `from_pretrained` makes a model for the task."""
+    if isinstance(task, ImageTask):
+        return AutoModelForImageClassification
+    if is_seq2seq(task):
+        return AutoModelForSeq2SeqLM
+    if isinstance(task, LanguageTask):
+        return AutoModelForCausalLM
+    return AutoModelForSequenceClassification
+
+
+def load_processor(name: str) -> Any:
+    """What makes a model's inputs of images.
+
+    Raises:
+        BaraError: it cannot be loaded.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(
+            f"cannot load the image processor of {name!r}: {first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
