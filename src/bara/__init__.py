@@ -8,11 +8,13 @@ from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
+from bara.evaluation.preferences import evaluate_preferences
 from bara.export.export_lora import export_lora
 from bara.finetuning.load import load_adapter
 from bara.language.answer import Generation
 from bara.language.generation import generate
 from bara.language.multiple_choice import multiple_choice
+from bara.language.preferences import PreferencePredictive, predict_preferences
 from bara.language.streaming import StreamedToken, generate_stream
 from bara.models.sentence import SentenceClassifier
 from bara.posteriors.balora import BaloraConfig
@@ -47,6 +49,7 @@ __all__ = [
     "KLMixin",
     "McDropoutConfig",
     "Predictive",
+    "PreferencePredictive",
     "RankwiseConfig",
     "RegressionPredictive",
     "ScalablConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "effective_rank",
     "elbo_loss",
     "evaluate",
+    "evaluate_preferences",
     "export_lora",
     "gaussian_nll",
     "generate",
@@ -69,6 +73,7 @@ __all__ = [
     "load_images",
     "multiple_choice",
     "predict",
+    "predict_preferences",
     "prune",
     "rank_shift",
     "sampling",
