@@ -45,6 +45,7 @@ def test_a_folder_is_read_as_its_processor_reads_each_image(pictures):
         assert torch.equal(torch.as_tensor(row["pixel_values"]), pixels)
         assert pixels.shape == (3, SIDE, SIDE)
         assert row["labels"] == sorted(COLOURS).index(path.parent.name)
+    assert data.features["labels"].names == ["blue", "red"]
     turned = bara.load_images(pictures, processor, label_names=["red", "blue"])
     assert [row["labels"] for row in turned] == [1] * 6 + [0] * 6
 

@@ -108,8 +108,9 @@ def load_images(
         split: of a hub data set.
 
     Returns:
-        Rows with `pixel_values`, and with `labels` where there are classes. For `Trainer` set
-        `remove_unused_columns=False`: the rows are made of a column `image`.
+        Rows with `pixel_values`, and with `labels` where there are classes, whose names are in
+        `features["labels"].names`. For `Trainer` set `remove_unused_columns=False`: the rows are
+        made of a column `image`.
 
     Raises:
         BaraError: there are no images, a file is missing or no image, or a class is unknown.
@@ -176,9 +177,12 @@ def image_inputs(
     Raises:
         BaraError: the labels do not fit the task; later, where a row is read, its file is no image.
     """
+    from datasets import ClassLabel
+
     rows = table.select_columns(["image"])
     if task is not None:
         rows = rows.add_column("labels", task.encode_labels(table, first_row=first_row))
+        rows = rows.cast_column("labels", ClassLabel(names=list(task.label_names)))
 
     def read(batch: Mapping[str, Any]) -> dict[str, Any]:
         images = [opened(image) for image in batch["image"]]
