@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import bara
 from bara import BaraError
@@ -85,7 +86,7 @@ def test_predictions_are_the_mixture_over_draws(pictures):
     assert metrics["accuracy"] == pytest.approx(right)
 
 
-@pytest.mark.parametrize("method", ["bara", "full"])
+@pytest.mark.parametrize("method", ["bara", "full", "ensemble+temperature"])
 def test_train_predict_and_evaluate_a_folder(base, pictures, tmp_path, run, method):
     out, numbers = tmp_path / "adapter", tmp_path / "numbers.json"
     train = ["train", "--model", base, "--task", "image-classification", "--data", pictures]
@@ -149,6 +150,25 @@ def test_the_head_comes_back_with_the_adapter(base, pictures, tmp_path):
         trained = head.modules_to_save["default"].weight
         assert trained.shape == (2, 32)
         assert not torch.allclose(trained, head.original_module.weight)
+
+
+def test_a_network_of_convolutions_is_adapted_in_them(pictures, tmp_path):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    resnet = ResNetForImageClassification(ResNetConfig(**sizes, layer_type="basic"))
+    resnet.save_pretrained(tmp_path / "resnet")
+    tiny_processor().save_pretrained(tmp_path / "resnet")
+    recipe = TrainRecipe(
+        model=str(tmp_path / "resnet"),
+        data=str(pictures),
+        task="image-classification",
+        training={"max_steps": 1},
+        output=str(tmp_path / "adapter"),
+    )
+    model, processor, _ = load_adapter(finetune(recipe))
+    adapted = bara.effective_rank(model, bara.load_images(pictures, processor)).layers
+    modules = resnet.named_modules()
+    convolutions = [name for name, module in modules if isinstance(module, torch.nn.Conv2d)]
+    assert sorted(adapted) == sorted(convolutions)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def evaluate(
 
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import console, update_card
+    from bara.data.images import IMAGE_TASK
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.evaluation.abstention import calibrate_threshold, save_threshold
@@ -78,7 +79,8 @@ def evaluate(
     metrics, selective = _evaluate(model, tokenizer, task, table, ood_table, options, decoding)
     source = draw_source(model)
     drawn = None if source is None else source.num_draws(num_draws)
-    caption = f"{len(table)} texts, " + ("no draws" if drawn is None else f"{drawn} draws")
+    inputs = "images" if task.task == IMAGE_TASK else "texts"
+    caption = f"{len(table)} {inputs}, " + ("no draws" if drawn is None else f"{drawn} draws")
     view = Table(title=f"{adapter} on {data}", caption=caption)
     view.add_column("metric")
     view.add_column("value", justify="right")

@@ -193,19 +193,19 @@ def image_inputs(
 
 
 def opened(image: str | Image) -> Image:
-    """An image in RGB, from a file or as it is.
+    """An image in RGB, from a file or as it is, turned as a camera noted it.
 
     Raises:
         BaraError: the file is missing or no image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if not isinstance(image, (str, Image.Image)):
         raise BaraError(f"an image is a file's name or a picture, not {shown(image)}")
     try:
         if isinstance(image, str):
             with Image.open(image) as picture:
-                return picture.convert("RGB")
+                return ImageOps.exif_transpose(picture).convert("RGB")
         return image.convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
         raise BaraError(f"{image} is not a readable image: {first_line(error)}") from error
@@ -216,7 +216,7 @@ def _listed(folder: Path) -> dict[str, list[str]]:
 
     Not by the `imagefolder` of datasets, for which folders with names such as `test` are splits.
     """
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = sorted(entry.name for entry in _visible(folder) if entry.is_dir())
     images = {name: _images(folder / name) for name in (classes or [""])}
     if classes and _images(folder):
         raise BaraError(f"{folder} has both images and folders; give each class a folder")
@@ -231,5 +231,10 @@ def _listed(folder: Path) -> dict[str, list[str]]:
 
 
 def _images(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
+    names = sorted(entry.name for entry in _visible(folder) if entry.is_file())
     return [str(folder / name) for name in names if name.lower().endswith(SUFFIXES)]
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]

@@ -306,9 +306,20 @@ def build_model(recipe: TrainRecipe, method: Method, task: Task) -> tuple[Any, A
 
 
 def attention_projections(model: nn.Module) -> list[str] | str:
-    """Names of the attention's query, key and value projections; `all-linear` if none is known."""
+    """Names of the attention's query, key and value projections; `all-linear` if none is known, and
+    in a network without linear layers before its head the convolutions that are not grouped."""
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return [name for name in ATTENTION_PROJECTIONS if name in leaves] or "all-linear"
+    if known := [name for name in ATTENTION_PROJECTIONS if name in leaves]:
+        return known
+    backbone: Any = getattr(model, "base_model", model)
+    if any(isinstance(module, nn.Linear) for module in backbone.modules()):
+        return "all-linear"
+    convolutions = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1
+    ]
+    return convolutions or "all-linear"
 
 
 def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArguments:
