@@ -188,6 +188,20 @@ def test_folders_that_make_no_sense(tmp_path, make, match):
         bara.load_images(tmp_path / "folder", tiny_processor())
 
 
+def test_a_photograph_is_turned_as_the_camera_noted_and_hidden_files_are_left_out(tmp_path):
+    picture = Image.new("RGB", (8, 4))
+    picture.putpixel((7, 0), (255, 0, 0))
+    noted = Image.Exif()
+    noted[0x0112] = 6  # the camera was held upright: turn by 90 degrees
+    picture.save(tmp_path / "photo.png", exif=noted)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".thumbnail.png").write_text("no image", "utf-8")
+    turned = opened(str(tmp_path / "photo.png"))
+    assert turned.size == (4, 8)
+    assert turned.getpixel((3, 7)) == (255, 0, 0)
+    assert len(bara.load_images(tmp_path, tiny_processor())) == 1
+
+
 def test_tables_and_files_that_make_no_sense(base, pictures, tmp_path, failing):
     processor = tiny_processor()
     for rows, match in [
