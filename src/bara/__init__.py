@@ -3,16 +3,19 @@
 import bara.machine  # noqa: F401  (before what imports PEFT)
 from bara.adapter.peft_model import BayesianLoraModel
 from bara.certificates.certificate import Certificate, certify
+from bara.data.images import load_images
 from bara.data.questions import QuestionWindows, question_windows
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
+from bara.evaluation.preferences import evaluate_preferences
 from bara.export.export_lora import export_lora
 from bara.finetuning.load import load_adapter
 from bara.language.answer import Generation
 from bara.language.generation import generate
 from bara.language.multiple_choice import multiple_choice
+from bara.language.preferences import PreferencePredictive, predict_preferences
 from bara.language.streaming import StreamedToken, generate_stream
 from bara.models.sentence import SentenceClassifier
 from bara.posteriors.balora import BaloraConfig
@@ -51,6 +54,7 @@ __all__ = [
     "McDropoutConfig",
     "MultiLabelPredictive",
     "Predictive",
+    "PreferencePredictive",
     "QuestionWindows",
     "RankwiseConfig",
     "RegressionPredictive",
@@ -66,6 +70,7 @@ __all__ = [
     "effective_rank",
     "elbo_loss",
     "evaluate",
+    "evaluate_preferences",
     "export_lora",
     "gaussian_nll",
     "generate",
@@ -73,8 +78,10 @@ __all__ = [
     "kl_loss",
     "kl_terms",
     "load_adapter",
+    "load_images",
     "multiple_choice",
     "predict",
+    "predict_preferences",
     "prune",
     "question_windows",
     "rank_shift",

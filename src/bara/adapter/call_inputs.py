@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bara.language.prompts import is_encoder_decoder
+
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
@@ -20,13 +22,18 @@ def batch_size_of(given: dict[str, Any]) -> int:
     """Rows of the batch that a model's layers see."""
     if _is_multiple_choice(given):
         return given["input_ids"].shape[0] * given["input_ids"].shape[1]
-    inputs = [given.get(name) for name in ("input_ids", "inputs_embeds")]  # positions may be 1 row
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids")
+    inputs = [given.get(name) for name in names]  # positions may be 1 row
     sizes = (v.shape[0] for v in [*inputs, *given.values()] if isinstance(v, Tensor) and v.dim())
     return next(sizes, 1)
 
 
-def position_weights_of(given: dict[str, Any]) -> Iterator[Tensor]:
-    """For each padding mask what a position counts in a mean over its row, (B, T)."""
+def position_weights_of(model: nn.Module, given: dict[str, Any]) -> Iterator[Tensor]:
+    """For each padding mask what a position counts in a mean over its row, (B, T).
+
+    A decoder behind an encoder is rarely given a mask: there the labels tell what is padding. A
+    layer finds its mask by its length, so that the encoder's is taken where both are as long.
+    """
     dim = 3 if _is_multiple_choice(given) else 2
     for name in MASKS:
         mask = given.get(name)
@@ -38,7 +45,19 @@ def position_weights_of(given: dict[str, Any]) -> Iterator[Tensor]:
             tokens = _tokens(mask)
         else:
             continue
-        yield tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
+        yield _weights(tokens)
+    labels = given.get("labels")
+    if (
+        isinstance(labels, Tensor)
+        and labels.dim() == 2
+        and is_encoder_decoder(model)
+        and given.get(MASKS[1]) is None
+    ):
+        yield _weights(labels.ne(-100))
+
+
+def _weights(tokens: Tensor) -> Tensor:
+    return tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def _tokens(mask: Tensor) -> Tensor:
@@ -91,5 +110,5 @@ def predicts_next_token(model: nn.Module) -> bool:
     """Whether the model's loss shifts its labels, so that the first is no term of it."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return getattr(model, "loss_function", None) is ForCausalLMLoss and not encoder_decoder
+    causal = getattr(model, "loss_function", None) is ForCausalLMLoss
+    return causal and not is_encoder_decoder(model)

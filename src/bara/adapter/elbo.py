@@ -159,7 +159,7 @@ class Elbo(DrawSource):
         training = model.training and torch.is_grad_enabled()
         forward = ForwardPass(
             batch_size=batch_size_of(given),
-            weights=tuple(position_weights_of(given)),
+            weights=tuple(position_weights_of(model, given)),
             draws=self.draws,
             adapter_names=self.adapter_names,
             training=training,

@@ -101,13 +101,14 @@ def _stack(
 def _can_fuse(module: LoraLayer, adapter: str, posterior: Posterior, forward: ForwardPass) -> bool:
     """Whether a layer is what its fused step takes it for."""
     a, b = module.lora_A[adapter], module.lora_B[adapter]
+    family: Any = type(posterior)
     noise = forward.draws is not None or (posterior.training and forward.seed is not None)
     return (
         noise
         and list(module.active_adapters) == [adapter]
         and all(_is_plain(part) for part in (a, b))
         and not _is_hooked(posterior)
-        and _fuses_what_it_computes(type(posterior))
+        and _fuses_what_it_computes(family)
     )
 
 
@@ -127,7 +128,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 @cache
-def _fuses_what_it_computes(family: type[Posterior]) -> bool:
+def _fuses_what_it_computes(family: Any) -> bool:
     """Whether `fuse` is not older than `forward`: a subclass may have changed the latter alone."""
     owner = {
         name: next(i for i, cls in enumerate(family.__mro__) if name in vars(cls))

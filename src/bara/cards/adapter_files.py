@@ -18,6 +18,7 @@ MODEL_FILE = "model.safetensors"
 TASK_FILE = "text_task.json"
 RECIPE_FILE = "recipe.yaml"
 TOKENIZER_FILE = "tokenizer_config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 MEND = "train again or restore the file"
 WIDER = {
     "peft_type": str,

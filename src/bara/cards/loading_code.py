@@ -59,11 +59,13 @@ missing = tensors.keys() - load_peft_weights("{folder}").keys()
 assert not missing, f"the adapter was trained on another base model: {{sorted(missing)}}"
 {after}```
 """
+ONE_DRAW = """with bara.sampling(model, num_draws=1, seed=0):
+    logits = model(**inputs).logits  # of one draw; outside, of the posterior mean
+"""
 USE = {
     "SEQ_CLS": "predictive = bara.predict(model, data, num_draws=10, seed=0)\n",
-    "CAUSAL_LM": """with bara.sampling(model, num_draws=1, seed=0):
-    logits = model(**inputs).logits  # of one draw; outside, of the posterior mean
-""",
+    "CAUSAL_LM": ONE_DRAW,
+    "SEQ_2_SEQ_LM": ONE_DRAW,
 }
 PEFT_IMPORT = "from peft import PeftModel, get_peft_model_state_dict, load_peft_weights"
 

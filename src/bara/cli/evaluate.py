@@ -46,19 +46,21 @@ def evaluate(
     """Print accuracy, likelihood, calibration and out-of-distribution detection.
 
     With --calibrate-risk, data that was not trained on gives the threshold for --abstain-at-risk.
-    For a causal-lm adapter it holds for answers that are generated with the same --max-new-tokens
-    and --set.
+    For a causal-lm or seq2seq adapter it holds for answers that are generated with the same
+    --max-new-tokens and --set.
     """
     from rich.table import Table
 
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import console, update_card
+    from bara.data.images import IMAGE_TASK
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.evaluation.abstention import calibrate_threshold, save_threshold
     from bara.files import atomic_write_text
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import read_table
+    from bara.language.tasks import GENERATING_TASKS
     from bara.machine import quieten_libraries
 
     quieten_libraries()
@@ -67,11 +69,11 @@ def evaluate(
     ood_table = None if ood is None else read_table(ood, task)
     decoding = decoding_options(max_new_tokens, generate_options)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
-    answers = task.task == "causal-lm" and calibrate_risk is not None
+    answers = task.task in GENERATING_TASKS and calibrate_risk is not None
     if decoding and not answers:
         raise BaraError(
-            "--max-new-tokens and --set are for --calibrate-risk of a causal-lm adapter, which "
-            "generates answers: leave them out"
+            "--max-new-tokens and --set are for --calibrate-risk of a causal-lm or seq2seq "
+            "adapter, which generates answers: leave them out"
         )
     options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
     metrics, by_label, selective = _evaluate(
@@ -79,7 +81,8 @@ def evaluate(
     )
     source = draw_source(model)
     drawn = None if source is None else source.num_draws(num_draws)
-    caption = f"{len(table)} texts, " + ("no draws" if drawn is None else f"{drawn} draws")
+    inputs = "images" if task.task == IMAGE_TASK else "texts"
+    caption = f"{len(table)} {inputs}, " + ("no draws" if drawn is None else f"{drawn} draws")
     view = Table(title=f"{adapter} on {data}", caption=caption)
     view.add_column("metric")
     view.add_column("value", justify="right")
@@ -135,9 +138,9 @@ def _evaluate(
     from bara.evaluation.metrics import measure
     from bara.finetuning.task_inputs import model_inputs, predict_table
     from bara.language.evaluation import answer_losses, token_metrics
-    from bara.language.tasks import LanguageTask
+    from bara.language.tasks import GENERATING_TASKS, LanguageTask
 
-    if task.task == "causal-lm":
+    if task.task in GENERATING_TASKS:
         if ood is not None:
             raise BaraError("--ood is for classification and multiple choice: leave it out")
         metrics = token_metrics(model, model_inputs(table, tokenizer, task), **options)

@@ -20,7 +20,10 @@ CHUNK = 64
 
 def predict(
     adapter: Adapter,
-    data: Annotated[str, Option(help="Table of texts; - reads JSONL from standard input.")] = "-",
+    data: Annotated[
+        str,
+        Option(help="Table of texts, or folder of images; - reads JSONL from standard input."),
+    ] = "-",
     output: Annotated[str, Option(help="JSONL file; - is standard output.")] = "-",
     split: Split = None,
     num_draws: NumDraws = 10,
@@ -29,9 +32,10 @@ def predict(
     abstain_at_risk: AbstainAtRisk = None,
     base_model: BaseModel = None,
 ) -> None:
-    """Write one JSON object per text or question: the prediction and how uncertain it is."""
+    """Write one JSON object per text, question or image: the prediction and how uncertain it is."""
     from tqdm.auto import tqdm
 
+    from bara.data.images import ImageTask, located
     from bara.data.tables import table_from_records
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
@@ -66,10 +70,18 @@ def predict(
             with tqdm(desc="predicting", unit="text", disable=None) as bar:
                 for chunk in chain([first_chunk], chunks):
                     table = table_from_records(chunk, data)
+                    if isinstance(task, ImageTask):
+                        table = located(table, Path())
                     predictive = predict_table(
                         model, tokenizer, task, table, labels=False, first_row=done + 1, **options
                     )
                     records = predictive.to_records()
+                    if isinstance(task, ImageTask):
+                        named = zip(table["image"], records, strict=True)
+                        records = [
+                            {"image": image, **record} if isinstance(image, str) else record
+                            for image, record in named
+                        ]
                     if threshold is not None:
                         _abstain(records, predictive, threshold)
                     for record in records:
@@ -101,11 +113,14 @@ def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> 
 
 
 def _read(data: str, split: str | None, task: Any, files: ExitStack) -> Iterable[dict[str, Any]]:
+    from bara.data.images import ImageTask
     from bara.data.tables import read_jsonl
     from bara.finetuning.task_inputs import read_table
 
     if data == "-":
         return read_jsonl(sys.stdin, "standard input")
+    if isinstance(task, ImageTask):  # whose files are found from the table's folder
+        return read_table(data, task, split=split)
     if data.endswith(".jsonl") and Path(data).is_file():
         return read_jsonl(files.enter_context(open(data, encoding="utf-8-sig")), data)
     return read_table(data, task, split=split)

@@ -30,6 +30,7 @@ def ranks(
 
     from bara.adapter.inspection import bayesian_adapter
     from bara.cli.terminal import console, update_card
+    from bara.data.images import ImageTask
     from bara.data.question_task import QuestionTask
     from bara.files import require_new
     from bara.finetuning.load import load_adapter, read_task
@@ -68,7 +69,9 @@ def ranks(
             "batch_size": batch_size,
         }
         errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
-    if isinstance(task, LanguageTask | QuestionTask):
+    if isinstance(task, ImageTask):
+        texts = [str(image) for image in tables[0]["image"]]
+    elif isinstance(task, LanguageTask | QuestionTask):
         texts = [str(tokenizer.decode(row["input_ids"])) for row in inputs[0]]
     else:
         texts = [

@@ -24,7 +24,11 @@ def train(
         str | None, Option(help="Folder, .gguf file or hub name of the base model.")
     ] = None,
     data: Annotated[
-        str | None, Option(help="CSV, TSV, JSONL, JSON or Parquet file, or a hub data set.")
+        str | None,
+        Option(
+            help="CSV, TSV, JSONL, JSON or Parquet file, a hub data set, or for images a folder "
+            "with a folder for each class."
+        ),
     ] = None,
     validation: Annotated[str | None, Option(help="A second table, for the loss on it.")] = None,
     output: Annotated[str | None, Option(help="Folder for the adapter.")] = None,
@@ -35,7 +39,7 @@ def train(
         str | None,
         Option(
             help="classification, regression, multi-label, token-classification, "
-            "question-answering, causal-lm or multiple-choice."
+            "question-answering, causal-lm, multiple-choice, seq2seq or image-classification."
         ),
     ] = None,
     scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
@@ -80,7 +84,7 @@ def train(
     from bara.files import atomic_write_text
     from bara.finetuning.checkpoints import CHECKPOINTS
     from bara.finetuning.finetune import finetune
-    from bara.language.tasks import LANGUAGE_TASKS
+    from bara.language.tasks import GENERATING_TASKS
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
     from bara.methods.table import check_recipe
@@ -112,7 +116,7 @@ def train(
     }
     given = {FLAGS.get(name, name): v for name, v in typed.items() if v is not None}
     recipe = recipe.with_options({**parse_options(options or []), **given})
-    if recipe.task in LANGUAGE_TASKS and not recipe.model:
+    if recipe.task in ("causal-lm", "multiple-choice") and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
     flags = {FLAGS.get(name, name): f"--{name.replace('_', '-')}" for name in typed}
     check_recipe(recipe, {name: flag for name, flag in flags.items() if name in given})
@@ -124,7 +128,7 @@ def train(
     folder = finetune(recipe, resume=resume, overwrite=overwrite)
     print(f"The adapter is in {folder}. Next:")
     print(f"  bara evaluate {folder} --data {recipe.validation or 'TABLE'}")
-    if recipe.task == "causal-lm":
+    if recipe.task in GENERATING_TASKS:
         print(f"  bara generate {folder} PROMPT")
     else:
         print(f"  bara predict {folder} --data TABLE --output predictions.jsonl")

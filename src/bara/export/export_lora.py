@@ -32,6 +32,8 @@ from bara.evaluation.difference import Difference, difference
 from bara.export import client
 from bara.export.card import write_export_card, write_merged_card
 from bara.files import atomic_directory, require_new, require_space
+from bara.language.prompts import is_encoder_decoder
+from bara.language.tasks import GENERATING_TASKS
 from bara.models.sentence import SentenceClassifier, save_sentence_transformer
 from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
@@ -122,7 +124,7 @@ def export_lora(
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     adapter = bayesian_adapter(model, "export")
     require_new(folder, overwrite)
-    tempered = get_temperature(model) != 1 and _task(model)[0] != "causal-lm"
+    tempered = get_temperature(model) != 1 and _task(model)[0] not in GENERATING_TASKS
     if tempered:
         output_layer(model)  # refuses before anything slow
     options: dict[str, Any] = {
@@ -273,7 +275,7 @@ def _task(model: PeftModel) -> tuple[str, list[str] | None]:
     """The task, and the names of its classes or labels."""
     base: Any = model.get_base_model()
     if isinstance(base, PreTrainedModel) and base.can_generate():
-        return "causal-lm", None
+        return "seq2seq" if is_encoder_decoder(model) else "causal-lm", None
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     kind = TASKS.get(getattr(model.active_peft_config, "task_type", None) or "")

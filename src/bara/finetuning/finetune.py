@@ -16,12 +16,13 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
+    DefaultDataCollator,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from bara.data.multi_label_task import MultiLabelTask
+from bara.data.images import IMAGE_TASK, ImageTask, image_table
 from bara.data.question_task import QuestionTask
 from bara.data.tables import load_table
 from bara.data.tag_task import TagTask
@@ -38,7 +39,7 @@ from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import Method, check_recipe, parse_method
-from bara.models.base import load_base, load_tokenizer
+from bara.models.base import load_base, load_processor, load_tokenizer
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.prediction.batches import pad_rows
@@ -56,11 +57,15 @@ MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
 
 _TASK_TYPES = {
-    TextTask: "SEQ_CLS",
-    MultiLabelTask: "SEQ_CLS",
-    TagTask: "TOKEN_CLS",
-    QuestionTask: "QUESTION_ANS",
-    LanguageTask: "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "multi-label": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "causal-lm": "CAUSAL_LM",
+    "multiple-choice": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    IMAGE_TASK: None,  # PEFT has no type for images
 }
 
 ATTENTION_PROJECTIONS = (
@@ -128,7 +133,10 @@ def _finetune(
         texts: tuple[str | None, ...] = (recipe.text_column, recipe.text_pair_column)
         if recipe.task == "multi-label":  # names, even where all look like numbers
             texts += (recipe.label_column, *LABEL_COLUMNS)
-        train = load_table(recipe.data, split=recipe.split, text_columns=texts)
+        if recipe.task == IMAGE_TASK:
+            train = image_table(recipe.data, split=recipe.split)
+        else:
+            train = load_table(recipe.data, split=recipe.split, text_columns=texts)
     if tempered and validation is None and not recipe.validation:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
     task = _task(recipe, train)
@@ -137,7 +145,8 @@ def _finetune(
         validation = read_table(recipe.validation, task, split=recipe.validation_split)
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, method, task)
-    task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
+    if not isinstance(task, ImageTask):
+        task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
         prepare(model, recipe, train, text_task(task, "certify"), learn)
@@ -184,6 +193,8 @@ def _training_inputs(
         rows = partial(tokenise_choices, tokenizer=tokenizer, task=task, window=window)
         return rows, ChoiceCollator(tokenizer)
     inputs = partial(model_inputs, tokenizer=tokenizer, task=task)
+    if isinstance(task, ImageTask):
+        return inputs, DefaultDataCollator()
     if isinstance(task, QuestionTask):
         # on the right, so that the answers stay where they are
         collator = partial(pad_rows, pad_token_id=tokenizer.pad_token_id or 0)
@@ -258,6 +269,8 @@ def _train_members(
 
 
 def _task(recipe: TrainRecipe, train: Dataset) -> Task:
+    if recipe.task == IMAGE_TASK:
+        return ImageTask.infer(train, label_column=recipe.label_column)
     if recipe.task in LANGUAGE_TASKS:
         return LanguageTask(
             recipe.task,  # type: ignore[arg-type]  # checked above
@@ -279,10 +292,9 @@ def _task(recipe: TrainRecipe, train: Dataset) -> Task:
     return described.infer(train, **options)
 
 
-def build_model(
-    recipe: TrainRecipe, method: Method, task: Task
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser.
+def build_model(recipe: TrainRecipe, method: Method, task: Task) -> tuple[Any, Any]:
+    """The base model with a new adapter (or ready for full fine-tuning), and its tokeniser or image
+    processor.
 
     Args:
         recipe: the model and the options.
@@ -293,11 +305,15 @@ def build_model(
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
     base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
-    tokenizer = load_tokenizer(recipe.model, base, words=isinstance(task, TagTask))
+    tokenizer: Any
+    if isinstance(task, ImageTask):
+        tokenizer = load_processor(recipe.model)
+    else:
+        tokenizer = load_tokenizer(recipe.model, base, words=isinstance(task, TagTask))
     if method.config is None:
         return base, tokenizer
     options = method.config_options(recipe.method_options)
-    options["task_type"] = _TASK_TYPES[type(task)]
+    options["task_type"] = _TASK_TYPES[task.task]
     if options.get("target_modules") is None:
         options["target_modules"] = attention_projections(base)
     # What the checkpoint lacks is random: it has to come back with the adapter.
@@ -312,16 +328,27 @@ def build_model(
 
 
 def attention_projections(model: nn.Module) -> list[str] | str:
-    """Names of the attention's query, key and value projections; `all-linear` if none is known."""
+    """Names of the attention's query, key and value projections; `all-linear` if none is known, and
+    in a network without linear layers before its head the convolutions that are not grouped."""
     leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    return [name for name in ATTENTION_PROJECTIONS if name in leaves] or "all-linear"
+    if known := [name for name in ATTENTION_PROJECTIONS if name in leaves]:
+        return known
+    backbone: Any = getattr(model, "base_model", model)
+    if any(isinstance(module, nn.Linear) for module in backbone.modules()):
+        return "all-linear"
+    convolutions = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1
+    ]
+    return convolutions or "all-linear"
 
 
 def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArguments:
     checkpoints = Path(recipe.output) / CHECKPOINTS
     options = {"eval_strategy": "epoch", **recipe.training}
-    if recipe.task == "multiple-choice":
-        options["remove_unused_columns"] = False  # the loss needs one that the model does not
+    if recipe.task in ("multiple-choice", IMAGE_TASK):
+        options["remove_unused_columns"] = False  # the loss, or what reads images, needs another
     if not evaluate:
         options["eval_strategy"] = "no"
     try:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
@@ -19,11 +19,13 @@ from bara.cards.adapter_files import (
     CONFIG_FILE,
     MEND,
     MODEL_FILE,
+    PROCESSOR_FILE,
     RECIPE_FILE,
     TOKENIZER_FILE,
     check_config,
     read_shapes,
 )
+from bara.data.images import ImageTask
 from bara.draws.draws import attach_draws
 from bara.errors import BaraError, first_line
 from bara.finetuning.task_inputs import load_task
@@ -33,7 +35,7 @@ from bara.methods.probabilistic_peft import PveraDraws, PveraTrainer
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import parse_method
 from bara.methods.weight_draws import WeightDraws
-from bara.models.base import load_base, load_tokenizer, model_class
+from bara.models.base import auto_class, load_base, load_processor, load_tokenizer
 from bara.models.sentence import SentenceClassifier
 from bara.prediction.temperature import load_temperature
 from bara.schema import read_json, shown
@@ -48,7 +50,7 @@ TRUST = "BARA_TRUST_REMOTE_CODE"
 
 def load_adapter(
     path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
-) -> tuple[Any, PreTrainedTokenizerBase, Task]:
+) -> tuple[Any, Any, Task]:
     """Load what `bara.finetuning.finetune.finetune` saved, in evaluation mode.
 
     Args:
@@ -58,8 +60,8 @@ def load_adapter(
 
     Returns:
         The model (a `PeftModel`, or a transformers model after full fine-tuning), which
-        `bara.predict` draws from as its method does; its tokeniser; and the task with its columns
-        and label names.
+        `bara.predict` draws from as its method does; its tokeniser, or its image processor; and the
+        task with its columns and label names.
 
     Raises:
         BaraError: something is missing or damaged, the adapter does not fit the base model, or its
@@ -118,7 +120,7 @@ def _require_adapter(folder: Path) -> None:
 
 def _load_peft(
     folder: Path, base_model: str | None, model_options: Mapping[str, Any]
-) -> tuple[PeftModel, PreTrainedTokenizerBase, Task]:
+) -> tuple[PeftModel, Any, Task]:
     config = read_config(folder)
     saved_shapes = {renamed_key(key): shape for key, shape in read_shapes(folder).items()}
     task = load_task(folder)
@@ -126,7 +128,7 @@ def _load_peft(
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
     base, _ = load_base(name, task, model_options)
-    tokenizer = _load_tokenizer(folder, base)
+    tokenizer = _load_reader(folder, base, task)
     with warnings.catch_warnings():
         # PEFT warns about what it skipped; the comparison below refuses it.
         warnings.simplefilter("ignore")
@@ -160,22 +162,43 @@ def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
-def _load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Task]:
+def _load_model(folder: Path) -> tuple[PreTrainedModel, Any, Task]:
     """The result of full fine-tuning."""
     task = load_task(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder))
-        if SentenceClassifier.__name__ in (config.architectures or ()):
+        if isinstance(task, ImageTask):
+            model = _renamed(auto_class(task), folder)
+        elif SentenceClassifier.__name__ in (config.architectures or ()):
             model = SentenceClassifier(AutoModel.from_config(config))
+            load_model(model, folder / MODEL_FILE)
         else:
-            model = model_class(task).from_config(config)
-        load_model(model, folder / MODEL_FILE)
+            model = auto_class(task).from_config(config)
+            load_model(model, folder / MODEL_FILE)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaraError(
             f"the model in {folder} is incomplete or damaged ({first_line(error)}); train again"
         ) from error
     model.to(config.dtype)
-    return model, _load_tokenizer(folder, model), task
+    return model, _load_reader(folder, model, task), task
+
+
+def _renamed(auto: Any, folder: Path) -> PreTrainedModel:
+    """A model whose tensors transformers saves under other names than they have in memory."""
+    model, info = auto.from_pretrained(str(folder), output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[0]}")
+    return cast("PreTrainedModel", model)
+
+
+def _load_reader(folder: Path, model: PreTrainedModel, task: Task) -> Any:
+    """The folder's tokeniser or image processor."""
+    if not isinstance(task, ImageTask):
+        return _load_tokenizer(folder, model)
+    if not (folder / PROCESSOR_FILE).is_file():
+        raise BaraError(f"{folder} has no {PROCESSOR_FILE}; {MEND}")
+    return load_processor(str(folder))
 
 
 def _load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bara.cards.adapter_files import TASK_FILE
+from bara.data.images import IMAGE_TASK, ImageTask, image_inputs, image_table
 from bara.data.multi_label_task import MultiLabelTask
 from bara.data.tables import load_table
 from bara.data.tag_task import TagTask
@@ -49,8 +50,10 @@ def load_task(folder: Path) -> Task:
     if name in LANGUAGE_TASKS:
         language: LanguageTask = read_json(path, LanguageTask, mend)
         return language
+    if name == IMAGE_TASK:
+        return ImageTask.load(path)
     if not isinstance(name, str) or name not in TABLE_TASKS:
-        known = ", ".join((*TABLE_TASKS, *LANGUAGE_TASKS))
+        known = ", ".join((*TABLE_TASKS, *LANGUAGE_TASKS, IMAGE_TASK))
         raise BaraError(f"{path}: task must be {known}, not {shown(name)}; {mend}")
     return TABLE_TASKS[name].load(path)
 
@@ -59,8 +62,10 @@ def read_table(source: str, task: Task, *, split: str | None = None) -> Dataset:
     """A table for a task: its texts stay texts, even where all of them look like numbers.
 
     Raises:
-        BaraError: see `bara.data.tables.load_table`.
+        BaraError: see `bara.data.tables.load_table` and `bara.data.images.image_table`.
     """
+    if isinstance(task, ImageTask):
+        return image_table(source, split=split)
     texts = () if isinstance(task, LanguageTask) else task.text_columns
     if isinstance(task, MultiLabelTask):
         texts += (task.label_column,)
@@ -71,8 +76,10 @@ def text_task(task: Task, command: str) -> TextTask:
     """The task, if it is one of `TextTask`'s.
 
     Raises:
-        BaraError: the adapter is a language model's.
+        BaraError: the adapter is a language model's or reads images.
     """
+    if isinstance(task, ImageTask):
+        raise BaraError(f"`bara {command}` is for texts, and this adapter is for images")
     if isinstance(task, LanguageTask):
         raise BaraError(
             f"`bara {command}` needs labelled classes, and this adapter was trained for "
@@ -95,7 +102,7 @@ def model_inputs(
 
     Args:
         table: its rows.
-        tokenizer: the model's.
+        tokenizer: the model's, or its image processor.
         task: what the model is for.
         labels: keep the labels; a language model's inputs always have theirs.
         first_row: number of the first row, for messages.
@@ -103,6 +110,8 @@ def model_inputs(
     Raises:
         BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
     """
+    if isinstance(task, ImageTask):
+        return image_inputs(table, tokenizer, task if labels else None)
     if isinstance(task, LanguageTask):
         return tokenise_language(table, tokenizer, task)
     if isinstance(task, TextTask):
@@ -120,7 +129,7 @@ def predict_table(
     first_row: int = 1,
     **options: Any,
 ) -> Predictive:
-    """The predictive distribution of a table's texts or questions.
+    """The predictive distribution of a table's texts, questions or images.
 
     Args:
         model, tokenizer, task: what `load_adapter` returns.
@@ -136,6 +145,9 @@ def predict_table(
     if is_multiple_choice(task):
         asked = questions(table, first_row=first_row)
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
+    if isinstance(task, ImageTask):
+        known = task if labels else None
+        return predict(model, image_inputs(table, tokenizer, known, first_row=first_row), **options)
     if isinstance(task, LanguageTask):
         text_task(task, "predict")  # says what it is for
     inputs = model_inputs(table, tokenizer, task, labels=labels, first_row=first_row)

@@ -12,6 +12,7 @@ from bara.draws.blocks import Blocks
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
 from bara.language.generation import generate
+from bara.language.prompts import is_encoder_decoder
 from bara.language.tasks import reference, row_prompt
 from bara.prediction.batches import Batch, batches, to_device
 from bara.prediction.likelihood import require_finite
@@ -45,19 +46,22 @@ def token_metrics(
         BaraError: empty data, or logits that are not finite.
     """
     draws = Portions(model, num_draws, seed)
-    device = next(model.parameters()).device
+    device, encodes = next(model.parameters()).device, is_encoder_decoder(model)
     nll, right, tokens = 0.0, 0, 0
     with evaluating(model):
         size = max(1, batch_size // draws.num_draws)
         for batch, index in batches(inputs, model, size, None, progress):
-            labels = batch.pop("labels")[:, 1:].to(device)
+            # a decoder behind an encoder makes its own inputs of the labels
+            labels = batch["labels"] if encodes else batch.pop("labels")[:, 1:]
+            labels = labels.to(device)
             known = labels.ne(-100)
             moved = to_device(batch, device)
 
             def run(blocks: Blocks, moved: Batch = moved, known: Tensor = known) -> Tensor:
                 """Log-probabilities of the next tokens where there is a label, (S, labels, V)."""
                 logits = require_finite(model(**blocks.repeat(moved)).logits)
-                return blocks.split(logits)[:, :, :-1][:, known].float().log_softmax(-1)
+                here = blocks.split(logits)[:, :, : known.shape[1]][:, known]
+                return here.float().log_softmax(-1)
 
             every = torch.cat(draws.map(run, len(index), batch_size))
             log_probs = every.logsumexp(0) - math.log(draws.num_draws)

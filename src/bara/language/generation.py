@@ -10,7 +10,7 @@ is what `agreement` says.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,12 +23,12 @@ from bara.draws.draws import Draws, draw_source
 from bara.draws.sharing import decoding, evaluating
 from bara.errors import BaraError, first_line
 from bara.language.answer import Generation
+from bara.language.inputs import Inputs, Prompts, read_prompts
 from bara.language.prompts import (
     Prompt,
     context,
-    encode_prompt,
-    left_padded,
-    require_decoder,
+    is_encoder_decoder,
+    require_generator,
     require_room,
 )
 from bara.prediction.batches import to_device
@@ -38,14 +38,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 128
-REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "guidance_scale")
-"""Options under which a forward pass of the model is not one step of decoding."""
+REFUSED = (
+    *("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"),
+    *("decoder_input_ids", "encoder_outputs"),
+    *("return_timestamps", "compression_ratio_threshold", "logprob_threshold"),
+    "no_speech_threshold",
+)
+"""Options under which a forward pass of the model is not one step of decoding, that decode several
+times (Whisper's), or that bring what belongs to the prompts."""
 
 
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: str | Sequence[Prompt],
+    prompts: Prompts,
     *,
     num_draws: int = 8,
     seed: int = 0,
@@ -57,12 +63,16 @@ def generate(
     """Answers prompts with the mixture over draws of the posterior.
 
     All draws are decoded together as one batch with a key-value cache, each under one fixed draw.
-    A model without a Bayesian adapter is one draw.
+    Where the model has an encoder, it runs once per draw, before the first token. A model without a
+    Bayesian adapter is one draw.
 
     Args:
-        model: a causal language model of transformers, with an adapter of PEFT or without.
-        tokenizer: the model's tokeniser.
-        prompts: texts, or conversations (lists of messages); one text alone is a list of one.
+        model: a model of transformers that generates, with an adapter of PEFT or without: a causal
+            language model, or one with an encoder (T5, BART, Whisper, ...).
+        tokenizer: the model's tokeniser (a processor's `tokenizer`).
+        prompts: texts, or for a causal language model conversations (lists of messages); one text
+            alone is a list of one. For an encoder that reads no text, what its processor made, such
+            as `{"input_features": (n, bins, frames)}`.
         num_draws: S.
         seed: of the draws, and of the tokens where they are sampled. The same call gives the same
             answers; greedy and beam answers do not depend on the other prompts.
@@ -78,23 +88,19 @@ def generate(
         An answer per prompt, or `num_return_sequences` of them one after the other.
 
     Raises:
-        BaraError: not a causal language model, a prompt that does not fit the context, a missing
-            chat template or pad token, logits that are not finite, or options refused by
-            transformers.
+        BaraError: the model does not generate, a prompt does not fit the context, a chat template
+            or pad token is missing, logits are not finite, or transformers refuses the options.
     """
-    require_decoder(model, "bara.generate")
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise BaraError("There is no prompt: give at least one.")
-    ids = [encode_prompt(tokenizer, prompt) for prompt in given]
-    longest = max(map(len, ids))
+    require_generator(model, "bara.generate")
+    asked = read_prompts(model, tokenizer, prompts)
+    longest = asked.longest
     sampler = DrawSampler(model, tokenizer, longest, num_draws, seed, deterministic, options)
     at_once = max(1, batch_size // sampler.rows_per_prompt)
     answers: list[Generation] = []
     with decoding(model), seeded(seed):
-        for start in range(0, len(ids), at_once):
-            part = slice(start, start + at_once)
-            answers += sampler.decode(given[part], ids[part], agreement and not deterministic)
+        for start in range(0, len(asked.rows), at_once):
+            part = asked.part(slice(start, start + at_once))
+            answers += sampler.decode(part, agreement and not deterministic)
     return answers
 
 
@@ -104,6 +110,7 @@ class Step(NamedTuple):
     log_probs: Tensor  # (n, V) of the mixture
     total: Tensor  # (n,)
     aleatoric: Tensor  # (n,)
+    tokens: int  # that the decoder was given in it
 
 
 class DrawSampler:
@@ -120,6 +127,7 @@ class DrawSampler:
         options: dict[str, Any],
     ) -> None:
         self.model: Any = model
+        self.encodes = is_encoder_decoder(model)
         self.tokenizer = tokenizer
         self.source = draw_source(model)
         if self.source and not (self.source.batched or deterministic):
@@ -134,7 +142,7 @@ class DrawSampler:
         self.mean = deterministic
         self.options = {"pad_token_id": tokenizer.pad_token_id, **options}
         for name in REFUSED:
-            if self.setting(name) is not None:
+            if (value := self.setting(name)) is not None and value is not False:
                 raise BaraError(f"Decoding a mixture of draws with {name} is not supported.")
         config = options.get("generation_config")
         new, most = (
@@ -160,20 +168,19 @@ class DrawSampler:
         rows = max(self.setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
         return int(self.draws.num_draws * rows)
 
-    def decode(
-        self, prompts: Sequence[Prompt], ids: list[list[int]], agreement: bool
-    ) -> list[Generation]:
+    def decode(self, asked: Inputs, agreement: bool) -> list[Generation]:
         """Answers of the mixture and, with `agreement`, of every draw."""
-        inputs = left_padded(self.tokenizer, ids)
-        longest = inputs["input_ids"].shape[1]
+        inputs = asked.batch()
         with self.mixed() as steps:
             output = self.run(inputs)
-        if chunk := self.setting("prefill_chunk_size"):
-            steps = steps[math.ceil(longest / chunk) - 1 :]
-        chosen = output.sequences[:, longest:].cpu()
-        answers = self.alone(ids) if agreement else [()] * len(ids)
+        before = steps[0].tokens if self.encodes else inputs["input_ids"].shape[1]
+        if not self.encodes and (chunk := self.setting("prefill_chunk_size")):
+            steps = steps[math.ceil(before / chunk) - 1 :]
+        chosen = output.sequences[:, before:].cpu()
+        count = len(asked.rows)
+        answers = self.alone(asked, before) if agreement else [()] * count
         beams = getattr(output, "beam_indices", None)
-        per_prompt = len(chosen) // len(ids)
+        per_prompt = len(chosen) // count
         results = []
         for row, tokens in enumerate(chosen):
             if beams is None:
@@ -184,7 +191,7 @@ class DrawSampler:
             tokens = tokens[: self.length(tokens)]
             question = row // per_prompt
             results.append(
-                self.generation(prompts[question], tokens, steps, path, answers[question])
+                self.generation(asked.prompts[question], tokens, steps, path, answers[question])
             )
         return results
 
@@ -215,13 +222,14 @@ class DrawSampler:
             answers=answers,
         )
 
-    def alone(self, ids: list[list[int]]) -> list[tuple[str, ...]]:
-        """Every draw's own answer to every prompt."""
-        inputs = left_padded(self.tokenizer, ids * self.draws.num_draws)
+    def alone(self, asked: Inputs, before: int) -> list[tuple[str, ...]]:
+        """Every draw's own answer to every prompt; `before` tokens stand in front of it."""
+        inputs = asked.batch(self.draws.num_draws)
         output = self.run(inputs, num_return_sequences=1, output_logits=False)
-        chosen = output.sequences[:, inputs["input_ids"].shape[1] :]
+        chosen = output.sequences[:, before:]
         texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
-        return [tuple(texts[i :: len(ids)]) for i in range(len(ids))]
+        count = len(asked.rows)
+        return [tuple(texts[i::count]) for i in range(count)]
 
     def run(self, inputs: dict[str, Any], **options: Any) -> Any:
         """`transformers.generate` under the draws, in evaluation mode."""
@@ -256,7 +264,8 @@ class DrawSampler:
         """Calls of the model inside take n rows and return the mixture's n distributions.
 
         The rows are repeated for the S draws on the way in, and the logits averaged on the way
-        out; the cache holds S n rows. So every decoding strategy sees one model.
+        out; the cache holds S n rows. So every decoding strategy sees one model. What an encoder
+        made has S n rows too.
 
         Yields:
             The list that every call's last position is added to.
@@ -265,21 +274,36 @@ class DrawSampler:
         blocks = Blocks(self.draws.num_draws)
         count, steps = blocks.num_draws, list[Step]()
         thread = get_ident()  # other threads may predict with the model meanwhile
+        decoder_ids = "decoder_input_ids" if self.encodes else "input_ids"
+        inside = False  # a call of the whole model, whose inputs are repeated already
 
         def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            nonlocal inside
             if get_ident() != thread:
                 return None
-            return args, blocks.repeat(kwargs, kwargs["input_ids"].shape[0])
+            inside = True
+            encoded = {k: kwargs[k] for k in ("encoder_outputs",) if k in kwargs}
+            return args, blocks.repeat(kwargs, kwargs[decoder_ids].shape[0]) | encoded
 
-        def mix(_: Any, args: Any, output: Any) -> None:
+        def repeat_source(
+            _: Any, args: Any, kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]] | None:
+            if inside or get_ident() != thread:
+                return None
+            return args, blocks.repeat(kwargs, kwargs[root.main_input_name].shape[0])
+
+        def mix(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal inside
             if get_ident() != thread:
                 return
+            inside = False
             draws = blocks.split(require_finite(output.logits.float().log_softmax(-1)))
             output.logits = draws.logsumexp(0) - math.log(count)
+            if self.encodes and "encoder_outputs" not in kwargs:
+                return  # Whisper finds out the language
             last = output.logits[:, -1]
-            steps.append(
-                Step(last.cpu(), entropy(last).cpu(), entropy(draws[:, :, -1]).mean(0).cpu())
-            )
+            total, aleatoric = entropy(last).cpu(), entropy(draws[:, :, -1]).mean(0).cpu()
+            steps.append(Step(last.cpu(), total, aleatoric, kwargs[decoder_ids].shape[1]))
 
         def reorder(cache: Any, beams: Tensor) -> Any:
             offsets = torch.arange(count, device=beams.device).unsqueeze(1) * len(beams)
@@ -288,8 +312,11 @@ class DrawSampler:
 
         handles = [
             root.register_forward_pre_hook(repeat, with_kwargs=True, prepend=True),
-            root.register_forward_hook(mix),
+            root.register_forward_hook(mix, with_kwargs=True),
         ]
+        if self.encodes:
+            hook = root.get_encoder().register_forward_pre_hook
+            handles.append(hook(repeat_source, with_kwargs=True, prepend=True))
         root.__dict__["_reorder_cache"] = reorder  # where beam search looks before the cache's own
         try:
             yield steps

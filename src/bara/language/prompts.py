@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # task types of PEFT
+
+POSITIONS = ("max_position_embeddings", "max_target_positions")  # the latter is Whisper's
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text to go on from, or a conversation: messages with `role` and `content`."""
@@ -32,6 +34,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     else:
         text = render_chat(tokenizer, prompt, add_generation_prompt=True)
         ids = token_ids(tokenizer, text, add_special_tokens=False)
+    if not ids:
+        raise BaraError("A prompt is empty: give at least one token.")
+    return ids
+
+
+def encode_source(tokenizer: PreTrainedTokenizerBase, text: Prompt) -> list[int]:
+    """Token ids of a text for an encoder, as the tokeniser begins and ends it.
+
+    Raises:
+        BaraError: an empty text, or a conversation.
+    """
+    if not isinstance(text, str):
+        raise BaraError("A model with an encoder takes a text as its prompt, not messages.")
+    ids = list(tokenizer(text)["input_ids"]) if text.strip() else []
     if not ids:
         raise BaraError("A prompt is empty: give at least one token.")
     return ids
@@ -124,15 +140,13 @@ def left_padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]]
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def require_decoder(model: nn.Module, purpose: str) -> Any:
-    """The model, if it is a causal language model.
+def require_generator(model: nn.Module, purpose: str) -> None:
+    """Refuses what does not generate.
 
     Raises:
-        BaraError: it is a classifier, an encoder or an encoder-decoder, or its active adapter was
-            trained as one.
+        BaraError: it is a classifier or an encoder, or its active adapter was trained as one.
     """
-    wrapped: Any = model
-    base = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+    base, wrapped = _base(model), cast(Any, model)
     generates = callable(getattr(base, "can_generate", None)) and base.can_generate()
     if not generates:
         raise BaraError(
@@ -146,15 +160,37 @@ def require_decoder(model: nn.Module, purpose: str) -> Any:
                 f"{purpose} needs an adapter of a causal language model, and {name!r} was trained "
                 f"for another task, {getattr(task, 'value', task)!s}."
             )
-    if base.config.is_encoder_decoder:
-        raise BaraError(f"{purpose} needs a decoder-only model, not a {type(base).__name__}.")
-    return model
+
+
+def require_decoder(model: nn.Module, purpose: str) -> None:
+    """Refuses what is no causal language model.
+
+    Raises:
+        BaraError: as `require_generator`, or the model has an encoder.
+    """
+    require_generator(model, purpose)
+    if is_encoder_decoder(model):
+        raise BaraError(
+            f"{purpose} needs a decoder-only model, not a {type(_base(model)).__name__}."
+        )
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether an encoder reads the prompt and a decoder writes the answer."""
+    return bool(getattr(getattr(_base(model), "config", None), "is_encoder_decoder", False))
+
+
+def _base(model: nn.Module) -> Any:
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
 
 def context(model: nn.Module) -> int:
     """Most tokens that the model was made for; very many if it does not say."""
     config: Any = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    text = config.get_text_config()
+    positions = (getattr(text, name, None) for name in POSITIONS)
+    return next(filter(None, positions), sys.maxsize)
 
 
 def require_room(model: nn.Module, longest: int, new_tokens: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Thread
@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from bara.draws.sharing import decoding
 from bara.errors import BaraError
 from bara.language.generation import DrawSampler, Pieces, Step, seeded
-from bara.language.prompts import Prompt, encode_prompt, left_padded, require_decoder
+from bara.language.inputs import Inputs, read_prompts
+from bara.language.prompts import Prompt, require_generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class StreamedToken:
 def generate_stream(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
+    prompt: Prompt | Mapping[str, Tensor],
     *,
     num_draws: int = 8,
     seed: int = 0,
@@ -58,24 +59,27 @@ def generate_stream(
     global generator: they are those of `bara.generate` if nothing else draws from it meanwhile.
 
     Args:
-        prompt: a text, or a conversation.
+        prompt: a text, a conversation, or one row of a processor's tensors.
         model, tokenizer, num_draws, seed, deterministic, options: as in `bara.generate`; one beam.
 
     Raises:
         BaraError: beam search, or any error of `bara.generate`.
     """
-    require_decoder(model, "bara.generate_stream")
-    ids = encode_prompt(tokenizer, prompt)
-    sampler = DrawSampler(model, tokenizer, len(ids), num_draws, seed, deterministic, options)
+    require_generator(model, "bara.generate_stream")
+    asked = read_prompts(model, tokenizer, prompt if isinstance(prompt, Mapping) else [prompt])
+    if len(asked.rows) > 1:
+        raise BaraError(f"A stream answers one prompt, not {len(asked.rows)}: use bara.generate.")
+    longest = asked.longest
+    sampler = DrawSampler(model, tokenizer, longest, num_draws, seed, deterministic, options)
     if sampler.rows_per_prompt > sampler.draws.num_draws:
         raise BaraError(
             "Beams are chosen at the end, so they cannot be streamed: use bara.generate, or "
             "bara generate --output FILE."
         )
-    return _stream(sampler, ids, seed)
+    return _stream(sampler, asked, seed)
 
 
-def _stream(sampler: DrawSampler, ids: list[int], seed: int) -> Iterator[StreamedToken]:
+def _stream(sampler: DrawSampler, asked: Inputs, seed: int) -> Iterator[StreamedToken]:
     queue: Queue[tuple[int, Step] | BaseException | None] = Queue(maxsize=1)
     closed = Event()
 
@@ -84,7 +88,7 @@ def _stream(sampler: DrawSampler, ids: list[int], seed: int) -> Iterator[Streame
             with decoding(sampler.model, stream=True), seeded(seed), sampler.mixed() as steps:
                 criteria = sampler.options.get("stopping_criteria") or []
                 sampler.run(
-                    left_padded(sampler.tokenizer, [ids]),
+                    asked.batch(),
                     streamer=_Streamer(queue, steps),
                     stopping_criteria=StoppingCriteriaList([*criteria, _Closed(closed)]),
                 )

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import ConfigDict
 
+from bara.data.images import ImageTask
 from bara.data.tasks import TableTask
 from bara.errors import BaraError
-from bara.language.prompts import Prompt, encode_completion, render_chat, token_ids
+from bara.language.prompts import (
+    Prompt,
+    encode_completion,
+    encode_source,
+    render_chat,
+    token_ids,
+)
 from bara.language.question import Question, Scoring
 from bara.schema import STRICT
 
@@ -21,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-LANGUAGE_TASKS = ("causal-lm", "multiple-choice")
+LANGUAGE_TASKS = ("causal-lm", "multiple-choice", "seq2seq")
+GENERATING_TASKS = ("causal-lm", "seq2seq")
 
 
 @dataclass(frozen=True)
@@ -29,15 +37,16 @@ class LanguageTask:
     """What a language model learns from a table.
 
     Attributes:
-        task: `causal-lm` (columns `prompt` and `completion`, or `messages`, or `text`) or
-            `multiple-choice` (`question` or `prompt`, `choices`, `answer`).
+        task: `causal-lm` (columns `prompt` and `completion`, or `messages`, or `text`),
+            `multiple-choice` (`question` or `prompt`, `choices`, `answer`) or `seq2seq` (`prompt`,
+            which the encoder reads, and `completion`, which the decoder writes).
         max_length: most tokens of a row.
         scoring: for multiple choice, whether the model says the choice's text or its letter.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    task: Literal["causal-lm", "multiple-choice"]
+    task: Literal["causal-lm", "multiple-choice", "seq2seq"]
     max_length: int = 128
     scoring: Scoring = "text"
 
@@ -65,6 +74,11 @@ def is_multiple_choice(task: object) -> TypeGuard[LanguageTask]:
     return isinstance(task, LanguageTask) and task.task == "multiple-choice"
 
 
+def is_seq2seq(task: object) -> TypeGuard[LanguageTask]:
+    """Whether an encoder reads the prompt and a decoder writes the answer."""
+    return isinstance(task, LanguageTask) and task.task == "seq2seq"
+
+
 def questions(dataset: Dataset, *, first_row: int = 1) -> list[Question]:
     """The questions of a table.
 
@@ -86,7 +100,8 @@ def tokenise_language(
     The loss is on the completion and the end-of-text token: of a prompt's completion, of the last
     message of a conversation (which has to be the assistant's), or of a whole `text`. A question
     becomes its prompt and the right choice, as an input to measure on; what trains on questions is
-    `bara.language.choice_loss`.
+    `bara.language.choice_loss`. For seq2seq the ids are the prompt's and the labels the
+    completion's.
 
     Raises:
         BaraError: a row fits none of these or is longer than `task.max_length`; the message has
@@ -97,14 +112,19 @@ def tokenise_language(
     columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for number, row in enumerate(dataset, start=first_row):
         try:
-            prompt, completion = _encode(row, tokenizer, task)
+            if is_seq2seq(task):
+                ids, labels = encode_pair(row, tokenizer)
+                longest = max(len(ids), len(labels))
+            else:
+                prompt, completion = _encode(row, tokenizer, task)
+                ids, labels = prompt + completion, [-100] * len(prompt) + completion
+                longest = len(ids)
         except BaraError as error:
             raise BaraError(f"row {number}: {error}") from error
-        ids = prompt + completion
-        task.require_length(number, len(ids))
+        task.require_length(number, longest)
         columns["input_ids"].append(ids)
         columns["attention_mask"].append([1] * len(ids))
-        columns["labels"].append([-100] * len(prompt) + completion)
+        columns["labels"].append(labels)
     if not columns["labels"]:
         raise BaraError("the data has no rows; give at least one")
     return Dataset.from_dict(columns)
@@ -134,6 +154,24 @@ def prompt_and_completion(
     if isinstance(text, str) and text.strip():
         return "", text + end
     raise BaraError("give texts under 'prompt' and 'completion', or 'text', or 'messages'")
+
+
+def encode_pair(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of `prompt` for an encoder, and of `completion` for a decoder, with its end.
+
+    Raises:
+        BaraError: the row lacks one of them.
+    """
+    given, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(given, str) or not isinstance(completion, str) or not completion.strip():
+        raise BaraError("give texts under 'prompt' and 'completion'")
+    labels = list(tokenizer(text_target=completion)["input_ids"])
+    end = tokenizer.eos_token_id
+    if end is not None and labels[-1:] != [end]:
+        labels.append(end)
+    return encode_source(tokenizer, given), labels
 
 
 def row_prompt(row: Mapping[str, Any], where: str) -> Prompt:
@@ -188,4 +226,4 @@ def _encode(
     return [], token_ids(tokenizer, completion)
 
 
-Task = TableTask | LanguageTask
+Task = TableTask | LanguageTask | ImageTask

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field
 
+from bara.data.images import IMAGE_TASK
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LANGUAGE_TASKS
 from bara.schema import Seed, check, field_types, mapping_of, refuse_unknown
@@ -44,6 +45,8 @@ LANGUAGE_DEFAULTS: dict[str, Any] = {
     "per_device_eval_batch_size": 8,
 }
 """Where language models differ from `TRAINING_DEFAULTS`."""
+IMAGE_DEFAULTS: dict[str, Any] = {"train_sampling_strategy": "random"}
+"""The same for images, which have no length to be grouped by."""
 LARGEST_YAML = 1 << 18
 """Bytes of a YAML file: what is written by hand is far shorter, and PyYAML is slow."""
 MOST_NODES = 100_000
@@ -60,8 +63,9 @@ class TrainRecipe:
         split, validation_split: splits of hub data sets.
         output: the folder for the adapter; checkpoints go into its folder `checkpoints`.
         text_column, text_pair_column, label_column, task, max_length: see
-            `bara.data.text_task.TextTask.infer`. For `task` causal-lm or multiple-choice see
-            `bara.language.tasks.LanguageTask`, which has fixed columns.
+            `bara.data.text_task.TextTask.infer`. For `task` causal-lm, multiple-choice or seq2seq
+            see `bara.language.tasks.LanguageTask`, which has fixed columns; for
+            image-classification `bara.data.images`.
         scoring: for multiple choice, `text` or `letter`.
         stride, max_answer_length: for question answering, see
             `bara.data.question_task.QuestionTask`.
@@ -154,10 +158,12 @@ def _schema() -> Any:
 
 def _defaults(method: str, task: str | None) -> dict[str, dict[str, Any]]:
     base = method.lower().partition("+")[0]
-    language = LANGUAGE_DEFAULTS if task in LANGUAGE_TASKS else {}
+    special = LANGUAGE_DEFAULTS if task in LANGUAGE_TASKS else {}
+    if task == IMAGE_TASK:
+        special = IMAGE_DEFAULTS
     return {
         "method_options": METHOD_OPTIONS.get(base, METHOD_DEFAULTS),
-        "training": TRAINING_DEFAULTS | language | METHOD_TRAINING.get(base, {}),
+        "training": TRAINING_DEFAULTS | special | METHOD_TRAINING.get(base, {}),
     }
 
 

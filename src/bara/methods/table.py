@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from bara.cards.adapter_files import config_types
+from bara.data.images import IMAGE_TASK
 from bara.data.tasks import TABLE_TASKS
 from bara.errors import BaraError, first_line
-from bara.language.tasks import LANGUAGE_TASKS
+from bara.language.tasks import GENERATING_TASKS, LANGUAGE_TASKS
 from bara.methods.adalora import AdaloraTrainer, adalora_options
 from bara.methods.ensemble import EnsembleOptions
 from bara.methods.ivon import IvonOptions, IvonTrainer
@@ -35,7 +36,7 @@ TEMPERED = "+temperature"
 
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
-TASKS = (*TABLE_TASKS, *LANGUAGE_TASKS)
+TASKS = (*TABLE_TASKS, *LANGUAGE_TASKS, IMAGE_TASK)
 MAX_RANK = 65_536
 """More than the width of any model."""
 
@@ -241,7 +242,7 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         raise BaraError(f"task must be {', '.join(TASKS)}, not {shown(recipe.task)}")
     method, tempered = parse_method(recipe.method)
     method.check(recipe.method_options, flags)
-    if tempered and recipe.task in ("causal-lm", "question-answering"):
+    if tempered and recipe.task in (*GENERATING_TASKS, "question-answering"):
         raise BaraError(
             f"method {recipe.method}: a temperature is fitted to classes, labels, choices or "
             f"numbers, which {recipe.task} does not predict; leave out +temperature"

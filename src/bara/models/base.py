@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
+    AutoImageProcessor,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
+from bara.data.images import IMAGE_TASK, ImageTask
 from bara.data.question_task import QuestionTask
 from bara.data.tag_task import TagTask
 from bara.data.tasks import TableTask
 from bara.data.text_task import TextTask
 from bara.errors import BaraError, first_line
-from bara.language.tasks import (
-    LanguageTask,
-    Task,
-)
+from bara.language.tasks import LanguageTask, Task, is_seq2seq
 from bara.models.gguf import load_gguf, source
 from bara.models.sentence import SentenceClassifier, is_sentence_encoder
 
@@ -36,10 +37,12 @@ HEADS = {
 """Modules that PEFT saves with every adapter of a task; those of the others are the first."""
 
 
-def model_class(task: Task) -> Any:
-    """The class of transformers that a task's model is made by."""
+def auto_class(task: Task) -> Any:
+    """The class of transformers whose `from_pretrained` makes a model for the task."""
     if isinstance(task, LanguageTask):
-        return AutoModelForCausalLM
+        return AutoModelForSeq2SeqLM if is_seq2seq(task) else AutoModelForCausalLM
+    if isinstance(task, ImageTask):
+        return AutoModelForImageClassification
     if isinstance(task, TagTask):
         return AutoModelForTokenClassification
     if isinstance(task, QuestionTask):
@@ -62,12 +65,15 @@ def load_base(
         options: further arguments of `from_pretrained`.
 
     Returns:
-        The model, and the modules that the checkpoint has no weights for besides the head that
-        PEFT saves anyway. They have to be saved with the adapter.
+        The model, and the modules that have to be trained and saved with the adapter: those that
+        the checkpoint has no weights for besides the head that PEFT saves anyway, and the heads of
+        image models.
 
     Raises:
         BaraError: the model cannot be loaded.
     """
+    if is_seq2seq(task):
+        return load_seq2seq(name, options), []
     if isinstance(task, LanguageTask):
         return load_causal_lm(name, options), []
     head = _head(task)
@@ -76,7 +82,7 @@ def load_base(
         if isinstance(task, TextTask) and is_sentence_encoder(name):
             model = SentenceClassifier.from_encoder(name, **head, **options)
         else:
-            model, info = model_class(task).from_pretrained(
+            model, info = auto_class(task).from_pretrained(
                 name, **head, ignore_mismatched_sizes=True, output_loading_info=True, **options
             )
     except Exception as error:  # hub, file and configuration errors of many types
@@ -96,29 +102,43 @@ def load_base(
             f"the base model {name!r} has no weights for {len(unexpected)} of its modules (first: "
             f"{unexpected[0]}); give a complete checkpoint"
         )
-    heads = HEADS.get(task.task, HEADS["token-classification"])
-    return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in heads)]
+    if isinstance(task, ImageTask):  # PEFT knows no heads of image models
+        return model, heads(model, modules)
+    known = HEADS.get(task.task, HEADS["token-classification"])
+    return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in known)]
 
 
 PROBLEMS = {
     "classification": "single_label_classification",
     "regression": "regression",
     "multi-label": "multi_label_classification",
+    IMAGE_TASK: "single_label_classification",
 }
-"""What transformers calls a task of texts; it decides a model's own loss."""
+"""What transformers calls a task; it decides a model's own loss."""
 
 
-def _head(task: TableTask) -> dict[str, Any]:
+def _head(task: TableTask | ImageTask) -> dict[str, Any]:
     """What a model's configuration says of its outputs."""
     if isinstance(task, QuestionTask):
         return {}
     head: dict[str, Any] = {"num_labels": task.num_labels}
-    if isinstance(task, TextTask):
+    if task.task in PROBLEMS:
         head["problem_type"] = PROBLEMS[task.task]
     if task.label_names:
         names = dict(enumerate(task.label_names))
         head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
     return head
+
+
+def heads(model: PreTrainedModel, new: Sequence[str]) -> list[str]:
+    """The modules beside a model's backbone, and those that its checkpoint has no weights for."""
+    beside = [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+    within = tuple(f"{name}." for name in beside)
+    return [*beside, *(name for name in new if not f"{name}.".startswith(within))]
 
 
 def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
@@ -150,6 +170,41 @@ def load_causal_lm(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
         )
     model.name_or_path = name  # PEFT notes it for those who load the adapter
     return model
+
+
+def load_seq2seq(name: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with an encoder and a decoder for texts, from a folder or a hub name.
+
+    Raises:
+        BaraError: it cannot be loaded, or lacks weights.
+    """
+    try:
+        loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(
+            name, output_loading_info=True, **options
+        )
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(f"cannot load the base model {name!r}: {first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise BaraError(
+            f"{name!r} is no sequence-to-sequence model (it has no weights for {missing[0]}); give "
+            "one, or another --task"
+        )
+    return model
+
+
+def load_processor(name: str) -> Any:
+    """What makes a model's inputs of images.
+
+    Raises:
+        BaraError: it cannot be loaded.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(name)
+    except Exception as error:  # hub, file and configuration errors of many types
+        raise BaraError(
+            f"cannot load the image processor of {name!r}: {first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(

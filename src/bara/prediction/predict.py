@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.data.questions import QuestionWindows
@@ -72,6 +73,11 @@ def predict(
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and base.can_generate():
+        raise BaraError(
+            f"predict is for classes and numbers: use bara.generate for a {type(base).__name__}."
+        )
     draws = Portions(model, None if deterministic else num_draws, seed)
     options: dict[str, Any] = {
         "batch_size": batch_size,

@@ -15,6 +15,7 @@ from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, FixedNoise
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
+from bara.language.prompts import is_encoder_decoder
 from bara.posteriors.posterior import Posterior
 from bara.posteriors.rank_space import RankSpace
 from bara.prediction.batches import NO_INPUTS, Batch, Collate, batches, num_rows, to_device
@@ -228,10 +229,16 @@ def unlabelled_batches(
     collate_fn: Collate | None,
     progress: bool | None,
 ) -> Iterator[tuple[Batch, list[int]]]:
-    """The data's batches on the model's device, without labels, and each batch's rows."""
-    device = next(model.parameters()).device
+    """The data's batches on the model's device, without labels, and each batch's rows.
+
+    A decoder behind an encoder keeps its labels, of which it makes its inputs.
+    """
+    device, encodes = next(model.parameters()).device, is_encoder_decoder(model)
     for batch, index in batches(data, model, batch_size, collate_fn, progress, "ranks"):
         read = {name: value for name, value in batch.items() if name not in NO_INPUTS}
+        labels = batch.get("labels")
+        if encodes and isinstance(labels, Tensor) and labels.dim() > 1:
+            read["labels"] = labels
         yield to_device(read, device), index
 
 
