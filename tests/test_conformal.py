@@ -84,6 +84,28 @@ def test_a_class_without_calibration_rows_can_be_in_a_set():
     assert sets[:, 3].any()
 
 
+def test_questions_may_have_other_numbers_of_choices():
+    conformal = bara.calibrate_conformal(classified(50))
+    fewer, more = classified(20, seed=1, classes=3), classified(20, seed=1, classes=5)
+    missing = torch.cat([fewer.log_probs_draws, torch.full((1, 20, 2), -torch.inf)], dim=-1)
+    sets = conformal.sets(ClassificationPredictive(missing), 0.98)
+    assert torch.equal(sets[:, :3], conformal.sets(fewer, 0.98))
+    assert sets[:, :3].any()
+    assert not sets[:, 3:].any()
+    assert conformal.sets(more, 0.98)[:, 4].any()
+
+
+def test_records_have_names_and_plain_numbers():
+    conformal, new = bara.calibrate_conformal(classified(50)), classified(5, seed=1)
+    named = ClassificationPredictive(new.log_probs_draws, None, ("a", "b", "c", "d"))
+    for record, inside in zip(conformal.to_records(named), conformal.sets(new), strict=True):
+        assert record == {"prediction_set": [n for n, x in zip("abcd", inside, strict=True) if x]}
+    conformal, new = bara.calibrate_conformal(regressed(50)), regressed(5, seed=1)
+    ends = torch.stack(conformal.intervals(new, 0.8), dim=1)
+    expected = [{"interval": pair} for pair in ends.tolist()]
+    assert conformal.to_records(new, 0.8) == expected
+
+
 def test_too_few_rows_are_one_clear_line():
     conformal = bara.calibrate_conformal(classified(18))
     assert conformal.sets(classified(5), 0.9).shape == (5, 4)
@@ -99,8 +121,6 @@ def test_what_cannot_be_used_is_one_clear_line():
         sets.intervals(regressed(5))
     with pytest.raises(BaraError, match="sets are for classification"):
         intervals.sets(classified(5))
-    with pytest.raises(BaraError, match="calibrated for 4 classes, and these are 3"):
-        sets.sets(classified(5, classes=3))
     with pytest.raises(BaraError, match=r"between 0 and 1, not 1\.0"):
         sets.sets(classified(5), 1.0)
     with pytest.raises(BaraError, match="need labels"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -66,8 +66,7 @@ def select(
             another shape, or the draws agree everywhere, so that nothing is known of the model's
             own uncertainty (`bald`, `batch`).
     """
-    if by not in get_args(Strategy):
-        raise BaraError(f"by must be one of {', '.join(get_args(Strategy))}, not {by!r} (--by)")
+    check_strategy(by)
     bald, entropy = _scores(predictive)
     if not 1 <= k <= len(bald):
         raise BaraError(f"k must lie between 1 and the {len(bald)} inputs of the pool, not {k}")
@@ -82,6 +81,17 @@ def select(
         score = bald if by == "bald" else entropy
         order = score.argsort(descending=True, stable=True)[:k]
     return Selection(order, bald, entropy)
+
+
+def check_strategy(name: str) -> Strategy:
+    """The strategy of this name.
+
+    Raises:
+        BaraError: there is none.
+    """
+    if name not in get_args(Strategy):
+        raise BaraError(f"by must be one of {', '.join(get_args(Strategy))}, not {name!r} (--by)")
+    return cast(Strategy, name)
 
 
 def _scores(predictive: Predictive) -> tuple[Tensor, Tensor]:

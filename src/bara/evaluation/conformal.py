@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 
 from bara.errors import BaraError
 from bara.evaluation.metrics import selection
@@ -63,25 +65,24 @@ class Conformal:
             (n, C) bool.
 
         Raises:
-            BaraError: the calibration was of a regression or other classes, a coverage outside
-                (0, 1), or too few calibration inputs for it.
+            BaraError: the calibration was of a regression, a coverage outside (0, 1), or too few
+                calibration inputs for it.
         """
         if self.probs is None or not isinstance(predictive, ClassificationPredictive):
             raise BaraError("prediction sets are for classification; a regression has intervals")
-        if predictive.num_classes != self.probs.shape[1]:
-            raise BaraError(
-                f"calibrated for {self.probs.shape[1]} classes, and these are "
-                f"{predictive.num_classes}: calibrate again, with this model"
-            )
         self._check(coverage)
         from mapie.classification import SplitConformalClassifier
 
         assert self.labels is not None
-        mapie = SplitConformalClassifier(_Ready(self.probs.shape[1]), confidence_level=coverage)
+        # questions may have more choices than those of the calibration, or fewer
+        width = max(predictive.num_classes, self.probs.shape[1])
+        known, new = (F.pad(p, (0, width - p.shape[1])) for p in (self.probs, _probs(predictive)))
+        mapie = SplitConformalClassifier(_Ready(width), confidence_level=coverage)
         with warnings.catch_warnings():  # of classes that no calibration input has
             warnings.simplefilter("ignore")
-            mapie.conformalize(self.probs.numpy(), self.labels.numpy())
-        return torch.from_numpy(mapie.predict_set(_probs(predictive).numpy())[1][..., 0])
+            mapie.conformalize(known.numpy(), self.labels.numpy())
+        found = torch.from_numpy(mapie.predict_set(new.numpy())[1][..., 0])
+        return found[:, : predictive.num_classes] & predictive.log_probs.cpu().isfinite()
 
     def intervals(
         self, predictive: RegressionPredictive, coverage: float = 0.9
@@ -110,6 +111,19 @@ class Conformal:
         width = float(mapie.predict_interval(zero[:1])[1][0, 1, 0])
         mean, std = predictive.mean.double(), _std(predictive)
         return mean - width * std, mean + width * std
+
+    def to_records(self, predictive: Predictive, coverage: float = 0.9) -> list[dict[str, Any]]:
+        """One dict per input, for JSON: the names in its `prediction_set`, or its `interval`.
+
+        Raises:
+            BaraError: as `sets` and `intervals` do.
+        """
+        if isinstance(predictive, RegressionPredictive):
+            ends = torch.stack(self.intervals(predictive, coverage), dim=1)
+            return [{"interval": pair} for pair in ends.tolist()]
+        sets = self.sets(predictive, coverage).tolist()
+        names = predictive.label_names or [str(c) for c in range(predictive.num_classes)]
+        return [{"prediction_set": list(compress(names, inside))} for inside in sets]
 
     def _check(self, coverage: float) -> None:
         if not 0 < coverage < 1:
