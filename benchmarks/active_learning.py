@@ -58,7 +58,7 @@ STRATEGIES = (RANDOM, "batch", "bald", "entropy", "diversity")
 """In the order of the runs, so that what is cut short has curves of all tasks and seeds."""
 START = "start"
 ROUNDS = (60, 120, 180, 240)
-POOL, NUM_TEST, NUM_DRAWS = 400, 500, 4
+POOL, NUM_TEST, NUM_DRAWS = 400, 400, 4
 STEPS, BATCH_SIZE, MAX_LENGTH, RANK = 50, 16, 32, 8
 
 
@@ -116,9 +116,9 @@ def run(task: str, seed: int, labelled: list[int], wanted: list[str], data: Path
     }
 
 
-def missing_rounds(tasks: list[str], seeds: list[int], data: Path) -> None:
+def missing_rounds(strategies: list[str], tasks: list[str], seeds: list[int], data: Path) -> None:
     """Runs what is not yet in the results, one round after the other."""
-    for strategy, seed, task in product(STRATEGIES, seeds, tasks):
+    for strategy, seed, task in product(strategies, seeds, tasks):
         labelled = list(range(ROUNDS[0]))
         for size in ROUNDS:
             name = START if size == ROUNDS[0] else strategy
@@ -250,13 +250,14 @@ def picture(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("."), help="folder of the file tasks")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--analyse", action="store_true", help="write the page; train nothing")
     arguments = parser.parse_args()
     if not arguments.analyse:
         quieten_libraries()
-        missing_rounds(arguments.tasks, arguments.seeds, arguments.data)
+        missing_rounds(arguments.strategies, arguments.tasks, arguments.seeds, arguments.data)
     write_page(read_lines(RESULTS))
 
 

@@ -118,6 +118,16 @@ def missing_runs(tasks: list[str], seeds: list[int], data: Path) -> None:
                 print(task, seed, ranks, f"accuracy {row['accuracy']:.3f}", flush=True)
 
 
+def whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the pairs of task and seed of which all are there."""
+    kinds = {SEARCH, RECOMMENDED, *FIXED}
+
+    def pair(row: dict[str, Any]) -> tuple[str, int]:
+        return row["task"], row["seed"]
+
+    return [row for row in rows if {r["ranks"] for r in rows if pair(r) == pair(row)} == kinds]
+
+
 def averages(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Means over tasks and seeds by kind of ranks."""
     kinds = (*FIXED, RECOMMENDED)
@@ -152,8 +162,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     pays, numbers = verdict(table)
     search = [row for row in rows if row["ranks"] == SEARCH]
     seeds = sorted({row["seed"] for row in rows})
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    pairs = [(task, seed) for task in tasks for seed in seeds]
+    pairs = sorted({(row["task"], row["seed"]) for row in rows})
+    tasks = sorted({task for task, _ in pairs})
     at = {(row["task"], row["seed"], row["ranks"]): row for row in rows}
     differences = {
         kind: [at[*pair, RECOMMENDED]["accuracy"] - at[*pair, kind]["accuracy"] for pair in pairs]
@@ -227,7 +237,7 @@ def main() -> None:
     if not arguments.analyse:
         quieten_libraries()
         missing_runs(arguments.tasks, arguments.seeds, arguments.data)
-    write_page(read_lines(RESULTS))
+    write_page(whole(read_lines(RESULTS)))
 
 
 if __name__ == "__main__":
