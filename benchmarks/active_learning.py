@@ -8,10 +8,11 @@ strategy of `bara.select` with the model trained so far, or at random, and BaRA 
 Strategies share the first 60 texts, the pool and the test texts. FOLDER has `tweet_eval_emotion`
 as `bara bench --data` reads it; the other task comes with a package. Every finished round is
 appended to benchmarks/results/active_learning.jsonl at once; a second run goes on where the first
-stopped. The analysis writes docs/active-learning-results.md and docs/images/active-learning.png.
+stopped. The analysis writes docs/active-learning-results.md with its picture, and the verdict in
+docs/labelling.md.
 
 Irony was the second task that was thought of. It was given up before a curve was run: from 300
-texts MiniLM does not do better there than the most frequent class (docs/rank-recommendation.md).
+texts MiniLM does hardly better there than the most frequent class (docs/rank-recommendation.md).
 
 Decided before the run: a strategy beats chance if its accuracy less that of random choice, averaged
 over the rounds of a curve (120, 180, 240 labels), is on average over the curves (tasks and seeds)
@@ -50,6 +51,8 @@ from bara.reports.style import LIGHT, save_figure
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/active_learning.jsonl"
 PAGE = ROOT / "docs/active-learning-results.md"
+GUIDE = ROOT / "docs/labelling.md"
+START, END = "<!-- labelling-verdict -->", "<!-- /labelling-verdict -->"
 PICTURE = ROOT / "docs/images/active-learning.png"
 
 TASKS = ("tweet_eval_emotion", "tweet-sentiment")
@@ -58,8 +61,8 @@ STRATEGIES = (RANDOM, "batch", "bald", "entropy", "diversity")
 """In the order of the runs, so that what is cut short has curves of all tasks and seeds."""
 START = "start"
 ROUNDS = (60, 120, 180, 240)
-POOL, NUM_TEST, NUM_DRAWS = 400, 400, 4
-STEPS, BATCH_SIZE, MAX_LENGTH, RANK = 50, 16, 32, 8
+POOL, NUM_TEST, NUM_DRAWS = 360, 400, 4
+STEPS, BATCH_SIZE, MAX_LENGTH, RANK = 40, 16, 32, 8
 
 
 def run(task: str, seed: int, labelled: list[int], wanted: list[str], data: Path) -> dict[str, Any]:
@@ -183,6 +186,11 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         if verdicts
         else ("**No strategy beats random choice here**")
     )
+    where = f"on {len(tasks)} tasks with {len(seeds)} seeds"
+    rest = "" if not verdicts or len(verdicts) == len(strategies) - 1 else "; the others do not"
+    guide = f"{said} {where}{rest}: [the curves](active-learning-results.md)."
+    before, _, after = GUIDE.read_text("utf-8").partition(START)
+    atomic_write_text(GUIDE, f"{before}{START}\n{guide}\n{END}{after.partition(END)[2]}")
     step = ROUNDS[1] - ROUNDS[0]
     lines = [
         "# Choosing what to label, against chance",

@@ -7,7 +7,8 @@ For every task and seed: BaRA at r = 16 gives the ranks; LoRA is trained anew wi
 r = 4, 8 and 16, on the same texts with the same scaling. FOLDER has `tweet_eval_emotion` and
 `tweet_eval_irony` as `bara bench --data` reads them; the third task comes with a package. Every
 finished run is appended to benchmarks/results/rank_recommendation.jsonl at once; a second run goes
-on where the first stopped. The analysis writes docs/rank-recommendation.md.
+on where the first stopped. The analysis writes docs/rank-recommendation.md
+and the verdict in docs/ranks-and-export.md.
 
 Decided before the run: the recommendation pays if LoRA's accuracy with it, averaged over tasks and
 seeds, is above that of every fixed rank with no more parameters, and not more than one point below
@@ -41,6 +42,8 @@ from bara.ranks.recommendation import recommend_ranks
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/rank_recommendation.jsonl"
 PAGE = ROOT / "docs/rank-recommendation.md"
+GUIDE = ROOT / "docs/ranks-and-export.md"
+START, END = "<!-- recommendation-verdict -->", "<!-- /recommendation-verdict -->"
 
 TASKS = ("tweet_eval_emotion", "tweet_eval_irony", "tweet-sentiment")
 FIXED = ("4", "8", "16")
@@ -131,7 +134,7 @@ def whole(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def averages(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Means over tasks and seeds by kind of ranks."""
     kinds = (*FIXED, RECOMMENDED)
-    columns = ("accuracy", "nll", "ece", "parameters", "seconds")
+    columns = ("accuracy", "nll", "ece", "parameters")
     return {
         kind: {name: mean(row[name] for row in rows if row["ranks"] == kind) for name in columns}
         for kind in kinds
@@ -169,6 +172,14 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         kind: [at[*pair, RECOMMENDED]["accuracy"] - at[*pair, kind]["accuracy"] for pair in pairs]
         for kind in FIXED
     }
+    said = f"The recommendation {'pays' if pays else 'does not pay'}"
+    where = f"on {len(tasks)} tasks with {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    guide = (
+        f"**{said}** {where}. {numbers} Every run, and the rule that decides: "
+        "[rank-recommendation.md](rank-recommendation.md)."
+    )
+    before, _, rest = GUIDE.read_text("utf-8").partition(START)
+    atomic_write_text(GUIDE, f"{before}{START}\n{guide}\n{END}{rest.partition(END)[2]}")
     lines = [
         "# Which rank for plain LoRA?",
         "",
@@ -176,17 +187,16 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "`benchmarks/results/rank_recommendation.jsonl`; do not edit. The runs are those of "
         "`python benchmarks/rank_recommendation.py --data FOLDER`.",
         "",
-        f"**The recommendation of `bara ranks --recommend` "
-        f"{'pays' if pays else 'does not pay'}** by the rule that was written down before the "
-        "runs: its accuracy must be above that of every fixed rank with no more parameters, and "
-        f"at most {TOLERANCE:.0%} below that of the best fixed rank. {numbers}",
+        f"**{said}** by the rule that was written down before the runs: its accuracy must be above "
+        "that of every fixed rank with no more parameters, and at "
+        f"most {100 * TOLERANCE:g} point below that of the best fixed rank. {numbers}",
         "",
-        f"{len(tasks)} tasks, {len(seeds)} seeds, so {len(pairs)} pairs: few. MiniLM-L6, "
+        f"{len(pairs)} pairs of task and seed are few. MiniLM-L6, "
         f"{NUM_TRAIN} texts, {STEPS} steps of {BATCH_SIZE}, {rows[0]['num_test']} test texts at "
         f"most, lora_alpha = {SCALING} r in every layer. BaRA was trained with r = {SEARCH_RANK} "
-        f"for the recommendation: {mean(row['seconds'] for row in search):.0f} s on one core, "
-        f"where LoRA takes {table['8']['seconds']:.0f} s; that cost is not in the table. Its "
-        f"effective rank was {mean(row['s_bar'] for row in search):.2f} on average.",
+        "for the recommendation, which costs more than a training of LoRA ([speed](speed.md)) and "
+        "is not in the table. Its effective rank was "
+        f"{mean(row['s_bar'] for row in search):.2f} on average.",
         "",
         "| LoRA with | accuracy | NLL | ECE | parameters of A and B | accuracy of the "
         "recommendation less this one's, mean ± sd over pairs |",

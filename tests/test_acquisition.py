@@ -104,6 +104,8 @@ def test_bad_input_is_one_clear_line():
             bara.select(predictive, **options)
     with pytest.raises(BaraError, match="bald needs draws that differ"):
         bara.select(pool(draws=1), 3, by="bald")
+    with pytest.raises(BaraError, match="select is for classification"):
+        bara.select(object(), 2)
     silent = RegressionPredictive(torch.randn(2, 5), torch.zeros(2, 5))
     with pytest.raises(BaraError, match="noise variance of 0"):
         bara.select(silent, 2, by="entropy")

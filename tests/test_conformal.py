@@ -125,6 +125,8 @@ def test_what_cannot_be_used_is_one_clear_line():
         sets.sets(classified(5), 1.0)
     with pytest.raises(BaraError, match="need labels"):
         bara.calibrate_conformal(ClassificationPredictive(torch.zeros(1, 3, 2)))
+    with pytest.raises(BaraError, match="sets and intervals are for classification"):
+        bara.calibrate_conformal(object())
     silent = RegressionPredictive(torch.zeros(1, 20), torch.zeros(1, 20), torch.zeros(20))
     with pytest.raises(BaraError, match="variance of 0"):
         bara.calibrate_conformal(silent)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bara.errors import BaraError
-from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 
 Strategy = Literal["batch", "bald", "entropy", "diversity"]
 FEATURES = ("batch", "diversity")
@@ -98,6 +98,8 @@ def _scores(predictive: Predictive) -> tuple[Tensor, Tensor]:
     """(n,) mutual information and (n,) entropy."""
     if isinstance(predictive, ClassificationPredictive):
         return predictive.epistemic_uncertainty, predictive.total_uncertainty
+    if not isinstance(predictive, RegressionPredictive):
+        raise BaraError("select is for classification, multiple choice and regression")
     total, noise = predictive.variance.double(), predictive.aleatoric_variance.double()
     if (noise == 0).any():
         raise BaraError("a noise variance of 0 has no entropy: give noise_variance a value > 0")

@@ -166,8 +166,13 @@ def calibrate_conformal(predictive: Predictive) -> Conformal:
         What gives sets (classification) or intervals (regression) of any coverage.
 
     Raises:
-        BaraError: no labels, a label that is no class or is NaN, or for regression a variance of 0.
+        BaraError: predictions of another kind, no labels, a label that is no class or is NaN, or
+            for regression a variance of 0.
     """
+    if not isinstance(predictive, ClassificationPredictive | RegressionPredictive):
+        raise BaraError(
+            "conformal sets and intervals are for classification, multiple choice and regression"
+        )
     selection(predictive)  # checks the labels
     labels = predictive.labels
     assert labels is not None
@@ -231,15 +236,17 @@ def _require_whole(conformal: Conformal) -> None:
     """Raises ValueError for tensors that `calibrate_conformal` does not make."""
     probs, labels, residuals = conformal.probs, conformal.labels, conformal.residuals
     if residuals is not None:
-        whole = probs is labels is None and residuals.dim() == 1 and residuals.isfinite().all()
-        whole = whole and residuals.dtype == torch.float64
+        whole = (
+            probs is labels is None
+            and (residuals.dim(), residuals.dtype) == (1, torch.float64)
+            and bool(residuals.isfinite().all())
+        )
     else:
         whole = (
             probs is not None
             and labels is not None
-            and probs.dim() == 2
+            and (probs.dim(), probs.dtype, labels.dtype) == (2, torch.float64, torch.int64)
             and labels.shape == probs.shape[:1]
-            and (probs.dtype, labels.dtype) == (torch.float64, torch.int64)
             and torch.allclose(probs.sum(1), torch.ones_like(probs[:, 0]))
             and bool(((labels >= 0) & (labels < probs.shape[1])).all())
         )
