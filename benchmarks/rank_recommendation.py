@@ -154,7 +154,9 @@ def verdict(table: dict[str, dict[str, float]]) -> tuple[bool, str]:
     text = (
         f"Accuracy with the recommendation is {ours['accuracy']:.3f}; of fixed ranks with no more "
         f"parameters: {compared or 'there is none'}; of the best fixed rank, r = {best}: "
-        f"{fixed[best]['accuracy']:.3f}."
+        f"{fixed[best]['accuracy']:.3f}. NLL is {ours['nll']:.3f}, and {fixed[best]['nll']:.3f} "
+        f"with r = {best}, which has {fixed[best]['parameters'] / ours['parameters']:.1f} times "
+        "the parameters."
     )
     return pays, text
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -122,6 +123,8 @@ def test_recommended_ranks_train(tmp_path, adapter, table, run):
     shown = run("ranks", adapter, "--data", table, *DRAWS, "--output", out, "--recommend")
     assert "For plain LoRA: r=" in shown
     assert "rank_pattern = {" in shown
+    page = (Path(__file__).parent.parent / "docs/rank-recommendation.md").read_text("utf-8")
+    assert ("does not pay" in page) == ("it did not pay" in shown)
     recipe = out / "lora.yaml"
     assert f"bara train --config {recipe}" in shown
     run("train", "--config", recipe, "--data", table, "--output", tmp_path / "plain",

@@ -49,10 +49,9 @@ def evaluate(
 ) -> None:
     """Print accuracy, likelihood, calibration and out-of-distribution detection.
 
-    With --calibrate-risk, data that was not trained on gives the threshold for --abstain-at-risk,
-    and with --calibrate-conformal what `bara predict --coverage` needs.
+    With --calibrate-risk, data that was not trained on gives the threshold for --abstain-at-risk.
     For a causal-lm adapter it holds for answers that are generated with the same --max-new-tokens
-    and --set.
+    and --set. With --calibrate-conformal it gives what `bara predict --coverage` needs.
     """
     from rich.table import Table
 

@@ -11,6 +11,11 @@ from bara.cli.options import Adapter, BaseModel, BatchSize, Seed, Split
 from bara.schema import MAX_DRAWS
 
 PLAIN_RECIPE = "lora.yaml"
+WARNING = (
+    "Where it was measured it did not pay: a larger fixed rank was more accurate "
+    "(docs/rank-recommendation.md). Compare with one on held-out texts."
+)
+"""Holds what the page says; a test compares the two."""
 
 
 def ranks(
@@ -100,10 +105,11 @@ def ranks(
     lines = [f"s_bar = {measured[0].s_bar:.2f}{spread}"]
     lines += filter(None, [report.shift_sentence(), report.error_sentence()])
     lines.append(f"{output / 'report.html'} shows the pictures.")
-    if recommend:
-        lines += _recommendation(recommend_ranks(model, measured[0]), adapter, output)
     for line in lines:
         terminal.print(line, soft_wrap=True)
+    if recommend:
+        for line in _recommendation(recommend_ranks(model, measured[0]), adapter, output):
+            terminal.print(line, soft_wrap=True)
 
 
 def _text(cell: Any) -> str:
@@ -129,5 +135,6 @@ def _recommendation(recommended: Any, adapter: Path, output: Path) -> list[str]:
     return [
         f"For plain LoRA: {recommended}",
         *(f"{name} = {value}" for name, value in recommended.config_options().items()),
+        WARNING,
         f"To train it: bara train --config {output / PLAIN_RECIPE}",
     ]

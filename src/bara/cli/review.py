@@ -76,9 +76,9 @@ def review(
     terminal.print(view)
     if found.wanted is not None and threshold is not None:
         terminal.print(
-            f"The calibrated threshold asks to review the first {found.wanted}. The error rate of "
-            f"the others is at most {threshold.risk:g}, with probability {1 - threshold.delta:g} "
-            f"over the calibration data; expected by the probabilities: "
+            f"The calibrated threshold asks to review the first {found.wanted}. The expected error "
+            f"rate of rows like the others is at most {threshold.risk:g}, with probability "
+            f"{1 - threshold.delta:g} over the calibration data; by the probabilities it is "
             f"{float(found.expected_error[found.wanted]):.1%}.",
             soft_wrap=True,
         )
