@@ -52,7 +52,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/active_learning.jsonl"
 PAGE = ROOT / "docs/active-learning-results.md"
 GUIDE = ROOT / "docs/labelling.md"
-START, END = "<!-- labelling-verdict -->", "<!-- /labelling-verdict -->"
+OPEN, CLOSE = "<!-- labelling-verdict -->", "<!-- /labelling-verdict -->"
+TITLE = "# Choosing what to label, against chance"
 PICTURE = ROOT / "docs/images/active-learning.png"
 
 TASKS = ("tweet_eval_emotion", "tweet-sentiment")
@@ -165,10 +166,22 @@ def gains(
     return found
 
 
+def write_guide(verdict: str) -> None:
+    """Puts the verdict between the marks of the guide."""
+    sentence = f"{verdict}: [the curves](active-learning-results.md)."
+    before, _, after = GUIDE.read_text("utf-8").partition(OPEN)
+    atomic_write_text(GUIDE, f"{before}{OPEN}\n{sentence}\n{CLOSE}{after.partition(CLOSE)[2]}")
+
+
 def write_page(rows: list[dict[str, Any]]) -> None:
     """The verdict, the curves, every round."""
     curves, strategies = whole(rows)
     pairs = len(curves)
+    if pairs < 2:
+        write_guide("It is **not yet known** whether choosing beats chance")
+        text = f"{TITLE}\n\n`python benchmarks/active_learning.py` has no two curves yet.\n"
+        atomic_write_text(PAGE, text)
+        return
     tasks = sorted({task for task, _ in curves})
     seeds = sorted({seed for _, seed in curves})
     verdicts, table = [], []
@@ -190,12 +203,10 @@ def write_page(rows: list[dict[str, Any]]) -> None:
     )
     where = f"on {len(tasks)} tasks with {len(seeds)} seeds"
     rest = "" if not verdicts or len(verdicts) == len(strategies) - 1 else "; the others do not"
-    guide = f"{said} {where}{rest}: [the curves](active-learning-results.md)."
-    before, _, after = GUIDE.read_text("utf-8").partition(START)
-    atomic_write_text(GUIDE, f"{before}{START}\n{guide}\n{END}{after.partition(END)[2]}")
+    write_guide(f"{said} {where}{rest}")
     step = ROUNDS[1] - ROUNDS[0]
     lines = [
-        "# Choosing what to label, against chance",
+        TITLE,
         "",
         "Made by `python benchmarks/active_learning.py --analyse` from "
         "`benchmarks/results/active_learning.jsonl`; do not edit. The runs are those of "
