@@ -34,7 +34,8 @@ def test_scores_are_those_of_the_definition(by):
     scores = {"bald": mutual, "entropy": total}
     found = bara.select(predictive, 7, by=by)
     for name, expected in scores.items():
-        torch.testing.assert_close(getattr(found, name), torch.tensor(expected))
+        expected = torch.tensor(expected, dtype=torch.float64)
+        torch.testing.assert_close(getattr(found, name), expected, atol=1e-6, rtol=1e-6)
     expected = sorted(range(40), key=lambda i: -scores[by][i])[:7]
     assert found.index.tolist() == expected
 
@@ -102,8 +103,10 @@ def test_bad_input_is_one_clear_line():
     ]:
         with pytest.raises(BaraError, match=match):
             bara.select(predictive, **options)
-    with pytest.raises(BaraError, match="bald needs draws that differ"):
-        bara.select(pool(draws=1), 3, by="bald")
+    one = pool(draws=1).log_probs_draws
+    for same in (one, one.repeat(7, 1, 1)):
+        with pytest.raises(BaraError, match="bald needs draws that differ"):
+            bara.select(ClassificationPredictive(same), 3, by="bald")
     with pytest.raises(BaraError, match="select is for classification"):
         bara.select(object(), 2)
     silent = RegressionPredictive(torch.randn(2, 5), torch.zeros(2, 5))

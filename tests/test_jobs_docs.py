@@ -20,6 +20,6 @@ def test_the_page_s_python_runs(page, capsys):
 def test_the_active_learning_example_runs(tiny_model_dir, capsys):
     disable_progress_bars()
     main = runpy.run_path(str(ROOT / "examples" / "active_learning.py"))["main"]
-    main(tiny_model_dir, num_pool=40, num_test=20, k=8, rounds=2, epochs=1)
+    main(tiny_model_dir, num_pool=40, num_test=20, k=8, rounds=2, epochs=8)
     printed = capsys.readouterr().out
     assert re.findall(r"(\d+) labels: accuracy 0\.", printed) == ["8", "16"]

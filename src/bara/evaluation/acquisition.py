@@ -15,6 +15,8 @@ from bara.prediction.predictive import ClassificationPredictive, Predictive, Reg
 Strategy = Literal["batch", "bald", "entropy", "diversity"]
 FEATURES = ("batch", "diversity")
 """Strategies that need features."""
+ROUNDING = 1e-12
+"""Mutual information, nats, of draws that are equal but for rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ def select(
     bald, entropy = _scores(predictive)
     if not 1 <= k <= len(bald):
         raise BaraError(f"k must lie between 1 and the {len(bald)} inputs of the pool, not {k}")
-    if by in ("bald", "batch") and not (bald > 0).any():
+    if by in ("bald", "batch") and not (bald > ROUNDING).any():
         raise BaraError(
             f"{by} needs draws that differ, and this model's agree on every input (--by): choose "
             "by entropy, or train a method that has a posterior"
@@ -97,7 +99,9 @@ def check_strategy(name: str) -> Strategy:
 def _scores(predictive: Predictive) -> tuple[Tensor, Tensor]:
     """(n,) mutual information and (n,) entropy."""
     if isinstance(predictive, ClassificationPredictive):
-        return predictive.epistemic_uncertainty, predictive.total_uncertainty
+        # a difference of entropies: in float32 little of a small one would be left
+        exact = ClassificationPredictive(predictive.log_probs_draws.double())
+        return exact.epistemic_uncertainty, exact.total_uncertainty
     if not isinstance(predictive, RegressionPredictive):
         raise BaraError("select is for classification, multiple choice and regression")
     total, noise = predictive.variance.double(), predictive.aleatoric_variance.double()
