@@ -127,6 +127,8 @@ def test_what_cannot_be_used_is_one_clear_line():
         bara.calibrate_conformal(ClassificationPredictive(torch.zeros(1, 3, 2)))
     with pytest.raises(BaraError, match="sets and intervals are for classification"):
         bara.calibrate_conformal(object())
+    with pytest.raises(BaraError, match="sets and intervals are for classification"):
+        sets.to_records(object())
     silent = RegressionPredictive(torch.zeros(1, 20), torch.zeros(1, 20), torch.zeros(20))
     with pytest.raises(BaraError, match="variance of 0"):
         bara.calibrate_conformal(silent)

@@ -15,7 +15,7 @@ from bara.prediction.predictive import ClassificationPredictive, Predictive, Reg
 Strategy = Literal["batch", "bald", "entropy", "diversity"]
 FEATURES = ("batch", "diversity")
 """Strategies that need features."""
-ROUNDING = 1e-12
+ROUNDING = 1e-14
 """Mutual information, nats, of draws that are equal but for rounding."""
 
 

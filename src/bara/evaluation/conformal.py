@@ -27,6 +27,7 @@ from bara.prediction.predictive import (
 
 FILE = "conformal.safetensors"
 CONDITIONS = "conditions"
+KINDS = "conformal sets and intervals are for classification, multiple choice and regression"
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,8 @@ class Conformal:
         if isinstance(predictive, RegressionPredictive):
             ends = torch.stack(self.intervals(predictive, coverage), dim=1)
             return [{"interval": pair} for pair in ends.tolist()]
+        if not isinstance(predictive, ClassificationPredictive):
+            raise BaraError(KINDS)
         sets = self.sets(predictive, coverage).tolist()
         names = predictive.label_names or [str(c) for c in range(predictive.num_classes)]
         return [{"prediction_set": list(compress(names, inside))} for inside in sets]
@@ -170,9 +173,7 @@ def calibrate_conformal(predictive: Predictive) -> Conformal:
             for regression a variance of 0.
     """
     if not isinstance(predictive, ClassificationPredictive | RegressionPredictive):
-        raise BaraError(
-            "conformal sets and intervals are for classification, multiple choice and regression"
-        )
+        raise BaraError(KINDS)
     selection(predictive)  # checks the labels
     labels = predictive.labels
     assert labels is not None
