@@ -8,8 +8,11 @@ from bara.data.questions import QuestionWindows, question_windows
 from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
+from bara.evaluation.acquisition import Selection, select
+from bara.evaluation.conformal import Conformal, calibrate_conformal
 from bara.evaluation.evaluate import evaluate
 from bara.evaluation.preferences import evaluate_preferences
+from bara.evaluation.review import Review, review
 from bara.export.export_lora import export_lora
 from bara.finetuning.load import load_adapter
 from bara.language.answer import Generation
@@ -32,7 +35,9 @@ from bara.prediction.predictive import ClassificationPredictive, Predictive, Reg
 from bara.prediction.spans import SpanPredictive
 from bara.prediction.words import TokenPredictive
 from bara.ranks.effective_rank import EffectiveRank, calibrate_gates, effective_rank, rank_shift
+from bara.ranks.features import adapter_features
 from bara.ranks.pruning import prune
+from bara.ranks.recommendation import RankRecommendation, recommend_ranks
 from bara.reports.measured_card import write_model_card
 from bara.training.callback import BayesianCallback, set_progress
 from bara.training.kl_mixin import KLMixin
@@ -48,6 +53,7 @@ __all__ = [
     "Certificate",
     "CertifiedConfig",
     "ClassificationPredictive",
+    "Conformal",
     "EffectiveRank",
     "Generation",
     "KLMixin",
@@ -56,14 +62,19 @@ __all__ = [
     "Predictive",
     "PreferencePredictive",
     "QuestionWindows",
+    "RankRecommendation",
     "RankwiseConfig",
     "RegressionPredictive",
+    "Review",
     "ScalablConfig",
+    "Selection",
     "SentenceClassifier",
     "SpanPredictive",
     "StreamedToken",
     "Threshold",
     "TokenPredictive",
+    "adapter_features",
+    "calibrate_conformal",
     "calibrate_gates",
     "calibrate_threshold",
     "certify",
@@ -85,7 +96,10 @@ __all__ = [
     "prune",
     "question_windows",
     "rank_shift",
+    "recommend_ranks",
+    "review",
     "sampling",
+    "select",
     "set_progress",
     "write_model_card",
 ]

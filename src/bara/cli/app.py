@@ -18,6 +18,8 @@ from bara.cli.predict import predict
 from bara.cli.prune import prune
 from bara.cli.quickstart import quickstart
 from bara.cli.ranks import ranks
+from bara.cli.review import review
+from bara.cli.select import select
 from bara.cli.train import train
 from bara.errors import BaraError
 
@@ -36,6 +38,8 @@ app.command()(doctor)
 app.command()(train)
 app.command()(evaluate)
 app.command()(predict)
+app.command()(select)
+app.command()(review)
 app.command()(bench)
 app.command()(certify)
 app.command()(ranks)

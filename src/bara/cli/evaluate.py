@@ -37,6 +37,10 @@ def evaluate(
     calibrate_delta: Annotated[
         float, Option(help="Probability that the calibrated risk is not kept.")
     ] = 0.1,
+    calibrate_conformal: Annotated[
+        bool,
+        Option("--calibrate-conformal", help="Also calibrate the sets of `predict --coverage`."),
+    ] = False,
     max_new_tokens: MaxNewTokens = None,
     generate_options: GenerateOptions = None,
     json_file: Annotated[
@@ -47,7 +51,8 @@ def evaluate(
 
     With --calibrate-risk, data that was not trained on gives the threshold for --abstain-at-risk.
     For a causal-lm or seq2seq adapter it holds for answers that are generated with the same
-    --max-new-tokens and --set.
+    --max-new-tokens and --set. With --calibrate-conformal it gives what `bara predict --coverage`
+    needs.
     """
     from rich.table import Table
 
@@ -57,6 +62,8 @@ def evaluate(
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
     from bara.evaluation.abstention import calibrate_threshold, save_threshold
+    from bara.evaluation.conformal import calibrate_conformal as calibrate
+    from bara.evaluation.conformal import save_conformal
     from bara.files import atomic_write_text
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import read_table
@@ -65,6 +72,8 @@ def evaluate(
 
     quieten_libraries()
     task = read_task(adapter)
+    if calibrate_conformal and task.task == "causal-lm":
+        raise BaraError("--calibrate-conformal is not for causal-lm adapters: leave it out")
     table = read_table(data, task, split=split)
     ood_table = None if ood is None else read_table(ood, task)
     decoding = decoding_options(max_new_tokens, generate_options)
@@ -108,6 +117,10 @@ def evaluate(
                 f"Abstaining above the uncertainty {threshold.uncertainty:.4f} keeps the risk at "
                 f"{calibrate_risk:g}; {threshold.coverage:.0%} of these are answered."
             )
+    if calibrate_conformal:
+        save_conformal(adapter, calibrate(selective()), num_draws=num_draws, seed=seed)
+        print(f"Calibrated by {len(table)} texts. Next:")
+        print(f"  bara predict {adapter} --data TABLE --coverage 0.9")
     if json_file is not None:
         content: dict[str, Any] = {
             "adapter": str(adapter),

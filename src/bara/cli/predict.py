@@ -30,6 +30,13 @@ def predict(
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     abstain_at_risk: AbstainAtRisk = None,
+    coverage: Annotated[
+        float | None,
+        Option(
+            help="Add prediction sets or intervals that hold the truth with this probability, as "
+            "`bara evaluate --calibrate-conformal` calibrated them."
+        ),
+    ] = None,
     base_model: BaseModel = None,
 ) -> None:
     """Write one JSON object per text, question or image: the prediction and how uncertain it is."""
@@ -39,6 +46,7 @@ def predict(
     from bara.data.tables import table_from_records
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
+    from bara.evaluation.conformal import load_conformal
     from bara.files import atomic_write_text
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import predict_table
@@ -57,6 +65,9 @@ def predict(
         else load_threshold(
             adapter, abstain_at_risk, measure="predictions", num_draws=num_draws, seed=seed
         )
+    )
+    conformal = (
+        None if coverage is None else load_conformal(adapter, num_draws=num_draws, seed=seed)
     )
     with ExitStack() as files:
         chunks = _chunks(_read(data, split, read_task(adapter), files))
@@ -84,6 +95,11 @@ def predict(
                         ]
                     if threshold is not None:
                         _abstain(records, predictive, threshold)
+                    if conformal is not None and coverage is not None:
+                        for record, more in zip(
+                            records, conformal.to_records(predictive, coverage), strict=True
+                        ):
+                            record |= more
                     for record in records:
                         yield json_text(record, ensure_ascii=False) + "\n"
                     done += len(chunk)

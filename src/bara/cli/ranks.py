@@ -10,6 +10,13 @@ from typer import Option
 from bara.cli.options import Adapter, BaseModel, BatchSize, Seed, Split
 from bara.schema import MAX_DRAWS
 
+PLAIN_RECIPE = "lora.yaml"
+WARNING = (
+    "Where it was measured it did not pay: a larger fixed rank was more accurate "
+    "(docs/rank-recommendation.md). Compare with one on held-out texts."
+)
+"""Holds what the page says; a test compares the two."""
+
 
 def ranks(
     adapter: Adapter,
@@ -23,6 +30,9 @@ def ranks(
     seed: Seed = 0,
     batch_size: BatchSize = 256,
     base_model: BaseModel = None,
+    recommend: Annotated[
+        bool, Option("--recommend", help="Also the ranks for a plain LoRA adapter, and a recipe.")
+    ] = False,
     force: Annotated[bool, Option("--force", help="Replace an earlier report.")] = False,
 ) -> None:
     """Report the effective rank per layer, type of module and text."""
@@ -39,6 +49,7 @@ def ranks(
     from bara.machine import quieten_libraries
     from bara.prediction.predict import predict
     from bara.ranks.effective_rank import effective_rank
+    from bara.ranks.recommendation import recommend_ranks
     from bara.reports.rank_report import (
         HEADINGS,
         RankReport,
@@ -99,7 +110,34 @@ def ranks(
     lines.append(f"{output / 'report.html'} shows the pictures.")
     for line in lines:
         terminal.print(line, soft_wrap=True)
+    if recommend:
+        for line in _recommendation(recommend_ranks(model, measured[0]), adapter, output):
+            terminal.print(line, soft_wrap=True)
 
 
 def _text(cell: Any) -> str:
     return " ".join(cell) if isinstance(cell, list) else str(cell)
+
+
+def _recommendation(recommended: Any, adapter: Path, output: Path) -> list[str]:
+    """Writes a recipe of plain LoRA with the recommended ranks; what to print of it."""
+    from dataclasses import fields, replace
+
+    from peft import LoraConfig
+
+    from bara.cards.adapter_files import RECIPE_FILE
+    from bara.files import atomic_write_text
+    from bara.methods.recipe import TrainRecipe
+
+    recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    known = {field.name for field in fields(LoraConfig)}
+    options = {name: value for name, value in recipe.method_options.items() if name in known}
+    options |= recommended.config_options()
+    plain = replace(recipe, method="lora", method_options=options, output=f"{recipe.output}-lora")
+    atomic_write_text(output / PLAIN_RECIPE, plain.to_yaml())
+    return [
+        f"For plain LoRA: {recommended}",
+        *(f"{name} = {value}" for name, value in recommended.config_options().items()),
+        WARNING,
+        f"To train it: bara train --config {output / PLAIN_RECIPE}",
+    ]

@@ -53,3 +53,23 @@ def update_card(adapter: Path, **measured: Any) -> None:
 
     if os.access(adapter, os.W_OK):
         write_model_card(adapter, **measured)
+
+
+def extended_rows(
+    table: Any, index: list[int], columns: dict[str, list[Any]], name: str
+) -> list[dict[str, Any]]:
+    """Rows of a table in a new order: their number in it, what was found of each, and themselves.
+
+    Raises:
+        BaraError: the table has one of these columns already.
+    """
+    from bara.errors import BaraError
+
+    for column in ("row", *columns):
+        if column in table.column_names:
+            raise BaraError(f"{name} has a column {column!r} already: rename it or leave it out")
+    found = zip(*columns.values(), strict=True)
+    return [
+        {"row": i + 1, **dict(zip(columns, values, strict=True)), **table[i]}
+        for i, values in zip(index, found, strict=True)
+    ]

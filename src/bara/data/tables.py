@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from bara.data.text_task import TEXT_COLUMNS, TEXT_PAIR_COLUMNS
 from bara.errors import BaraError, first_line
-from bara.schema import parse_json, shown
+from bara.files import atomic_write_text
+from bara.schema import json_text, parse_json, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+WRITTEN_SUFFIXES = (".jsonl", ".csv")
 ALWAYS_TEXT = (*TEXT_COLUMNS, *TEXT_PAIR_COLUMNS, "prompt", "completion", "question")
 """Columns whose cells are texts, even if all of them look like numbers."""
 MOST_COLUMNS = 1000
@@ -77,6 +80,34 @@ def read_jsonl(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
             yield record
     except UnicodeDecodeError as error:
         raise BaraError(f"{name} is not UTF-8 text; convert it first") from error
+
+
+def check_output_table(path: str) -> None:
+    """Refuses a name that `write_table` does not know how to write."""
+    if path != "-" and Path(path).suffix.lower() not in WRITTEN_SUFFIXES:
+        raise BaraError(f"{path}: give a {' or '.join(WRITTEN_SUFFIXES)} file, or - (--output)")
+
+
+def write_table(path: str, records: Sequence[dict[str, Any]]) -> None:
+    """Writes rows with the same columns to a `.jsonl` or `.csv` file, or as JSONL to `-`, standard
+    output.
+
+    Raises:
+        BaraError: another suffix, or the file cannot be written.
+    """
+    check_output_table(path)
+    if Path(path).suffix.lower() == ".csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        atomic_write_text(path, buffer.getvalue())
+        return
+    lines = "".join(json_text(record, ensure_ascii=False) + "\n" for record in records)
+    if path == "-":
+        sys.stdout.write(lines)
+    else:
+        atomic_write_text(path, lines)
 
 
 def _read_file(path: Path, text_columns: Collection[str | None]) -> Dataset:

@@ -88,7 +88,7 @@ class PreferencePredictive(Predictive):
         return self.choice.probs[:, 1]
 
     @property
-    def labels(self) -> Tensor | None:  # type: ignore[override]
+    def labels(self) -> Tensor | None:
         """(n,) 1 for every pair: the chosen answer is the better one."""
         return self.choice.labels
 
