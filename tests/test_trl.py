@@ -188,7 +188,8 @@ def test_dpo_trains_and_its_reference_is_the_base_model(tmp_path):
     )
 
 
-def test_without_the_mixin_training_stops_before_its_first_step(tmp_path):
+def test_without_the_mixin_the_callback_adds_the_kl(tmp_path):
+    """See tests/test_callback_kl.py for the gradients."""
     model = lm()
     trainer = trl.SFTTrainer(
         model=model,
@@ -197,7 +198,16 @@ def test_without_the_mixin_training_stops_before_its_first_step(tmp_path):
         processing_class=word_tokenizer(),
         callbacks=[bara.BayesianCallback()],
     )
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(bara.BaraError, match=r"without the prior.*KLMixin"):
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_without_the_callback_nothing_trains(tmp_path):
+    trainer = trl.SFTTrainer(
+        model=lm(),
+        args=arguments(trl.SFTConfig, tmp_path),
+        train_dataset=Dataset.from_list([{"prompt": p, "completion": c} for p, c in PAIRS]),
+        processing_class=word_tokenizer(),
+    )
+    with pytest.raises(bara.BaraError, match=r"cannot train.*BayesianCallback"):
         trainer.train()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

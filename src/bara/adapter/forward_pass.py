@@ -101,6 +101,8 @@ class ForwardPass:
         trainable: whether a layer that can be trained took part.
         asked: whether a layer was asked for its KL.
         kl: the weighted KL, until it is in a loss.
+        kl_in_loss: whether it is in one.
+        kl_given: whether `kl_loss` gave it to whoever computes a loss.
         shared: the latest input of a layer, which its siblings may read too, and whose it is.
         seed: of the fused layers' fresh noise; None where none is drawn.
         fuse: whether layers may be prepared together (`adapter/fused_pass`).
@@ -123,6 +125,7 @@ class ForwardPass:
     open: bool = True
     kl: Tensor | None = None
     kl_in_loss: bool = False
+    kl_given: bool = False
     reached: Reached = field(default_factory=Reached)
     shared: tuple[SharedInput, tuple[object, ...]] | None = None
     fuse: bool = False
