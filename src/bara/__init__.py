@@ -9,6 +9,7 @@ from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
 from bara.export.export_lora import export_lora
+from bara.finetuning.bayesianize import Bayesianized, bayesianize
 from bara.finetuning.load import load_adapter
 from bara.language.answer import Generation
 from bara.language.generation import generate
@@ -41,6 +42,7 @@ __all__ = [
     "BaraError",
     "BayesianCallback",
     "BayesianLoraModel",
+    "Bayesianized",
     "BlobConfig",
     "Certificate",
     "CertifiedConfig",
@@ -60,6 +62,7 @@ __all__ = [
     "StreamedToken",
     "Threshold",
     "TokenPredictive",
+    "bayesianize",
     "calibrate_gates",
     "calibrate_threshold",
     "certify",
