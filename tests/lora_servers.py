@@ -37,7 +37,7 @@ def vllm(folder: Path) -> dict[str, Tensor]:
     """vLLM 0.33.0: `get_rank_and_scaling`, `_match_pattern`, `validate_legal`."""
     config, tensors = _read(folder)
     assert set(config["modules_to_save"] or []) <= {"classifier", "score"}
-    assert not (config["use_dora"] or config["lora_bias"] or config["bias"] != "none")
+    assert not any([config["use_dora"], config["lora_bias"], config["bias"] != "none"])
 
     def found(pattern: dict[str, Any], name: str, default: Any) -> Any:
         hits = (v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name))
@@ -63,7 +63,9 @@ def sglang(folder: Path) -> dict[str, Tensor]:
     """SGLang 0.5.23: `LoRAAdapter.scaling`; buffers of rank `r` for every layer."""
     config, tensors = _read(folder)
     scaling = config["lora_alpha"] / config["r"]
-    return {name: scaling * b[:, : config["r"]] @ a[: config["r"]] for name, a, b in _layers(tensors)}
+    return {
+        name: scaling * b[:, : config["r"]] @ a[: config["r"]] for name, a, b in _layers(tensors)
+    }
 
 
 class LoraServer:

@@ -47,11 +47,13 @@ def lm(tmp_path):
 
 
 def test_a_language_model_from_elsewhere(lm, tmp_path, run):
-    base, original, folder = lm
+    _, original, folder = lm
     texts = [{"prompt": p, "completion": greedy(original, p)} for p in (t["prompt"] for t in TEXTS)]
     table = write_jsonl(tmp_path / "texts.jsonl", texts)
     out = tmp_path / "posterior"
-    printed = run("bayesianize", folder, "--data", table, "--output", out, "--set", "tolerance=0.02")
+    printed = run(
+        "bayesianize", folder, "--data", table, "--output", out, "--set", "tolerance=0.02"
+    )
     assert "tfb on 20 rows: noise of size" in printed
     model, tokenizer, task = bara.load_adapter(out)
     assert task == LanguageTask("causal-lm", max_length=64)
@@ -127,7 +129,9 @@ def classifier_folder(tiny_bert, tiny_model_dir, folder, **options):
     return plain(tiny_bert, folder, options)
 
 
-LABELLED = [{"text": t, "label": i % 3} for i, t in enumerate(["a film", "bad food", "the plot"] * 8)]
+LABELLED = [
+    {"text": t, "label": i % 3} for i, t in enumerate(["a film", "bad food", "the plot"] * 8)
+]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,9 @@ def test_classifiers(options, tiny_bert, tiny_model_dir, tmp_path, run):
         data = [{**tokenizer(r["text"]), "labels": r["label"]} for r in rows]
         tfb(original, data)
         ours = bara.predict(model, batch, num_draws=4)
-        torch.testing.assert_close(ours.log_probs_draws, bara.predict(original, batch, num_draws=4).log_probs_draws)
+        torch.testing.assert_close(
+            ours.log_probs_draws, bara.predict(original, batch, num_draws=4).log_probs_draws
+        )
     assert "accuracy" in run("evaluate", out, "--data", table, "--num-draws", 4)
 
 
@@ -170,7 +176,9 @@ def test_classes_need_their_order(tiny_bert, tiny_model_dir, tmp_path, run, fail
     assert "has 3 outputs" in failing(*command, "--labels", "a,b")
     run(*command, "--labels", "c, a, b")
     assert bara.load_adapter(tmp_path / "out")[2].label_names == ("c", "a", "b")
-    five = write_jsonl(tmp_path / "five.jsonl", [{**r, "label": i % 5} for i, r in enumerate(LABELLED)])
+    five = write_jsonl(
+        tmp_path / "five.jsonl", [{**r, "label": i % 5} for i, r in enumerate(LABELLED)]
+    )
     command[3] = five
     assert "outputs are 0 to 2" in failing(*command, "--force")
 
@@ -211,7 +219,9 @@ def test_other_refusals(lm, tmp_path, failing):
     assert "is of the method IA3" in failing("bayesianize", tmp_path / "ia3", *rest)
     assert "generates no text" in failing("bayesianize", folder, *rest, "--method", "laplace")
     assert "tfb or laplace" in failing("bayesianize", folder, *rest, "--method", "bara")
-    assert "did you mean 'tolerance'" in failing("bayesianize", folder, *rest, "--set", "toleranc=1")
+    assert "did you mean 'tolerance'" in failing(
+        "bayesianize", folder, *rest, "--set", "toleranc=1"
+    )
     assert "is the adapter itself" in failing(
         "bayesianize", folder, "--data", table, "--output", folder
     )

@@ -89,7 +89,9 @@ def adapter(tmp_path_factory):
     plain.peft_config["default"].base_model_name_or_path = str(base)
     plain.save_pretrained(folder / "lora")
     table = write_jsonl(folder / "table.jsonl", [{"text": words(*range(5, 15))}] * 3)
-    bara.bayesianize(folder / "lora", str(table), folder / "adapter", method_options={"tolerance": 0.5})
+    bara.bayesianize(
+        folder / "lora", str(table), folder / "adapter", method_options={"tolerance": 0.5}
+    )
     rows = write_jsonl(folder / "rows.jsonl", ROWS)
     (folder / "task.yaml").write_text(TASK.format(rows=rows))
     return folder / "adapter"

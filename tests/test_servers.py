@@ -131,7 +131,9 @@ def folder(tmp_path):
     return tmp_path / "posterior"
 
 
-def test_draws_are_loaded_and_whole_answers_scored(folder, tmp_path, run, failing, monkeypatch, capsys):
+def test_draws_are_loaded_and_whole_answers_scored(
+    folder, tmp_path, run, failing, monkeypatch, capsys
+):
     """From the command to the numbers: the scores are those of `bara.multiple_choice`."""
     server = LoraServer(tiny_lm("llama"), word_tokenizer())
     out, key = tmp_path / "draws", tmp_path / "key"

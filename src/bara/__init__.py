@@ -8,6 +8,7 @@ from bara.draws.sampling import sampling
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, calibrate_threshold
 from bara.evaluation.evaluate import evaluate
+from bara.evaluation.trainer_metrics import compute_metrics
 from bara.export.export_lora import export_lora
 from bara.finetuning.bayesianize import Bayesianized, bayesianize
 from bara.finetuning.load import load_adapter
@@ -66,6 +67,7 @@ __all__ = [
     "calibrate_gates",
     "calibrate_threshold",
     "certify",
+    "compute_metrics",
     "effective_rank",
     "elbo_loss",
     "evaluate",

@@ -1,6 +1,6 @@
 """The model `bara` for EleutherAI's lm-evaluation-harness (extra `lm-eval`).
 
-    python -m bara.lm_eval --model bara --model_args adapter=my-adapter,num_draws=10 --tasks arc_easy
+    python -m bara.lm_eval --model bara --model_args adapter=FOLDER,num_draws=10 --tasks arc_easy
 
 The harness finds models that are imported before it looks: this module is its own command line
 with `bara` imported. In Python, `import bara.lm_eval` and then `lm_eval.simple_evaluate(model=

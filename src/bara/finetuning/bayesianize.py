@@ -241,7 +241,7 @@ def _require_trained(model: PeftModel, folder: Path) -> None:
     if not scales:
         raise BaraError(f"{folder} adapts no linear or convolution layer, so nothing can be random")
     if not any(p.any() for p in scales):
-        raise BaraError(f"{folder} was not trained: B is zero everywhere, and noise on A does nothing")
+        raise BaraError(f"{folder} was not trained: B is zero, so that noise on A does nothing")
 
 
 def _head(folder: Path) -> int | None:

@@ -59,8 +59,8 @@ class BayesianCallback(TrainerCallback):
 
     It counts N (examples, or label tokens for a language model), drives the warm-up of the KL
     weights, adds the KL to a loss that the trainer computes itself (label smoothing, a
-    `compute_loss` of one's own, TRL's trainers), and `kl_global`, `kl_local` and `effective_rank`
-    to the logs.
+    `compute_loss` of one's own, TRL's trainers), and what `kl_terms` returns to the logs, also to
+    those of the trackers of `report_to`.
 
     Args:
         num_observations: N, if it should not be counted: for a stream that repeats a smaller data
@@ -99,6 +99,9 @@ class BayesianCallback(TrainerCallback):
         trainer = calling_trainer(self)
         if trainer is not None:
             add_kl(trainer)
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.remove(self)  # those that report logs elsewhere come after what adds to them
+            callbacks.insert(0, self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

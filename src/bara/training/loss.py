@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo, elbo_of
+from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
 
 CLOSED = 0.1
@@ -78,8 +79,10 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
     """The unweighted KL terms in nats and the effective rank of the last training pass.
 
     Returns:
-        `kl_global`, `kl_local` and `effective_rank` (mean over layers and inputs), as far as the
-        active adapters have them; empty before the first training pass.
+        `kl_global`, `kl_local`, `s_bar` (the effective rank, a mean over layers and inputs, also
+        under its older name `effective_rank`) and `effective_rank/q_proj` and so on (of the layers
+        of that name), as far as the active adapters have them; empty before the first training
+        pass.
     """
     last = elbo_of(model).last
     if last is None:
@@ -90,13 +93,24 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
             if kl is not None:
                 values[name] = values.get(name, 0.0) + float(kl.detach())
         if terms.activity:
-            ranks = [
-                activity.sum(-1).reshape(len(activity), -1).mean(1).cpu()
-                for activity in terms.activity
-            ]
-            values["effective_rank"] = float(torch.cat(ranks).mean())
+            types = {id(p): _type_of(name) for name, _, p in adapted_layers(model, adapter)}
+            ranks: dict[str, list[float]] = {}
+            for posteriors, activity in terms.activity:
+                by_layer = activity.sum(-1).reshape(len(activity), -1).mean(1).tolist()
+                for posterior, rank in zip(posteriors, by_layer, strict=True):
+                    ranks.setdefault(types[id(posterior)], []).append(rank)
+            every = [rank for found in ranks.values() for rank in found]
+            values["s_bar"] = values["effective_rank"] = sum(every) / len(every)
+            for kind, found in ranks.items():
+                values[f"effective_rank/{kind}"] = sum(found) / len(found)
             _warn_if_closed(adapter, values["effective_rank"])
     return values
+
+
+def _type_of(name: str) -> str:
+    """What a layer is called in every block of the model: `q_proj` of `layers.0.attn.q_proj`."""
+    parts = name.split(".")
+    return next((part for part in reversed(parts) if not part.isdecimal()), name)
 
 
 def _warn_if_closed(adapter: str, effective_rank: float) -> None:
