@@ -14,10 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import StoppingCriteria
 
@@ -26,6 +22,14 @@ from bara.finetuning.load import load_adapter
 from bara.language.generation import generate
 from bara.language.likelihood import continuation_log_probs
 from bara.language.prompts import context, render_chat, require_decoder, token_ids
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise BaraError(f"{error}; install it with: pip install 'bara-peft[lm-eval]'") from error
 
 MAX_NEW_TOKENS = 256
 """Of an answer, where the task does not say: the harness's own default."""
@@ -134,8 +138,8 @@ class BaraLM(TemplateLM):
         log_probs, greedy = self._read(pairs, disable_tqdm)
         mixture = _mixture(log_probs).tolist()
         answers = list(zip(mixture, greedy.tolist(), strict=True))
-        for (strings, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", strings, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def loglikelihood_rolling(
@@ -210,7 +214,7 @@ class _Until(StoppingCriteria):
         self.tokenizer, self.stops = tokenizer, stops
         self.prompt: int | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if self.prompt is None:
             self.prompt = input_ids.shape[1] - 1
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
@@ -224,6 +228,11 @@ def _mixture(log_probs: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
+    import sys
+
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except BaraError as error:
+        sys.exit(f"error: {error}")

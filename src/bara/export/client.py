@@ -83,11 +83,18 @@ class Ensemble:
     label_names: tuple[str, ...] = ()
 
     @classmethod
-    def from_folder(cls, folder: str | Path, **options: Any) -> Ensemble:
-        """The ensemble whose names `manifest.json` lists."""
+    def from_folder(cls, folder: str | Path, *, prefix: str = "", **options: Any) -> Ensemble:
+        """The ensemble whose names `manifest.json` lists.
+
+        Args:
+            folder: of the export.
+            prefix: what the server puts before them; Ray Serve the base model's name and ":".
+            options: fields of the ensemble.
+        """
         manifest = json.loads((Path(folder) / "manifest.json").read_text("utf-8"))
         names = tuple(manifest.get("label_names") or ())
-        return cls(tuple(manifest["adapters"]), **{"label_names": names, **options})
+        adapters = tuple(prefix + name for name in manifest["adapters"])
+        return cls(adapters, **{"label_names": names, **options})
 
     def load(self, folder: str | Path) -> None:
         """Loads the draws of an export into the running server.
@@ -274,11 +281,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--load", action="store_true", help="load the draws into the server")
     parser.add_argument("--url", default=URL)
     parser.add_argument("--api-key")
+    parser.add_argument("--prefix", default="", help="before the adapters' names on the server")
     given = parser.parse_args(arguments)
     if (given.prompt is None) != given.load:
         parser.error("give a prompt, or --load without one")
     folder = Path(__file__).parent
-    ensemble = Ensemble.from_folder(folder, url=given.url, api_key=given.api_key)
+    options = {"url": given.url, "api_key": given.api_key, "prefix": given.prefix}
+    ensemble = Ensemble.from_folder(folder, **options)
     try:
         if given.load:
             ensemble.load(folder)
