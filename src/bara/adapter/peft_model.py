@@ -32,7 +32,6 @@ from bara.posteriors.posterior import LayerSetup
 from bara.posteriors.rank_space import Granularity
 from bara.posteriors.registry import Family, family_of, for_each_family, import_families
 
-
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -75,12 +75,11 @@ class PlainLora:
             for name, layer in model.get_base_model().named_modules()
             if isinstance(layer, LoraLayer) and self.adapter in layer.scaling
         }
-        shapes = self._tensors(0)
-        ranks = {shape.shape[0] for key, shape in shapes.items() if key.endswith(_A)}
+        ranks = {a.shape[0] for key, a in self._tensors(0).items() if key.endswith(_A)}
         self.rank = max(ranks, default=config.r)
         even = len(ranks) == 1 and len(set(self.scalings.values())) == 1
         self.folds = not patterns and not (even and not config.use_rslora)
-        self.config = self._config(shapes, even and not patterns)
+        self.config = self._config(even and not patterns)
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """What PEFT saves for the mean, or for a draw, on the CPU."""
@@ -109,14 +108,12 @@ class PlainLora:
             set_peft_model_state_dict(plain, tensors, adapter_name=self.adapter)
             yield plain
 
-    def _config(self, tensors: Mapping[str, Tensor], even: bool) -> LoraConfig:
+    def _config(self, even: bool) -> LoraConfig:
         """The `LoraConfig` of all these adapters."""
         known = [f.name for f in fields(LoraConfig) if f.init]
         values = {name: copy.deepcopy(getattr(self.original, name)) for name in known}
         values |= {"peft_type": None, "init_lora_weights": True, "inference_mode": True}
-        heads = trained_heads(self.original) or []
-        saved = [head for head in heads if any(f".{head}." in key for key in tensors)]
-        values["modules_to_save"] = saved or None
+        values["modules_to_save"] = trained_heads(self.original)
         if self.folds or even:
             alpha = self.rank if self.folds else self.rank * next(iter(self.scalings.values()), 1)
             whole = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-9) else alpha

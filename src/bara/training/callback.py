@@ -17,7 +17,7 @@ from bara.adapter.elbo import Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
 from bara.training.kl_mixin import add_kl, calling_trainer
-from bara.training.loss import kl_terms
+from bara.training.loss import kl_terms, rank_terms
 
 
 def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None) -> None:
@@ -59,8 +59,9 @@ class BayesianCallback(TrainerCallback):
 
     It counts N (examples, or label tokens for a language model), drives the warm-up of the KL
     weights, adds the KL to a loss that the trainer computes itself (label smoothing, a
-    `compute_loss` of one's own, TRL's trainers), and what `kl_terms` returns to the logs, also to
-    those of the trackers of `report_to`.
+    `compute_loss` of one's own, TRL's trainers), and `kl_global`, `kl_local`, `effective_rank`,
+    `s_bar` and `effective_rank/q_proj` and so on to the logs, also to those of the trackers of
+    `report_to`.
 
     Args:
         num_observations: N, if it should not be counted: for a stream that repeats a smaller data
@@ -120,7 +121,7 @@ class BayesianCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if logs is None or "loss" not in logs:
             return
-        terms = kl_terms(kwargs["model"])
+        terms = kl_terms(kwargs["model"]) | rank_terms(kwargs["model"])
         logs.update(terms)
         if state.log_history:
             state.log_history[-1].update(terms)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo, elbo_of
+from bara.adapter.forward_pass import KlTerms
 from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
 
@@ -79,10 +80,8 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
     """The unweighted KL terms in nats and the effective rank of the last training pass.
 
     Returns:
-        `kl_global`, `kl_local`, `s_bar` (the effective rank, a mean over layers and inputs, also
-        under its older name `effective_rank`) and `effective_rank/q_proj` and so on (of the layers
-        of that name), as far as the active adapters have them; empty before the first training
-        pass.
+        `kl_global`, `kl_local` and `effective_rank` (mean over layers and inputs), as far as the
+        active adapters have them; empty before the first training pass.
     """
     last = elbo_of(model).last
     if last is None:
@@ -92,19 +91,36 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
         for name, kl in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
             if kl is not None:
                 values[name] = values.get(name, 0.0) + float(kl.detach())
-        if terms.activity:
-            types = {id(p): _type_of(name) for name, _, p in adapted_layers(model, adapter)}
-            ranks: dict[str, list[float]] = {}
-            for posteriors, activity in terms.activity:
-                by_layer = activity.sum(-1).reshape(len(activity), -1).mean(1).tolist()
-                for posterior, rank in zip(posteriors, by_layer, strict=True):
-                    ranks.setdefault(types[id(posterior)], []).append(rank)
-            every = [rank for found in ranks.values() for rank in found]
-            values["s_bar"] = values["effective_rank"] = sum(every) / len(every)
-            for kind, found in ranks.items():
-                values[f"effective_rank/{kind}"] = sum(found) / len(found)
+        ranks = [rank for _, rank in _ranks(terms)]
+        if ranks:
+            values["effective_rank"] = sum(ranks) / len(ranks)
             _warn_if_closed(adapter, values["effective_rank"])
     return values
+
+
+def rank_terms(model: nn.Module) -> dict[str, float]:
+    """The effective rank of the last training pass, for logs.
+
+    Returns:
+        `s_bar`, its mean over layers and inputs, and `effective_rank/q_proj` and so on, of the
+        layers of that name; empty where no active adapter has one.
+    """
+    last = elbo_of(model).last
+    by_type: dict[str, list[float]] = {}
+    for adapter, terms in last.terms.items() if last is not None else ():
+        types = {id(p): _type_of(name) for name, _, p in adapted_layers(model, adapter)}
+        for posterior, rank in _ranks(terms):
+            by_type.setdefault(types[id(posterior)], []).append(rank)
+    every = [rank for found in by_type.values() for rank in found]
+    values = {"s_bar": sum(every) / len(every)} if every else {}
+    return values | {f"effective_rank/{kind}": sum(r) / len(r) for kind, r in by_type.items()}
+
+
+def _ranks(terms: KlTerms) -> Iterator[tuple[nn.Module, float]]:
+    """Posterior and effective rank, a mean over inputs, of each layer."""
+    for posteriors, activity in terms.activity:
+        by_layer = activity.sum(-1).reshape(len(activity), -1).mean(1)
+        yield from zip(posteriors, by_layer.tolist(), strict=True)
 
 
 def _type_of(name: str) -> str:
