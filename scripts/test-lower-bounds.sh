@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests with every runtime dependency, and TRL, at the lower bound that pyproject.toml
-# states: peft, transformers and TRL are those that Axolotl pins.
+# states.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)

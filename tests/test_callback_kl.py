@@ -4,9 +4,12 @@ What the optimiser sees: the gradients of its first step with the KL minus those
 same noise, are the gradients of beta / N times BLoB's KL, worked out with torch.distributions.
 """
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from torch.distributions import Normal, kl_divergence
 from transformers import (
     LlamaForSequenceClassification,
@@ -194,6 +197,8 @@ def kl_gradients(values):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", JOBS)
 def test_the_optimiser_sees_one_kl(name, tmp_path):
+    if name == "sft-smoothed" and Version(version("trl")) < Version("1.16"):
+        pytest.skip("TRL 1.9 computes no label smoothing in SFTTrainer")
     trainer, with_kl = trained(JOBS[name], tmp_path / "a", WEIGHT)
     _, without = trained(JOBS[name], tmp_path / "b", 0.0)
     n = trainer.model.peft_config["default"].resolved.num_observations

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 
 import bara
 from bara.adapter.elbo import Elbo
@@ -164,6 +165,8 @@ def test_dpo_trains_and_its_reference_is_the_base_model(tmp_path):
     assert model.peft_config["default"].resolved.num_observations == len(PAIRS)
     assert trainer.state.log_history[0]["kl_global"] > 0
 
+    if Version(trl.__version__) < Version("1.16"):
+        return  # its model gives logits, from which TRL takes the log-probabilities itself
     seen = {}
     base = tiny_lm("llama")
     original = model.get_base_model().forward

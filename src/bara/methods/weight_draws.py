@@ -166,7 +166,9 @@ class WeightDraws(DrawSource):
                 change = (blocks.split(change) + bias.view(shape)).flatten(0, 1)
             return output + change
 
-        handles = [root.register_forward_pre_hook(count, with_kwargs=True)]
+        # generation calls the root itself, and PEFT's own forward may pass its hooks by
+        outermost = {self.model, root}
+        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in outermost]
         for name in layers:
             hook = partial(add, name)
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
