@@ -375,9 +375,8 @@ class Elbo(DrawSource):
             raise BaraError(
                 "The last training step differentiated the model's outputs but not its KL: it "
                 "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "
-                "or give the model no labels and add bara.kl_loss(model) to your loss; a Trainer "
-                "that computes its own loss (label smoothing, class weights, TRL's) takes the KL "
-                "from bara.BayesianCallback() among its callbacks, or from bara.KLMixin."
+                "or give the model no labels and add bara.kl_loss(model) to your loss; a Trainer's "
+                "own loss takes the KL from bara.BayesianCallback() or bara.KLMixin."
             )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -184,7 +183,7 @@ def export_lora(
         if drawn:
             manifest = _manifest(shipped, plain, distance, reasons)
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-            if manifest["task"] != "regression":
+            if manifest["task"] in ("causal-lm", "classification"):  # what a server answers
                 source = Path(client.__file__).read_text("utf-8")
                 (temporary / CLIENT_FILE).write_text(source, "utf-8")
         write_export_card(temporary, original, mode, num_draws, distance)
@@ -200,8 +199,6 @@ def check_mode(mode: str) -> Mode:
     if mode not in get_args(Mode):
         raise BaraError(f"mode must be one of {', '.join(get_args(Mode))}, not {mode!r} (--mode)")
     return cast(Mode, mode)
-
-
 
 
 def _manifest(
