@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests with every runtime dependency at the lower bound that pyproject.toml states.
+# Runs the tests with every runtime dependency, and TRL, at the lower bound that pyproject.toml
+# states.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
@@ -9,7 +10,8 @@ scripts/install.sh "$folder/venv"
 import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print("\n".join(dependency.replace(">=", "==") for dependency in project["dependencies"]))
+bounds = [*project["dependencies"], *project["optional-dependencies"]["trl"]]
+print("\n".join(dependency.replace(">=", "==") for dependency in bounds))
 PYTHON
 cat "$folder/bounds.txt"
 "$folder/venv/bin/python" -m pip install -qq -r "$folder/bounds.txt"

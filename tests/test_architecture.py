@@ -11,6 +11,7 @@ ORDER = (
     *("errors", "schema", "files", "machine", "draws", "data", "cards", "prediction", "posteriors"),
     *("language", "evaluation", "adapter", "models", "training", "ranks", "certificates"),
     *("methods", "export", "reports", "finetuning", "__init__", "doctor", "quickstart"),
+    "lm_eval",
     *("bench", "cli"),
     "__main__",
 )

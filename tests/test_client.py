@@ -82,6 +82,8 @@ def test_choices(url):
 def test_from_a_folder_and_on_the_command_line(url, tmp_path, capsys, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"adapters": list(TABLE)}))
     assert Ensemble.from_folder(tmp_path, url=url).adapters == ("draw-0", "draw-1")
+    named = Ensemble.from_folder(tmp_path, prefix="base:")
+    assert named.adapters == ("base:draw-0", "base:draw-1")
     monkeypatch.setattr("bara.export.client.__file__", str(tmp_path / "client.py"))
     assert main(["The film was", "--url", url, "--choices", " good", " bad"]) == 0
     shown = json.loads(capsys.readouterr().out)

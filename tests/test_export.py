@@ -59,6 +59,15 @@ def outputs(model, data):
     return output["logits"]
 
 
+def factors(weights, name, layer):
+    """A and B of a layer without the padding of their rank and the scaling that is in B."""
+    prefix, r = f"base_model.model.{name}", layer.r["default"]
+    a, b = (weights[f"{prefix}.lora_{part}.weight"] for part in "AB")
+    assert not a[r:].any()
+    assert not b[:, r:].any()
+    return a[:r], b[:, :r] / layer.scaling["default"]
+
+
 def uneven(method, base, **options):
     """An adapter with different ranks and scalings in its layers."""
     patterns = {"rank_pattern": {"0.attention.self.value": 2, "0.self_attn.v_proj": 2}}
@@ -176,7 +185,7 @@ def test_local_gates_are_at_their_average(exported, kind):
         gate = ((100 * posterior.global_logit[:, None] + noise) / 0.66).sigmoid() * 1.2 - 0.1
         scale = gate.clamp(0, 1).mean(-1) * average[name]
         torch.testing.assert_close(
-            weights[f"base_model.model.{name}.lora_B.weight"],
+            factors(weights, name, layer)[1],
             (layer.lora_B["default"].weight * scale).detach(),
             atol=1e-4,
             rtol=1e-3,
@@ -217,7 +226,7 @@ def test_draws_keep_local_gates_at_their_average(exported):
         weights = load_file(folder / f"draw-{draw}" / "adapter_model.safetensors")
         for name, layer, posterior in adapted_layers(model, "default"):
             b = layer.lora_B["default"].weight
-            scale = (weights[f"base_model.model.{name}.lora_B.weight"] / b).mean(0) / average[name]
+            scale = (factors(weights, name, layer)[1] / b).mean(0) / average[name]
             # z (1 + sqrt(alpha) eps), where z is 0 ... 1
             alpha = torch.exp(100 * posterior.noise_logit)
             bound = 1 + 5 * alpha.sqrt()
@@ -230,7 +239,7 @@ def test_bara_draws_sample_a_with_its_fixed_noise(exported):
     assert len(files) == DRAWS
     for name, layer, posterior in adapted_layers(model, "default"):
         a = layer.lora_A["default"].weight.detach()
-        drawn = torch.stack([f[f"base_model.model.{name}.lora_A.weight"] for f in files])
+        drawn = torch.stack([factors(f, name, layer)[0] for f in files])
         standard = (drawn - a) / a.abs()
         c, count = posterior.resolved.weight_noise, standard.numel()
         assert c > 0
@@ -245,7 +254,7 @@ def test_balora_draws_sample_a_with_the_average_noise(exported):
     files = [load_file(p / "adapter_model.safetensors") for p in folder.glob("draw-*")]
     for name, layer, posterior in adapted_layers(model, "default"):
         a = layer.lora_A["default"].weight.detach()
-        drawn = torch.stack([f[f"base_model.model.{name}.lora_A.weight"] for f in files])
+        drawn = torch.stack([factors(f, name, layer)[0] for f in files])
         standard = (drawn - a) / a.abs()
         alphas = []
         handle = layer.lora_A["default"].register_forward_hook(
@@ -261,7 +270,7 @@ def test_balora_draws_sample_a_with_the_average_noise(exported):
         count = standard.numel()
         assert standard.mean().abs() < 5 * (variance / count).sqrt()
         assert variance.item() == pytest.approx(alphas[0].item(), rel=6 * (2 / count) ** 0.5)
-        unit = files[0][f"base_model.model.{name}.lora_B.weight"]
+        unit = factors(files[0], name, layer)[1]
         torch.testing.assert_close(unit, layer.lora_B["default"].weight.detach())
 
 

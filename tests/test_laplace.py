@@ -97,6 +97,8 @@ def test_draws_of_the_adapter_are_linearised(structure):
     j, _ = jacobians(model, names, data)
     predicted = bara.predict(model, data, num_draws=3, seed=4, batch_size=2)
     mean = bara.predict(model, data, deterministic=True).log_probs_draws[0]
+    with pytest.raises(bara.BaraError, match="one draw at a time"), bara.sampling(model, 2):
+        pass
     for d in range(3):
         draws = bara.draws.draws.Draws(1, seed=4, first=d // 2)
         delta = []

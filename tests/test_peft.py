@@ -499,3 +499,31 @@ def test_a_seed_gives_every_layer_the_a_of_plain_lora(method):
     assert len(expected) == 4
     for name, a in expected.items():
         assert torch.equal(actual[name], a), name
+
+
+def test_the_undocumented_parts_of_peft_that_are_used():
+    """What docs/other-tools.md lists; a PEFT that changes one fails here, and by its name."""
+    import inspect
+
+    from peft import mapping
+    from peft.tuners.lora import LoraModel
+    from peft.tuners.lora.layer import LoraLayer, LoraVariant
+    from peft.utils import hotswap
+
+    overridden = {
+        "_create_and_replace": "lora_config adapter_name target target_name parent current_key",
+        "_check_target_module_exists": "peft_config key",
+        "_unload_and_optionally_merge": "merge",
+        "_enable_peft_forward_hooks": "",
+        "_remap_adapter_state_dict_for_load": "model config adapter_name state_dict",
+        "_remove_adapter_name_from_key": "key adapter_name",
+        "inject_adapter": "model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict",
+    }
+    for name, arguments in overridden.items():
+        given = inspect.signature(getattr(LoraModel, name)).parameters
+        assert set(arguments.split()) <= set(given), name
+    assert "lora_variant" in vars(LoraLayer(torch.nn.Linear(2, 2)))
+    assert callable(LoraVariant.forward)
+    for table in ("CONFIG", "TUNER", "PREFIX"):
+        assert "LORA" in getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING")
+    assert hotswap.CONFIG_KEYS_TO_CHECK

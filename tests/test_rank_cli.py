@@ -146,7 +146,7 @@ def test_export_draws_and_merged(
     run("export", adapter, "--mode", "merged", *options, "--output", merged)
     assert AutoModelForSequenceClassification.from_pretrained(merged).config.num_labels == 2
     assert (merged / "tokenizer.json").exists()
-    assert not (draws / "client.py").exists()  # which could ask language models only
+    assert (draws / "client.py").exists()
     manifest = json.loads((draws / "manifest.json").read_text())
     base = tmp_path / "tiny-bert"
     assert (manifest["base_model"], manifest["task"]) == (str(base), "classification")
@@ -285,7 +285,7 @@ def test_force_replaces_the_draws_of_an_earlier_export(
     (out / "draw-2" / "old").touch()
     run("export", adapter, "--mode", "draws", "-n", 2, *options)
     names = {path.name for path in out.iterdir()}
-    assert names == {"README.md", "draw-0", "draw-1", "draw-mine", "manifest.json"}
+    assert names == {"README.md", "client.py", "draw-0", "draw-1", "draw-mine", "manifest.json"}
     run("export", adapter, *options)
     assert not {"draw-0", "draw-1", "manifest.json"} & {path.name for path in out.iterdir()}
     assert (out / "draw-mine").is_dir()

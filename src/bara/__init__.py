@@ -13,7 +13,9 @@ from bara.evaluation.conformal import Conformal, calibrate_conformal
 from bara.evaluation.evaluate import evaluate
 from bara.evaluation.preferences import evaluate_preferences
 from bara.evaluation.review import Review, review
+from bara.evaluation.trainer_metrics import compute_metrics
 from bara.export.export_lora import export_lora
+from bara.finetuning.bayesianize import Bayesianized, bayesianize
 from bara.finetuning.load import load_adapter
 from bara.language.answer import Generation
 from bara.language.generation import generate
@@ -49,6 +51,7 @@ __all__ = [
     "BaraError",
     "BayesianCallback",
     "BayesianLoraModel",
+    "Bayesianized",
     "BlobConfig",
     "Certificate",
     "CertifiedConfig",
@@ -74,10 +77,12 @@ __all__ = [
     "Threshold",
     "TokenPredictive",
     "adapter_features",
+    "bayesianize",
     "calibrate_conformal",
     "calibrate_gates",
     "calibrate_threshold",
     "certify",
+    "compute_metrics",
     "effective_rank",
     "elbo_loss",
     "evaluate",

@@ -203,7 +203,7 @@ class Elbo(DrawSource):
         self._reopen_in_backward(forward, outputs)
         forward.fused = {}  # the graph is to go when the loss goes
         if kwargs.get("fused_lm_head"):
-            return outputs  # TRL's trainers use its log-probabilities, not its loss: see KLMixin
+            return outputs  # TRL's trainers use its log-probabilities, not its loss
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         return with_loss(
             outputs,
@@ -296,6 +296,7 @@ class Elbo(DrawSource):
                 "bara.kl_loss(model, data_loss=loss)."
             )
         assert last.kl is not None
+        last.kl_given = True
         return last.kl
 
     def observe_loss(self, forward: ForwardPass, loss: Tensor) -> None:
@@ -374,9 +375,8 @@ class Elbo(DrawSource):
             raise BaraError(
                 "The last training step differentiated the model's outputs but not its KL: it "
                 "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "
-                "or add bara.kl_loss(model) to your loss; a Trainer that computes its own loss "
-                "(label smoothing, class weights, TRL's) takes it from bara.KLMixin: class "
-                "MyTrainer(bara.KLMixin, Trainer)."
+                "or give the model no labels and add bara.kl_loss(model) to your loss; a Trainer's "
+                "own loss takes the KL from bara.BayesianCallback() or bara.KLMixin."
             )
 
 

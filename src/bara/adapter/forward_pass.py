@@ -51,13 +51,13 @@ class KlTerms:
         latest: the latest use, until the pass is over.
         kl_global, kl_local: summed over the layers and averaged over the batch, scalars; None
             without such terms.
-        activity: P(active) of the factors of layers alike, (L, ..., r).
+        activity: P(active) of the factors of layers alike, (L, ..., r), and the L posteriors.
     """
 
     latest: LayerUse | None = None
     kl_global: Tensor | None = None
     kl_local: Tensor | None = None
-    activity: list[Tensor] = field(default_factory=list)
+    activity: list[tuple[list[nn.Module], Tensor]] = field(default_factory=list)
 
     def uses(self) -> list[LayerUse]:
         """All uses of the pass, the first one first."""
@@ -101,6 +101,8 @@ class ForwardPass:
         trainable: whether a layer that can be trained took part.
         asked: whether a layer was asked for its KL.
         kl: the weighted KL, until it is in a loss.
+        kl_in_loss: whether it is in one.
+        kl_given: whether `kl_loss` gave it to whoever computes a loss.
         shared: the latest input of a layer, which its siblings may read too, and whose it is.
         seed: of the fused layers' fresh noise; None where none is drawn.
         fuse: whether layers may be prepared together (`adapter/fused_pass`).
@@ -123,6 +125,7 @@ class ForwardPass:
     open: bool = True
     kl: Tensor | None = None
     kl_in_loss: bool = False
+    kl_given: bool = False
     reached: Reached = field(default_factory=Reached)
     shared: tuple[SharedInput, tuple[object, ...]] | None = None
     fuse: bool = False
@@ -218,7 +221,8 @@ class ForwardPass:
                     terms.kl_global = self._plus(terms.kl_global, kl.parameters, share)
                     terms.kl_local = self._plus(terms.kl_local, kl.local, share)
                 if kl.activity is not None:
-                    terms.activity.append(kl.activity.detach())
+                    posteriors = [use.posterior for use in uses]
+                    terms.activity.append((posteriors, kl.activity.detach()))
 
     def _plus(self, total: Tensor | None, values: Tensor | None, share: Tensor) -> Tensor | None:
         if values is None:

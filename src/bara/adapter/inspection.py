@@ -22,15 +22,26 @@ def bayesian_adapter(model: nn.Module, what_for: str) -> str:
     Raises:
         BaraError: it is not; the message says what it is.
     """
+    active = one_adapter(model, what_for)
+    assert isinstance(model, PeftModel)
+    config = model.peft_config[active]
+    if not isinstance(config, BayesianConfig):
+        method = getattr(config.peft_type, "value", config.peft_type)
+        raise BaraError(f"{what_for} needs a Bayesian adapter; this one's method is {method}.")
+    return active
+
+
+def one_adapter(model: nn.Module, what_for: str) -> str:
+    """Name of the one active adapter, of whatever method, which must not be merged.
+
+    Raises:
+        BaraError: there is none or several, or it is merged.
+    """
     if not isinstance(model, PeftModel):
         raise BaraError(f"{what_for} needs a PEFT model, got {type(model).__name__}.")
     active = list(model.active_adapters)
     if len(active) != 1:
         raise BaraError(f"{what_for} needs one active adapter, not {len(active)} (set_adapter).")
-    config = model.peft_config[active[0]]
-    if not isinstance(config, BayesianConfig):
-        method = getattr(config.peft_type, "value", config.peft_type)
-        raise BaraError(f"{what_for} needs a Bayesian adapter; this one's method is {method}.")
     if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
         raise BaraError(f"{what_for} needs an adapter that is not merged: call unmerge_adapter().")
     return active[0]

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig, PeftType
 from peft import mapping as peft_mapping
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer, _ConvNd
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils import hotswap
 from torch import Tensor, nn
 
@@ -31,6 +31,8 @@ from bara.posteriors.config import BayesianConfig
 from bara.posteriors.posterior import LayerSetup
 from bara.posteriors.rank_space import Granularity
 from bara.posteriors.registry import Family, family_of, for_each_family, import_families
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class BayesianLoraModel(LoraModel):
         )
         layer = parent.get_submodule(target_name)
         assert isinstance(layer, LoraLayer)
-        if lora_config.granularity == "auto" and isinstance(layer, _ConvNd):
+        if lora_config.granularity == "auto" and isinstance(base, CONVOLUTIONS):
             granularity = "sequence"  # a gate per image, not per pixel
         frozen = {adapter_name: lora_config.FROZEN}
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
+from bara.cli.bayesianize import bayesianize
 from bara.cli.bench import bench
 from bara.cli.certify import certify
 from bara.cli.doctor import doctor
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(doctor)
 app.command()(train)
+app.command()(bayesianize)
 app.command()(evaluate)
 app.command()(predict)
 app.command()(select)

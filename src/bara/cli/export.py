@@ -25,6 +25,19 @@ def export(
         int, Option("--num-draws", "-n", min=1, max=MAX_DRAWS, help="Adapters of draws.")
     ] = 10,
     seed: Seed = 0,
+    patterns: Annotated[
+        bool, Option("--patterns", help="Keep each layer's rank and scaling, as PEFT reads them.")
+    ] = False,
+    server: Annotated[
+        str | None, Option(help="vllm or sglang: refuse what it could not load.")
+    ] = None,
+    load_into: Annotated[
+        str | None,
+        Option(metavar="URL", help="Load the draws into the vLLM server there, up to /v1."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, Option(help="File with the key of that server.", dir_okay=False, exists=True)
+    ] = None,
     batch_size: BatchSize = 64,
     base_model: BaseModel = None,
     force: Force = False,
@@ -35,6 +48,7 @@ def export(
     from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
     from bara.cli.terminal import calibration_inputs, require_output
     from bara.errors import BaraError
+    from bara.export.client import Ensemble, EnsembleError
     from bara.export.export_lora import check_mode, export_lora
     from bara.finetuning.load import load_adapter
     from bara.language.tasks import LanguageTask
@@ -46,6 +60,10 @@ def export(
     quieten_libraries()
     chosen = check_mode(mode)
     require_output(output, adapter, force)
+    if load_into is not None and chosen != "draws":
+        raise BaraError("--load-into is for --mode draws: a server averages nothing by itself")
+    if api_key_file is not None and load_into is None:
+        raise BaraError("--api-key-file is for the server of --load-into: give that too")
     if held_out is not None and data is None:
         raise BaraError("--held-out measures an export: give --data too")
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
@@ -71,6 +89,8 @@ def export(
         held_out=measure,
         num_draws=num_draws,
         seed=seed,
+        patterns=patterns,
+        server="vllm" if load_into is not None and server is None else server,
         overwrite=force,
         beside=beside,
         batch_size=batch_size,
@@ -79,3 +99,14 @@ def export(
     if exported.difference is not None:
         inputs = exported.difference.num_inputs
         print(f"Distance to the original on {inputs} held-out texts: {exported.difference}")
+    for why in exported.refusals.values():
+        if why:
+            print(f"Not for this server: {why}.")
+    if load_into is not None:
+        key = None if api_key_file is None else api_key_file.read_text("utf-8").strip()
+        ensemble = Ensemble.from_folder(output, url=load_into, api_key=key)
+        try:
+            ensemble.load(output)
+        except EnsembleError as error:
+            raise BaraError(f"the export is in {output}, but not loaded: {error}") from error
+        print(f"Loaded {len(ensemble.adapters)} draws into {load_into}.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft import PeftConfig
+
 from bara.cards.card_file import HERE, PLAIN_CARD, write_sections
 from bara.cards.loading_code import SavedAdapter, loading_code
 from bara.evaluation.difference import Difference
@@ -21,7 +23,7 @@ logits = model.encode(["a text"], convert_to_tensor=True)  # the embedding is th
 
 
 def write_merged_card(
-    folder: Path, config: BayesianConfig, class_name: str, difference: Difference | None
+    folder: Path, config: PeftConfig, class_name: str, difference: Difference | None
 ) -> None:
     """The card of a model into which the posterior mean of an adapter was merged.
 
@@ -31,7 +33,7 @@ def write_merged_card(
         class_name: the class of transformers that loads it, or `SentenceTransformer`.
         difference: to the adapter's own predictions.
     """
-    name = config.ABOUT.title
+    name = _title(config)
     code = MERGED_SENTENCE if class_name == "SentenceTransformer" else MERGED
     section = (
         f"# {config.base_model_name_or_path} with {name} merged\n\nThe base model with the "
@@ -45,10 +47,10 @@ def write_merged_card(
 
 
 def write_export_card(
-    folder: Path, config: BayesianConfig, mode: str, num_draws: int, difference: Difference | None
+    folder: Path, config: PeftConfig, mode: str, num_draws: int, difference: Difference | None
 ) -> None:
     """The card of a plain LoRA adapter, or of several draws, that was made of another adapter."""
-    name = config.ABOUT.title
+    name = _title(config)
     if mode == "draws":
         what = (
             f"{num_draws} plain LoRA adapters, `draw-0` and so on: draws of the posterior of a "
@@ -64,6 +66,11 @@ def write_export_card(
     section += loading_code(config, saved, str(Path(HERE) / first), library="peft")
     section += f"\n{_measured(difference)}"
     write_sections(folder, {"method": section, "rank": "", "metrics": ""}, tags=("lora", "bara"))
+
+
+def _title(config: PeftConfig) -> str:
+    """What the adapter is called: its family, or LoRA where the noise was fitted after training."""
+    return config.ABOUT.title if isinstance(config, BayesianConfig) else "LoRA"
 
 
 def _measured(difference: Difference | None) -> str:

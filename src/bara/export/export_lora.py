@@ -6,36 +6,29 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from bara.adapter.inspection import (
-    adapter_tensors,
-    bayesian_adapter,
-    copy_sharing_base,
-    num_bytes,
-    trained_heads,
-)
-from bara.adapter.layer import CONTAINER, adapted_layers, scaled_columns
+from bara.adapter.inspection import bayesian_adapter, copy_sharing_base, num_bytes, one_adapter
 from bara.cards.adapter_files import WEIGHTS_FILE
-from bara.draws.draws import Draws, FixedNoise
+from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.evaluation import abstention
 from bara.evaluation.difference import Difference, difference
 from bara.export import client
 from bara.export.card import write_export_card, write_merged_card
+from bara.export.plain_lora import PlainLora
+from bara.export.servers import VERSIONS, Server, check_server, refusal
 from bara.files import atomic_directory, require_new, require_space
 from bara.language.prompts import is_encoder_decoder
 from bara.language.tasks import GENERATING_TASKS
+from bara.methods.weight_draws import WeightDraws
 from bara.models.sentence import SentenceClassifier, save_sentence_transformer
-from bara.posteriors.posterior import Posterior
 from bara.prediction.batches import Collate
 from bara.prediction.mixture import mixture
 from bara.prediction.predict import predict
@@ -60,12 +53,15 @@ class Export:
         difference: on the held-out inputs, between the export and the original: the posterior mean
             for `mean` and `merged`, the mixture of the same number of draws for `draws`; None
             without held-out inputs.
+        refusals: by server, why it cannot load the adapters, or None if it can; empty for
+            `merged`.
     """
 
     folder: Path
     mode: Mode
     bytes: int
     difference: Difference | None
+    refusals: dict[Server, str | None]
 
 
 def export_lora(
@@ -77,13 +73,15 @@ def export_lora(
     held_out: Any = None,
     num_draws: int = 10,
     seed: int = 0,
+    patterns: bool = False,
+    server: str | None = None,
     overwrite: bool = False,
     beside: Callable[[Path], object] | None = None,
     batch_size: int = 64,
     collate_fn: Collate | None = None,
     progress: bool | None = None,
 ) -> Export:
-    """Writes a Bayesian adapter in a form that needs no `bara`.
+    """Writes a Bayesian adapter, or one with noise on its weights, in a form that needs no `bara`.
 
     - `mean`: a plain LoRA adapter for `peft`, the posterior mean. Exact for BaLoRA and for BaRA
       without input-dependent gates; otherwise the gates are at their average over `data`.
@@ -109,20 +107,27 @@ def export_lora(
         held_out: inputs on which to measure the difference to the original, read several times
             in the same order.
         num_draws, seed: of `draws`.
+        patterns: keep each layer's rank and scaling (`rank_pattern`, `alpha_pattern`). Without, all
+            layers get one `r` and one `lora_alpha`: ranks are padded with zeros, and what the
+            scaling differs by is in B. Some servers read these two alone.
+        server: `vllm` or `sglang`: refuse what it could not load.
         overwrite: replace files in a folder that is not empty, and the draws of an earlier export.
         beside: writes further files, such as `tokenizer.save_pretrained`, into a folder; called
             with that of each adapter, or of the merged model, before all take their place at once.
         batch_size, collate_fn, progress: as in `bara.predict`.
 
     Raises:
-        BaraError: an unknown mode, another method's adapter, missing or empty calibration data, a
-            folder that is not empty, too little disk space, a model that cannot be merged, or a
-            temperature that cannot be folded into the head.
+        BaraError: an unknown mode, another method's adapter, draws of a linearised posterior,
+            missing or empty calibration data, a folder that is not empty, too little disk space, a
+            model that cannot be merged, a temperature that cannot be folded into the head, or what
+            the server cannot load.
     """
     check_mode(mode)
     if num_draws < 1:
         raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
-    adapter = bayesian_adapter(model, "export")
+    asked = None if server is None else check_server(server)
+    weight_noise = isinstance(draw_source(model), WeightDraws)
+    adapter = (one_adapter if weight_noise else bayesian_adapter)(model, "export")
     require_new(folder, overwrite)
     tempered = get_temperature(model) != 1 and _task(model)[0] not in GENERATING_TASKS
     if tempered:
@@ -132,7 +137,7 @@ def export_lora(
         "collate_fn": collate_fn,
         "progress": progress,
     }
-    if data is not None:
+    if data is not None and not weight_noise:  # whose draws do not depend on the input
         calibrate_gates(model, data, **options)
     original: Any = model.peft_config[adapter]
     shipped = model
@@ -154,37 +159,37 @@ def export_lora(
             write_merged_card(temporary, original, class_name, distance)
             if beside is not None:
                 beside(temporary)
-        return Export(Path(folder), mode, size, distance)
+        return Export(Path(folder), mode, size, distance, {})
 
     drawn = mode == "draws"
-    count = num_draws if drawn else 1
-    size = count * num_bytes(_tensors(shipped, adapter, _mean_weights))
-    require_space(folder, size, f"{count} adapters" if drawn else "The adapter")
-    weights: list[Weights] = [_mean_weights]
-    if drawn:
-        weights = [_drawn_weights(seed, draw) for draw in range(count)]
+    plain = PlainLora(shipped, draws=(seed, num_draws) if drawn else None, patterns=patterns)
+    first = plain.tensors(0)
+    reasons = {known: refusal(known, plain.config, first) for known in VERSIONS}
+    if asked and reasons[asked]:
+        raise BaraError(f"{reasons[asked]}: nothing was exported")
+    size = plain.count * num_bytes(first)
+    require_space(folder, size, f"{plain.count} adapters" if drawn else "The adapter")
     distance = measured(
-        _plain_models(shipped, adapter, weights),
+        plain.models(),
         **({"num_draws": num_draws, "seed": seed} if drawn else {"deterministic": True}),
     )
-    config = plain_config(original)
     with atomic_directory(folder, drop=_outdated(folder)) as temporary:
-        for number, weight in enumerate(weights):
+        for number in range(plain.count):
             target = temporary / f"draw-{number}" if drawn else temporary
             target.mkdir(exist_ok=True)
-            tensors = _tensors(shipped, adapter, weight)
+            tensors = plain.tensors(number)
             save_file(tensors, target / WEIGHTS_FILE, metadata={"format": "pt"})
-            config.save_pretrained(str(target))
+            plain.config.save_pretrained(str(target))
             if beside is not None:
                 beside(target)
         if drawn:
-            manifest = _manifest(shipped, config, num_draws, seed, distance)
+            manifest = _manifest(shipped, plain, distance, reasons)
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-            if manifest["task"] == "causal-lm":
+            if manifest["task"] in ("causal-lm", "classification"):  # what a server answers
                 source = Path(client.__file__).read_text("utf-8")
                 (temporary / CLIENT_FILE).write_text(source, "utf-8")
         write_export_card(temporary, original, mode, num_draws, distance)
-    return Export(Path(folder), mode, size, distance)
+    return Export(Path(folder), mode, size, distance, reasons)
 
 
 def check_mode(mode: str) -> Mode:
@@ -198,76 +203,24 @@ def check_mode(mode: str) -> Mode:
     return cast(Mode, mode)
 
 
-def plain_config(config: Any) -> LoraConfig:
-    """The `LoraConfig` with the same layers, ranks and scaling."""
-    values = {f.name: copy.deepcopy(getattr(config, f.name)) for f in fields(LoraConfig) if f.init}
-    values |= {"peft_type": None, "init_lora_weights": True, "inference_mode": True}
-    values["modules_to_save"] = trained_heads(config)
-    return LoraConfig(**values)
-
-
-Weights = Callable[[str, Any, str, Posterior], tuple[Tensor, Tensor]]
-"""Makes the weights of A and B of a layer: its name, PEFT's layer, the adapter, the posterior."""
-
-
-def _mean_weights(
-    name: str, layer: Any, adapter: str, posterior: Posterior
-) -> tuple[Tensor, Tensor]:
-    b = scaled_columns(layer.lora_B[adapter], posterior.mean_scale())
-    return layer.lora_A[adapter].weight.data, b
-
-
-def _drawn_weights(seed: int, draw: int) -> Weights:
-    draws = Draws(1, seed, first=draw)
-
-    def weights(name: str, layer: Any, adapter: str, posterior: Posterior) -> tuple[Tensor, Tensor]:
-        a = layer.lora_A[adapter].weight.data
-        noise = FixedNoise(draws, torch.zeros(1, dtype=torch.long, device=a.device), name)
-        a, scale = posterior.lora_draw(a, noise)
-        return a, scaled_columns(layer.lora_B[adapter], scale)
-
-    return weights
-
-
-@torch.no_grad()
-def _tensors(model: PeftModel, adapter: str, weights: Weights) -> dict[str, Tensor]:
-    """What PEFT saves for the plain adapter."""
-    tensors = {k: v for k, v in adapter_tensors(model, adapter).items() if CONTAINER not in k}
-    for name, layer, posterior in adapted_layers(model, adapter):
-        prefix = f"base_model.model.{name}"
-        a, b = weights(name, layer, adapter, posterior)
-        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-
-
-def _plain_models(model: PeftModel, adapter: str, weights: list[Weights]) -> Iterator[PeftModel]:
-    """The model with the plain adapters in turn: what PEFT would make of the exported files."""
-    plain = copy_sharing_base(model)
-    layers = list(adapted_layers(plain, adapter))
-    originals = {name: layer for name, layer, _ in adapted_layers(model, adapter)}
-    for _, layer, _ in layers:
-        del layer.lora_variant[adapter]
-    for weight in weights:
-        for name, layer, posterior in layers:
-            a, b = weight(name, originals[name], adapter, posterior)
-            layer.lora_A[adapter].weight.data, layer.lora_B[adapter].weight.data = a, b
-        yield plain
-
-
 def _manifest(
-    model: PeftModel, config: LoraConfig, num_draws: int, seed: int, distance: Difference | None
+    model: PeftModel,
+    plain: PlainLora,
+    distance: Difference | None,
+    refusals: dict[Server, str | None],
 ) -> dict[str, Any]:
     """What loading the draws takes, and how far their mixture is from the original's."""
     task, names = _task(model)
     return {
-        "base_model": config.base_model_name_or_path,
+        "base_model": plain.config.base_model_name_or_path,
         "task": task,
         "label_names": names,
-        "num_draws": num_draws,
-        "seed": seed,
-        "rank": max([config.r, *(config.rank_pattern or {}).values()]),
+        "num_draws": plain.count,
+        "seed": plain.seed,
+        "rank": plain.rank,
         "difference": None if distance is None else distance.to_dict(),
-        "adapters": [f"draw-{number}" for number in range(num_draws)],
+        "refused_by": {VERSIONS[server]: why for server, why in refusals.items() if why},
+        "adapters": [f"draw-{number}" for number in range(plain.count)],
     }
 
 

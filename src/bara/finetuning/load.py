@@ -122,13 +122,28 @@ def _load_peft(
     folder: Path, base_model: str | None, model_options: Mapping[str, Any]
 ) -> tuple[PeftModel, Any, Task]:
     config = read_config(folder)
-    saved_shapes = {renamed_key(key): shape for key, shape in read_shapes(folder).items()}
     task = load_task(folder)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
     base, _ = load_base(name, task, model_options)
     tokenizer = _load_reader(folder, base, task)
+    return attach_adapter(base, folder, config, name), tokenizer, task
+
+
+def attach_adapter(base: Any, folder: Path, config: PeftConfig, name: str) -> PeftModel:
+    """The base model with the adapter of a folder, all of it and nothing else.
+
+    Args:
+        base: the base model.
+        folder: the adapter's.
+        config: what `read_config` made of it.
+        name: of the base model, for messages.
+
+    Raises:
+        BaraError: the tensors are missing, damaged or of another base model.
+    """
+    saved_shapes = {renamed_key(key): shape for key, shape in read_shapes(folder).items()}
     with warnings.catch_warnings():
         # PEFT warns about what it skipped; the comparison below refuses it.
         warnings.simplefilter("ignore")
@@ -143,7 +158,7 @@ def _load_peft(
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     _refuse_mismatch(saved_shapes, expected, folder, name)
-    return model, tokenizer, task
+    return model
 
 
 def _load_members(model: PeftModel, folder: Path, num_members: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +51,6 @@ def tfb(
 ) -> float:
     """Gives a trained LoRA adapter, of whatever origin, the largest noise that its loss bears.
 
-    With B = U diag(d) V^T the draws are A + V diag(sigma / d) E (their equation 6), so that the
-    adapter's product gets noise sigma U E: of one size in all directions that B spans. sigma is
-    found by bisection of its logarithm, with the same random numbers in every round.
-
     Args:
         model: a PEFT model with a LoRA adapter; it gets the draws, and its weights stay the mean.
         data: anchors, as `bara.predict` takes them: training data, or any data of the task.
@@ -62,6 +58,50 @@ def tfb(
         tolerance: bound on (loss(sigma) - loss(0)) / |loss(0)|, the loss being the negative
             log-likelihood of the mixture over `num_draws` draws.
         num_draws, seed, batch_size: those of `bara.predict` in the search.
+        bounds, rounds: see `largest_noise`.
+
+    Returns:
+        sigma. Its lower bound, if even that exceeds the tolerance.
+
+    Raises:
+        BaraError: see `largest_noise`.
+    """
+    options: dict[str, Any] = {
+        "num_draws": num_draws,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": False,
+    }
+    reference: Predictive | None = None
+
+    def loss() -> float:
+        nonlocal reference
+        predictive = _labelled(predict(model, data, **options), reference)
+        reference = reference or predictive
+        return float(negative_log_likelihood(predictive))
+
+    return largest_noise(model, loss, tolerance=tolerance, bounds=bounds, rounds=rounds)
+
+
+def largest_noise(
+    model: nn.Module,
+    loss: Callable[[], float],
+    *,
+    tolerance: float = 0.003,
+    bounds: tuple[float, float] = (1e-4, 1.0),
+    rounds: int = 8,
+) -> float:
+    """Gives a LoRA adapter the largest noise under which a loss grows no more than allowed.
+
+    With B = U diag(d) V^T the draws are A + V diag(sigma / d) E (their equation 6), so that the
+    adapter's product gets noise sigma U E: of one size in all directions that B spans. sigma is
+    found by bisection of its logarithm, with the same random numbers in every round.
+
+    Args:
+        model: a PEFT model with a LoRA adapter; it gets the draws, and its weights stay the mean.
+        loss: of the model's mixture over draws, with the same draws whenever it is called. It is
+            called first without noise.
+        tolerance: bound on (loss(sigma) - loss(0)) / |loss(0)|.
         bounds: the least and the largest sigma.
         rounds: of bisection: the precision is (high / low)^(2^-rounds).
 
@@ -76,20 +116,12 @@ def tfb(
     directions = dict(_directions(model))
     if not directions:
         raise BaraError("tfb: the model has no LoRA adapter on linear or convolution layers")
-    options: dict[str, Any] = {
-        "num_draws": num_draws,
-        "seed": seed,
-        "batch_size": batch_size,
-        "progress": False,
-    }
-    reference = _labelled(predict(model, data, **options), None)
-    loss_without = float(negative_log_likelihood(reference))
-    bound = loss_without + tolerance * abs(loss_without)
+    without = loss()
+    bound = without + tolerance * abs(without)
 
     def bearable(sigma: float) -> bool:
         _attach(model, directions, sigma)
-        loss = negative_log_likelihood(_labelled(predict(model, data, **options), reference))
-        return float(loss) <= bound
+        return loss() <= bound
 
     low, high = bounds
     if bearable(high):

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bara.adapter.call_inputs import batch_size_of
+from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, DrawSource
 from bara.draws.sharing import lock_of
 from bara.errors import BaraError
@@ -54,7 +58,9 @@ class WeightDraws(DrawSource):
     """Draws of some of a model's parameters, independent between parameters.
 
     A draw is one set of weights for all inputs. It depends on the seed, the parameters' names and
-    its number alone, as those of `bara.draws.draws.Draws` do.
+    its number alone, as those of `bara.draws.draws.Draws` do. Where all these parameters are the
+    weights and biases of linear layers, several draws fit into one batch: every layer adds to each
+    block of rows what the noise of its draw makes of them.
 
     Args:
         model: the model whose weights are the mean.
@@ -79,15 +85,20 @@ class WeightDraws(DrawSource):
         self.linearised = linearised
         self.factors = dict(factors)
         self.parameters = {name: parameters[name] for name in factors}
+        owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in factors}
+        self.batched = not linearised and all(type(m) is nn.Linear for m in owners.values())
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
-        """The model has the weights of draw 0 of `draws`, or with None its mean weights."""
+        """The model has the weights of `draws`, or with None its mean weights."""
         with lock_of(self.model):
             if draws is None:
                 yield
             elif self.linearised:
                 with self._expanded(self._noise(draws)):
+                    yield
+            elif draws.num_draws > 1:
+                with self._together(draws):
                     yield
             else:
                 with self._moved(self._noise(draws)):
@@ -118,6 +129,54 @@ class WeightDraws(DrawSource):
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data = means[name]
+
+    @contextmanager
+    def _together(self, draws: Draws) -> Iterator[None]:
+        """Every linear layer adds to each block of rows the noise of its draw."""
+        root: Any = self.model
+        root = root.get_base_model() if hasattr(root, "get_base_model") else root
+        blocks, rows = Blocks(draws.num_draws), [0]
+        layers: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            normal = draws.numbers(name, "normal", tuple(parameter.shape), parameter.device)
+            noise = torch.stack([self.factors[name].noise(one) for one in normal])
+            layer, _, part = name.rpartition(".")
+            layers.setdefault(layer, {})[part] = noise.to(parameter.dtype)
+
+        def count(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            positional = {str(index): value for index, value in enumerate(args)}
+            rows[0] = batch_size_of(positional | kwargs)
+            blocks.draw_of_rows(rows[0], torch.device("cpu"))  # refuses what is no whole blocks
+
+        def add(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            x = args[0]
+            if x.shape[0] != rows[0]:
+                raise BaraError(
+                    f"{name} sees tokens of several rows together, so that draws cannot share a "
+                    "batch: predict with batch_size=1, which takes one draw at a time."
+                )
+            noise = layers[name]
+            change = torch.zeros_like(output)
+            if (weight := noise.get("weight")) is not None:
+                by_draw = blocks.split(x)
+                product = by_draw.flatten(1, -2).to(weight) @ weight.mT
+                change = product.reshape(*output.shape).to(output.dtype)
+            if (bias := noise.get("bias")) is not None:
+                shape = (blocks.num_draws, *[1] * (output.dim() - 1), output.shape[-1])
+                change = (blocks.split(change) + bias.view(shape)).flatten(0, 1)
+            return output + change
+
+        # generation calls the root itself, and PEFT's own forward may pass its hooks by
+        outermost = {self.model, root}
+        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in outermost]
+        for name in layers:
+            hook = partial(add, name)
+            handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _noise(self, draws: Draws) -> dict[str, Tensor]:
         """What draw 0 of `draws` adds to the mean weights."""

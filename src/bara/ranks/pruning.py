@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 
 from bara.adapter.inspection import (
@@ -322,8 +321,9 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 
 
 def _remove_layer(model: PeftModel, name: str) -> None:
-    parent, layer, child = _get_submodules(model.get_base_model(), name)
-    setattr(parent, child, layer.base_layer)
+    holder, _, child = name.rpartition(".")
+    parent = model.get_base_model().get_submodule(holder)
+    setattr(parent, child, getattr(parent, child).base_layer)
     tuner: Any = model.base_model
     tuner.targeted_module_names.remove(name)
 

@@ -16,7 +16,8 @@ from bara.adapter.call_inputs import predicts_next_token
 from bara.adapter.elbo import Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
-from bara.training.loss import kl_terms
+from bara.training.kl_mixin import add_kl, calling_trainer
+from bara.training.loss import kl_terms, rank_terms
 
 
 def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None) -> None:
@@ -57,7 +58,10 @@ class BayesianCallback(TrainerCallback):
     """Gives a Bayesian adapter under `transformers.Trainer` (or TRL) what its ELBO needs.
 
     It counts N (examples, or label tokens for a language model), drives the warm-up of the KL
-    weights, and adds `kl_global`, `kl_local` and `effective_rank` to the logs.
+    weights, adds the KL to a loss that the trainer computes itself (label smoothing, a
+    `compute_loss` of one's own, TRL's trainers), and `kl_global`, `kl_local`, `effective_rank`,
+    `s_bar` and `effective_rank/q_proj` and so on to the logs, also to those of the trackers of
+    `report_to`.
 
     Args:
         num_observations: N, if it should not be counted: for a stream that repeats a smaller data
@@ -93,6 +97,12 @@ class BayesianCallback(TrainerCallback):
         if state.max_steps > 0:
             _set_by_steps(model, elbo, state.max_steps)
         self._set_progress(elbo, state)
+        trainer = calling_trainer(self)
+        if trainer is not None:
+            add_kl(trainer)
+            callbacks = trainer.callback_handler.callbacks
+            callbacks.remove(self)  # those that report logs elsewhere come after what adds to them
+            callbacks.insert(0, self)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -111,7 +121,7 @@ class BayesianCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if logs is None or "loss" not in logs:
             return
-        terms = kl_terms(kwargs["model"])
+        terms = kl_terms(kwargs["model"]) | rank_terms(kwargs["model"])
         logs.update(terms)
         if state.log_history:
             state.log_history[-1].update(terms)

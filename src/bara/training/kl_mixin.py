@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from bara.adapter.call_inputs import share_of
-from bara.adapter.elbo import Elbo
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from bara.adapter.call_inputs import loss_items, share_of
+from bara.adapter.elbo import Elbo, adapted_root
 
 
 class KLMixin:
     """Adds the KL to the loss of a `Trainer` that does not use the model's own.
 
-    So does `Trainer` itself with `label_smoothing_factor`, and TRL's trainers compute theirs from
-    the log-probabilities of the labels:
+    `bara.BayesianCallback` does the same in a trainer of any class. The mixin is for a trainer
+    without the callback, and where `compute_loss` is called outside of `train`:
 
-        class BayesianTrainer(bara.KLMixin, Trainer): ...
         class BayesianSFTTrainer(bara.KLMixin, SFTTrainer): ...
-        class BayesianDPOTrainer(bara.KLMixin, DPOTrainer): ...
 
-    Where the KL is in the model's loss already, nothing is added.
+    Where the KL is in the loss already, nothing is added.
     """
 
     def compute_loss(
@@ -29,18 +33,93 @@ class KLMixin:
         num_items_in_batch: Any = None,
     ) -> Any:
         """The trainer's loss plus `bara.kl_loss`, weighted as the trainer weighs the batch."""
-        result = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        compute_loss = super().compute_loss  # type: ignore[misc]
+        return _with_kl(self, compute_loss, model, inputs, return_outputs, num_items_in_batch)
+
+
+def add_kl(trainer: Trainer) -> None:
+    """Makes a trainer's `compute_loss`, whatever its class computes, the ELBO from now on."""
+    if not isinstance(trainer.compute_loss, _ElboLoss):
+        trainer.compute_loss = _ElboLoss(trainer)  # type: ignore[method-assign]
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The trainer that is calling a callback, from the stack: transformers hands a callback the
+    model and the data, but neither the trainer nor its loss.
+
+    Returns:
+        None if no trainer that has this callback is on the stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+class _ElboLoss:
+    """A trainer's `compute_loss` with the KL in what it returns."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.compute_loss = trainer.compute_loss
+
+    def __call__(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        return _with_kl(
+            self.trainer, self.compute_loss, model, inputs, return_outputs, num_items_in_batch
         )
-        elbo = Elbo.of(model)
-        if elbo is None or not model.training or elbo.last is None or elbo.last.kl is None:
-            return result
-        share: Any = 1.0
-        if num_items_in_batch is not None and elbo.last.items is not None:
-            # the trainer adds up the batches that are accumulated, in place of averaging them
-            share = share_of(elbo.last.items, num_items_in_batch)
-            if self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
-                share = share * self.accelerator.num_processes  # type: ignore[attr-defined]
-        loss = result[0] if return_outputs else result
-        loss = elbo.complete(loss, elbo.last, share=share, shared=True)
-        return (loss, *result[1:]) if return_outputs else loss
+
+
+def _with_kl(
+    trainer: Any,
+    compute_loss: Callable[..., Any],
+    model: Any,
+    inputs: Any,
+    return_outputs: bool,
+    num_items_in_batch: Any,
+) -> Any:
+    elbo = Elbo.of(model)
+    items = None
+    if elbo is not None and isinstance(inputs, Mapping):
+        items = loss_items(adapted_root(model), dict(inputs))  # a trainer may take labels out
+    result = compute_loss(
+        model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+    )
+    forward = None if elbo is None else elbo.last
+    if forward is None or forward.kl is None or forward.kl_given:
+        return result
+    if not (model.training and torch.is_grad_enabled()):
+        return result
+    assert elbo is not None
+    loss = result[0] if return_outputs else result
+    share = _share(trainer, items, num_items_in_batch)
+    loss = elbo.complete(loss, forward, share=share, shared=True)
+    return (loss, *result[1:]) if return_outputs else loss
+
+
+def _share(trainer: Any, items: Tensor | None, num_items_in_batch: Any) -> Any:
+    """What the KL of a micro-batch is multiplied by, so that those of a step add up to one KL.
+
+    Some losses are scaled by the part that the micro-batch is of the step's batch; the others the
+    trainer divides by the number of micro-batches, and the KL with them.
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5.19
+    if scaled is None:
+        by_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = by_items or trainer.compute_loss_func is not None
+    if not scaled:
+        return 1.0
+    if items is None or num_items_in_batch is None:
+        return 1 / trainer.current_gradient_accumulation_steps
+    share: Any = share_of(items, num_items_in_batch)
+    if trainer.args.average_tokens_across_devices:
+        share = share * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    return share

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from bara.adapter.call_inputs import share_of
 from bara.adapter.elbo import Elbo, elbo_of
+from bara.adapter.forward_pass import KlTerms
+from bara.adapter.layer import adapted_layers
 from bara.errors import BaraError
 
 CLOSED = 0.1
@@ -89,14 +91,42 @@ def kl_terms(model: nn.Module) -> dict[str, float]:
         for name, kl in (("kl_global", terms.kl_global), ("kl_local", terms.kl_local)):
             if kl is not None:
                 values[name] = values.get(name, 0.0) + float(kl.detach())
-        if terms.activity:
-            ranks = [
-                activity.sum(-1).reshape(len(activity), -1).mean(1).cpu()
-                for activity in terms.activity
-            ]
-            values["effective_rank"] = float(torch.cat(ranks).mean())
+        ranks = [rank for _, rank in _ranks(terms)]
+        if ranks:
+            values["effective_rank"] = sum(ranks) / len(ranks)
             _warn_if_closed(adapter, values["effective_rank"])
     return values
+
+
+def rank_terms(model: nn.Module) -> dict[str, float]:
+    """The effective rank of the last training pass, for logs.
+
+    Returns:
+        `s_bar`, its mean over layers and inputs, and `effective_rank/q_proj` and so on, of the
+        layers of that name; empty where no active adapter has one.
+    """
+    last = elbo_of(model).last
+    by_type: dict[str, list[float]] = {}
+    for adapter, terms in last.terms.items() if last is not None else ():
+        types = {id(p): _type_of(name) for name, _, p in adapted_layers(model, adapter)}
+        for posterior, rank in _ranks(terms):
+            by_type.setdefault(types[id(posterior)], []).append(rank)
+    every = [rank for found in by_type.values() for rank in found]
+    values = {"s_bar": sum(every) / len(every)} if every else {}
+    return values | {f"effective_rank/{kind}": sum(r) / len(r) for kind, r in by_type.items()}
+
+
+def _ranks(terms: KlTerms) -> Iterator[tuple[nn.Module, float]]:
+    """Posterior and effective rank, a mean over inputs, of each layer."""
+    for posteriors, activity in terms.activity:
+        by_layer = activity.sum(-1).reshape(len(activity), -1).mean(1)
+        yield from zip(posteriors, by_layer.tolist(), strict=True)
+
+
+def _type_of(name: str) -> str:
+    """What a layer is called in every block of the model: `q_proj` of `layers.0.attn.q_proj`."""
+    parts = name.split(".")
+    return next((part for part in reversed(parts) if not part.isdecimal()), name)
 
 
 def _warn_if_closed(adapter: str, effective_rank: float) -> None:

@@ -1,0 +1,101 @@
+"""How likely texts are: the probability of whole continuations under every draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from bara.draws.blocks import Blocks
+from bara.draws.portions import Portions
+from bara.draws.sharing import evaluating
+from bara.errors import BaraError
+from bara.language.prompts import require_decoder, require_room
+from bara.prediction.batches import progress_bar, to_device
+from bara.prediction.likelihood import require_finite
+
+
+def continuation_log_probs(
+    model: nn.Module,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    *,
+    num_draws: int = 10,
+    seed: int = 0,
+    deterministic: bool = False,
+    batch_size: int = 64,
+    progress: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of continuations, each under every draw.
+
+    Args:
+        model: a causal language model, with an adapter or without (then it is one draw).
+        pairs: token ids of what comes before, at least one, and of what follows.
+        num_draws, seed, deterministic, batch_size, progress: as in `bara.predict`.
+
+    Returns:
+        The log-probability of all tokens of each continuation, in nats, (S, n); and whether each
+        token of it is the one that the mixture finds most likely there, as greedy decoding by
+        `bara.generate` would choose it, (n,).
+
+    Raises:
+        BaraError: not a causal language model, nothing on one side of a pair, a pair longer than
+            the context, logits that are not finite, num_draws or batch_size < 1.
+    """
+    require_decoder(model, "continuation_log_probs")
+    if num_draws < 1 or batch_size < 1:
+        raise BaraError("num_draws and batch_size must be at least 1.")
+    if not all(before and after for before, after in pairs):
+        raise BaraError("A continuation, or what comes before it, has no tokens.")
+    require_room(model, max((len(b) + len(a) - 1 for b, a in pairs), default=0))
+    draws = Portions(model, None if deterministic else num_draws, seed)
+    device = next(model.parameters()).device
+    log_probs = torch.empty(draws.num_draws, len(pairs))
+    greedy = torch.empty(len(pairs), dtype=torch.bool)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    size = max(1, batch_size // draws.num_draws)
+    starts = range(0, len(order), size)
+    with evaluating(model):
+        for start in progress_bar(starts, description="reading", progress=progress):
+            index = order[start : start + size]
+            inputs, where = _batch([pairs[i] for i in index], device)
+            targets = torch.cat([torch.tensor(pairs[i][1]) for i in index]).to(device)
+            mixture: list[Tensor] = []
+
+            def run(
+                blocks: Blocks,
+                inputs: dict[str, Any] = inputs,
+                where: Tensor = where,
+                targets: Tensor = targets,
+                mixture: list[Tensor] = mixture,
+            ) -> Tensor:
+                """Log-probabilities of the continuations' tokens, (S, tokens)."""
+                logits = require_finite(model(**blocks.repeat(inputs)).logits)
+                every = blocks.split(logits)[:, where].float().log_softmax(-1)
+                mixture[:] = [torch.logsumexp(torch.cat([*mixture, every]), 0, keepdim=True)]
+                return every.gather(-1, targets.expand(len(every), -1).unsqueeze(-1)).squeeze(-1)
+
+            by_token = torch.cat(draws.map(run, len(index), batch_size)).cpu()
+            right = mixture[0][0].argmax(-1).eq(targets).cpu()
+            lengths = [len(pairs[i][1]) for i in index]
+            parts = zip(index, by_token.split(lengths, 1), right.split(lengths), strict=True)
+            for i, found, likely in parts:
+                log_probs[:, i] = found.sum(1)
+                greedy[i] = likely.all()
+    return log_probs, greedy
+
+
+def _batch(
+    pairs: Sequence[tuple[list[int], list[int]]], device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """Inputs, padded on the right, and the positions (n, T) whose next token is scored."""
+    rows = [torch.tensor([*before, *after[:-1]]) for before, after in pairs]
+    ids = pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+    first = torch.tensor([len(before) - 1 for before, _ in pairs]).unsqueeze(1)
+    position = torch.arange(ids.shape[1])
+    inside = position < lengths
+    inputs = to_device({"input_ids": ids, "attention_mask": inside.long()}, device)
+    return inputs, (inside & (position >= first)).to(device)
