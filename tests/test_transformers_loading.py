@@ -1,5 +1,7 @@
 """transformers' own ways to load an adapter's folder, with `bara` imported."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from transformers import (
@@ -14,6 +16,9 @@ from conftest import write_jsonl
 from helpers import adapt, stir
 from language_models import tiny_lm, word_tokenizer, words
 
+HEADS = pytest.mark.skipif(
+    version("transformers") < "5.24", reason="leaves heads of adapters random: docs/limits.md"
+)
 TEXTS = ["the film was great", "bad food", "a plot"]
 
 
@@ -41,6 +46,7 @@ def language(tmp_path):
     return model.eval(), out
 
 
+@HEADS
 def test_auto_model_for_sequence_classification(classifier):
     model = AutoModelForSequenceClassification.from_pretrained(classifier, num_labels=3).eval()
     ours, tokenizer, _ = bara.load_adapter(classifier)
@@ -54,6 +60,7 @@ def test_auto_model_for_sequence_classification(classifier):
     assert draws.log_probs_draws.std(0).max() > 0
 
 
+@HEADS
 def test_text_classification_pipeline(classifier):
     """The folder alone has the classes of the base model's configuration; given ones have names."""
     ours, tokenizer, task = bara.load_adapter(classifier)
