@@ -42,6 +42,7 @@ def predict(
     """Write one JSON object per text, question or image: the prediction and how uncertain it is."""
     from tqdm.auto import tqdm
 
+    from bara.cli.terminal import row_count, say_next
     from bara.data.images import ImageTask, located
     from bara.data.tables import table_from_records
     from bara.errors import BaraError
@@ -70,7 +71,9 @@ def predict(
         None if coverage is None else load_conformal(adapter, num_draws=num_draws, seed=seed)
     )
     with ExitStack() as files:
-        chunks = _chunks(_read(data, split, read_task(adapter), files))
+        rows = _read(data, split, read_task(adapter), files)
+        total = row_count(rows, data)
+        chunks = _chunks(rows)
         first_chunk = next(chunks, None)
         if first_chunk is None:
             raise BaraError(f"{data} has no rows; give at least one")
@@ -78,7 +81,7 @@ def predict(
 
         def predicted() -> Iterator[str]:
             done = 0
-            with tqdm(desc="predicting", unit="text", disable=None) as bar:
+            with tqdm(desc="predicting", unit="text", total=total, disable=None) as bar:
                 for chunk in chain([first_chunk], chunks):
                     table = table_from_records(chunk, data)
                     if isinstance(task, ImageTask):
@@ -112,6 +115,10 @@ def predict(
                     sys.stdout.flush()
         else:
             atomic_write_text(output, "".join(predicted()))
+            print(f"The predictions are in {output}.")
+            if threshold is None:
+                labelled = ["--data", "LABELLED", "--calibrate-risk", 0.1]
+                say_next(["bara", "evaluate", adapter, *labelled])
 
 
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,23 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def say_next(*commands: list[object]) -> None:
+    """What to do after this command, as it is typed; words in capitals are to be filled in."""
+    print("Next:")
+    for command in commands:
+        print(" ", shlex.join(map(str, command)))
+
+
+def row_count(rows: object, data: str | None) -> int | None:
+    """How many rows there are, so that a bar can tell the time left; None of what streams in."""
+    if isinstance(rows, Sized):
+        return len(rows)
+    if data is None or not Path(data).is_file():
+        return None
+    with open(data, "rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
 
 
 def require_output(output: Path, adapter: Path, force: bool) -> None:
