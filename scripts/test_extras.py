@@ -2,9 +2,11 @@
 
     python scripts/test_extras.py              # every extra for users, and none
     python scripts/test_extras.py llm trl      # some
+    python scripts/test_extras.py --torch torch==2.13.0+cpu llm
 
 Each gets a virtual environment of its own with nothing in it but pip, and the wheel of this tree
-with `pip install "bara-peft[EXTRA]"`. The seconds go to benchmarks/results/extras.json as each is
+with `pip install "bara-peft[EXTRA]"`; with --torch that build of PyTorch comes first, in the same
+time. The seconds go to benchmarks/results/extras.json as each is
 done, and into the table of docs/install.md. Nothing is written for one that fails.
 """
 
@@ -57,15 +59,14 @@ def timed(*command: str | Path) -> tuple[float, str]:
     return time.perf_counter() - start, done.stdout
 
 
-def attempt(extra: str, wheel: Path) -> dict[str, Any]:
+def attempt(extra: str, wheel: Path, torch: str) -> dict[str, Any]:
     """One empty environment: install, import, one command."""
     with tempfile.TemporaryDirectory() as folder:
         timed(sys.executable, "-m", "venv", folder)
         programs = Path(folder) / ("Scripts" if os.name == "nt" else "bin")
         package = f"bara-peft[{extra}]" if extra else "bara-peft"
-        install, _ = timed(
-            programs / "python", "-m", "pip", "install", "-q", f"{package} @ {wheel.as_uri()}"
-        )
+        pip = (programs / "python", "-m", "pip", "install", "-q")
+        install = sum(timed(*pip, what)[0] for what in (torch, f"{package} @ {wheel.as_uri()}"))
         _, listed = timed(programs / "python", "-m", "pip", "list", "--format", "json")
         _, modules = timed(programs / "python", "-c", IMPORTS, extra)
         doctor, _ = timed(programs / "bara", "doctor")
@@ -118,7 +119,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("extras", nargs="*", metavar="EXTRA", help="none: all; 'none': no extra")
-    wanted = ["" if extra == "none" else extra for extra in parser.parse_args().extras] or EXTRAS
+    parser.add_argument("--torch", default="torch", help="the PyTorch to install first")
+    arguments = parser.parse_args()
+    wanted = ["" if extra == "none" else extra for extra in arguments.extras] or EXTRAS
     if unknown := set(wanted) - set(EXTRAS):
         parser.error(f"no extra for users: {', '.join(unknown)}; there are {', '.join(EXTRAS[1:])}")
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {}
@@ -126,7 +129,7 @@ def main() -> None:
         timed(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT)
         (wheel,) = Path(folder).glob("bara_peft-*.whl")
         for extra in wanted:
-            results[extra] = attempt(extra, wheel)
+            results[extra] = attempt(extra, wheel, arguments.torch)
             RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
             write_page(results)
             print(extra or "(none)", results[extra], flush=True)

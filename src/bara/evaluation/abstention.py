@@ -88,7 +88,7 @@ def calibrate_threshold(
         if not 0 < value < 1:
             raise BaraError(f"{name} must lie between 0 and 1, not {value!r}")
     pair = predictive if isinstance(predictive, tuple) else selection(predictive)
-    uncertainty, loss = (torch.as_tensor(values).double().cpu() for values in pair)
+    uncertainty, loss = (torch.as_tensor(values).cpu().double() for values in pair)
     if uncertainty.shape != loss.shape or loss.dim() != 1:
         raise BaraError("uncertainty and loss must be one number for each example")
     if uncertainty.isnan().any() or loss.isnan().any() or ((loss < 0) | (loss > 1)).any():
