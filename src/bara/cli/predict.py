@@ -117,8 +117,8 @@ def predict(
             atomic_write_text(output, "".join(predicted()))
             print(f"The predictions are in {output}.")
             if threshold is None:
-                labelled = ["--data", "LABELLED", "--calibrate-risk", 0.1]
-                say_next(["bara", "evaluate", adapter, *labelled])
+                calibrate = [] if task.task == "regression" else ["--calibrate-risk", 0.1]
+                say_next(["bara", "evaluate", adapter, "--data", "LABELLED", *calibrate])
 
 
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:
