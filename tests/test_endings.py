@@ -78,6 +78,7 @@ def test_predictions_on_standard_output_are_nothing_else(adapter, table, run):
         (["evaluate", "A", "--data", "T", "--calibrate-delta", "nan"], "--calibrate-delta"),
         (["certify", "A", "--data", "T", "--delta", "0"], "--delta"),
         (["predict", "A", "--abstain-at-risk", "-1"], "--abstain-at-risk"),
+        (["predict", "A", "--coverage", "1.5"], "--coverage"),
         (["generate", "A", "--abstain-at-risk", "1"], "--abstain-at-risk"),
         (["predict", "A", "--num-draws", "0"], "--num-draws"),
         (["ranks", "A", "--data", "T", "--seed", "-1"], "--seed"),

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
+from bara.cli.options import (
+    AbstainAtRisk,
+    Adapter,
+    BaseModel,
+    BatchSize,
+    NumDraws,
+    Seed,
+    Split,
+    probability,
+)
 from bara.schema import json_text
 
 CHUNK = 64
@@ -33,8 +42,9 @@ def predict(
     coverage: Annotated[
         float | None,
         Option(
+            callback=probability,
             help="Add prediction sets or intervals that hold the truth with this probability, as "
-            "`bara evaluate --calibrate-conformal` calibrated them."
+            "`bara evaluate --calibrate-conformal` calibrated them.",
         ),
     ] = None,
     base_model: BaseModel = None,
