@@ -5,7 +5,7 @@
 `AutoModelForSequenceClassification` on MiniLM with `transformers.Trainer`, 300 texts of two
 development tasks, 20 epochs. The head's input has to be learned from little, so that learning is
 slow. Each finished run is written to benchmarks/results/first_token.jsonl at once and not made
-again; the table goes to docs/defaults.md.
+again; the table goes to docs/results/development/first-token.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bara.machine import fast_bfloat16, versions
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/first_token.jsonl"
-PAGE = ROOT / "docs/defaults.md"
+PAGE = ROOT / "docs/results/development/first-token.md"
 MARKS = ("<!-- first token -->\n", "<!-- /first token -->\n")
 DATA = ROOT.parent / "shared/data"
 TASKS = ("tweet_eval_emotion", "tweet-sentiment")

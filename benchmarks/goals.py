@@ -2,16 +2,17 @@
 
     python benchmarks/goals.py
 
-Reads benchmarks/results/suite/results.jsonl and writes the tables of docs/benchmarks.md, section
-"Goals". Means over the tasks of a seed, then mean ± standard error over seeds, and only seeds that
-all methods have finished. The rival is the best of the other methods that train a single model.
+Reads benchmarks/results/suite/results.jsonl and writes the tables of docs/results/suite/goals.md,
+and the overview of docs/benchmarks.md: the means over tasks, and how many goals are met. Means over
+the tasks of a seed, then mean ± standard error over seeds, and only seeds that all methods have
+finished. The rival is the best of the other methods that train a single model.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -21,12 +22,13 @@ from bara.bench.page import update_page
 from bara.bench.results import Row
 from bara.bench.run import finished
 from bara.bench.spec import Benchmark
-from bara.bench.summary import METRICS, Estimate, Table, by_seed, group
+from bara.bench.summary import ALL_TASKS, METRICS, Estimate, Table, by_seed, group, overview
 
 ROOT = Path(__file__).parent.parent
 SUITE = ROOT / "benchmarks/suite"
 RESULTS = ROOT / "benchmarks/results/suite"
-PAGE = ROOT / "docs/benchmarks.md"
+OVERVIEW_PAGE = ROOT / "docs/benchmarks.md"
+GOALS_PAGE = ROOT / "docs/results/suite/goals.md"
 ENSEMBLE = "ensemble"
 OURS = ("bara", "balora")
 
@@ -45,7 +47,7 @@ class Goal:
 
 
 def main() -> None:
-    tables = []
+    tables, counts = [], []
     for name, goals in GOALS.items():
         rows = whole_seeds(Benchmark.load(SUITE / f"{name}.yaml"))
         if rows:
@@ -54,7 +56,19 @@ def main() -> None:
             hours = sum(row["seconds"] for row in rows) / 3600
             title = f"{name}, seeds {seeds} ({hours:.1f} hours of one core)"
             tables.append(Table(title, ["goal", "measured", "beside", "met"], lines))
-    update_page(PAGE, {"goals": tables}, RESULTS)
+            met = [line[-1] for line in lines].count("yes")
+            counts.append([name, seeds, f"{met} of {len(lines)}"])
+    update_page(GOALS_PAGE, {"goals": tables}, RESULTS)
+    goals = Table("Goals met", ["benchmark", "seeds", "met"], counts)
+    update_page(OVERVIEW_PAGE, {"overview": [means_over_tasks(), goals]}, RESULTS)
+
+
+def means_over_tasks() -> Table:
+    """The rows of every method on the classification tasks together."""
+    rows = finished(Benchmark.load(SUITE / "classification.yaml"), RESULTS)
+    table = overview(rows, "Classification, 300 examples, means over four tasks")
+    means = [row[1:] for row in table.rows if row[0] == ALL_TASKS]
+    return replace(table, headings=table.headings[1:], rows=means)
 
 
 def whole_seeds(benchmark: Benchmark) -> list[Row]:

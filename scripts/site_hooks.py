@@ -16,7 +16,7 @@ from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File
 
 log = get_plugin_logger(__name__)
-FIGURES = "../benchmarks/results/"
+FIGURES = re.compile(r"\]\(((?:\.\./)*)\.\./benchmarks/results/")
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
@@ -39,7 +39,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(f"]({FIGURES}", "](figures/")
+    return FIGURES.sub(r"](\1figures/", markdown)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

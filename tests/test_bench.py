@@ -269,8 +269,15 @@ def test_bench_command(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.Capt
     assert text.endswith("<!-- /bench tiny -->\nafter\n")
     assert "old" not in text
     assert "](out/tiny-cost.png)" in text
-    assert main([*command[:2], "--output", str(out), "--page", str(page), "--report-only"]) == 0
+    again = [*command[:2], "--output", str(out), "--report-only", "--page"]
+    assert main([*again, str(page)]) == 0
     assert page.read_text() == text
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    for _ in range(2):  # makes the page, and then finds it
+        assert main([*again, str(pages)]) == 0
+        tables = text.partition("old")[0].removeprefix("before\n").removesuffix("after\n")
+        assert (pages / "tiny.md").read_text() == "# tiny\n\n" + tables.replace("](out", "](../out")
 
 
 def test_ray_runs_the_same_cells(tmp_path: Path, tiny_model_dir: Path):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from peft import LoraConfig, PeftModel
 from transformers import BertModel
 
@@ -87,6 +88,47 @@ def test_measurements_are_added_replaced_and_removed(model, data, tmp_path):
     assert "## Effective rank" not in text
     assert text.count("# BaRA adapter") == 1
     assert "My own words" in text
+
+
+def test_metrics_are_results_that_the_hub_reads(model, data, tmp_path):
+    model.save_pretrained(tmp_path / "mine")
+    path = tmp_path / "mine" / "README.md"
+    other = EvalResult("text-classification", "glue", "GLUE", "accuracy", 0.5)
+    card = ModelCard.load(path)
+    card.data.model_name, card.data.eval_results = "my-model", [other]
+    card.save(path)
+    metrics = bara.evaluate(model, data, num_draws=2).metrics
+    table = tmp_path / "test.csv"
+    table.touch()
+    for value in (0.1, 0.2):  # the second takes the place of the first
+        measured = metrics | {"nll": value, "aurc": float("nan")}
+        measured = {"metrics": measured, "num_draws": 2, "data": str(table)}
+        bara.write_model_card(tmp_path / "mine", **measured)
+    index = ModelCard.load(path).data.to_dict()["model-index"]
+    name, (first, *ours) = model_index_to_eval_results(index)
+    assert name == "my-model"
+    assert first == other
+    assert {r.metric_type: r.metric_value for r in ours} == {
+        key: value for key, value in (metrics | {"nll": 0.2}).items() if key != "aurc"
+    }
+    for result in ours:
+        assert (result.task_type, result.dataset_name) == ("text-classification", "test.csv")
+        assert result.metric_args == {"num_draws": 2}
+    assert eval_results_to_model_index(name, [first, *ours]) == index
+    model.save_pretrained(tmp_path / "mine")  # other weights, perhaps
+    assert ModelCard.load(path).data.eval_results == [other]
+
+
+def test_data_without_a_name_is_no_result(model, data, tmp_path):
+    model.save_pretrained(tmp_path)
+    metrics = bara.evaluate(model, data, num_draws=2).metrics
+    bara.write_model_card(tmp_path, metrics=metrics, data="hub/data")
+    result = ModelCard.load(tmp_path / "README.md").data.eval_results[0]
+    assert (result.dataset_type, result.metric_args) == ("hub/data", None)
+    bara.write_model_card(tmp_path, metrics=metrics)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert "model-index" not in data.to_dict()
+    assert "model_name" not in data.to_dict()
 
 
 def test_a_missing_card_is_made_and_a_damaged_one_refused(model, data, tmp_path):

@@ -97,7 +97,7 @@ def _flush(folder: Path) -> None:
     """Make the file system report now whatever it would only have reported on writing back."""
     for file in folder.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as opened:
+            with open(file, "r+b") as opened:  # Windows flushes only what may be written
                 os.fsync(opened.fileno())
 
 

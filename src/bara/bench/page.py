@@ -61,6 +61,23 @@ def _data_uri(figure: object) -> str:
     return "data:image/png;base64," + base64.b64encode(to_png(figure, 150)).decode()  # type: ignore[arg-type]
 
 
+def update_pages(place: Path, shown: dict[str, list[Table]], folder: Path) -> None:
+    """Put the tables into one page, or, where `place` is a folder, each benchmark's into NAME.md
+    there, which is made if need be.
+
+    Raises:
+        BaraError: see `update_page`.
+    """
+    if not place.is_dir():
+        update_page(place, shown, folder)
+        return
+    for name, of_benchmark in shown.items():
+        page = place / f"{name}.md"
+        if not page.exists():
+            atomic_write_text(page, "\n".join([f"# {name}", "", *_marks(name), ""]))
+        update_page(page, {name: of_benchmark}, folder)
+
+
 def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None:
     """Put each benchmark's tables and pictures between its marks in a Markdown page.
 
@@ -78,7 +95,7 @@ def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None
         raise BaraError(f"the page {page} is not UTF-8 text; convert it first") from error
     found = False
     for name, of_benchmark in shown.items():
-        start, end = f"<!-- bench {name} -->", f"<!-- /bench {name} -->"
+        start, end = _marks(name)
         before, mark, rest = text.partition(start)
         _, closing, after = rest.partition(end)
         if not mark or not closing:
@@ -97,3 +114,7 @@ def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None
             "<!-- bench NAME --> and a line <!-- /bench NAME --> where the tables should be"
         )
     atomic_write_text(page, text)
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- bench {name} -->", f"<!-- /bench {name} -->"

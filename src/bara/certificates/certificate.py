@@ -161,7 +161,7 @@ def kl_divergence(model: nn.Module) -> Tensor:
     """
     layers, heads = fitted(model)
     terms = [layer.posterior.kl_of(layer.b) for layer in layers]
-    return torch.stack([*terms, *(head.kl() for head in heads)]).double().sum()
+    return torch.stack([*terms, *(head.kl() for head in heads)]).cpu().double().sum()
 
 
 class FittedLayer(NamedTuple):

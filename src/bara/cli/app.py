@@ -21,6 +21,7 @@ from bara.cli.quickstart import quickstart
 from bara.cli.ranks import ranks
 from bara.cli.review import review
 from bara.cli.select import select
+from bara.cli.terminal import use_utf8
 from bara.cli.train import train
 from bara.errors import BaraError
 
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         With BARA_DEBUG=1 in the environment, errors raise instead.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    use_utf8()
     try:
         # Not `app(...)`: typer would print errors its own way, over many lines.
         command = typer.main.get_command(app)

@@ -38,7 +38,8 @@ def bench(
     ray_address: Annotated[str | None, Option(help="Address of the Ray cluster.")] = None,
     baseline: Annotated[str, Option(help="Method that others are compared to.")] = "lora",
     page: Annotated[
-        Path | None, Option(help="Markdown page to put the tables into, between its marks.")
+        Path | None,
+        Option(help="Markdown page, or folder of them, to put the tables into."),
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="List the cells that are missing.")] = False,
     report_only: Annotated[
@@ -47,7 +48,7 @@ def bench(
 ) -> None:
     """Run what is missing of some benchmarks, and write tables, pictures and a report."""
     from bara.bench.executors import run_local, run_ray
-    from bara.bench.page import REPORT_FILE, update_page, write_outputs
+    from bara.bench.page import REPORT_FILE, update_pages, write_outputs
     from bara.bench.run import finished, only_writer, pending, run_cells
     from bara.bench.spec import Benchmark
     from bara.bench.summary import overview
@@ -79,7 +80,7 @@ def bench(
                 failures = _follow(rows, len(cells), console(stderr=True))
     shown = write_outputs(benchmarks, output, baseline=baseline)
     if page is not None:
-        update_page(page, shown, output)
+        update_pages(page, shown, output)
     _print_tables([overview(finished(b, output), b.name) for b in benchmarks if b.name in shown])
     console().print(f"{output / REPORT_FILE} shows the pictures.", soft_wrap=True)
     if failures:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from bara.cli.options import BaseModel, BatchSize, Seed, Split
-from bara.cli.terminal import console
+from bara.cli.options import BaseModel, BatchSize, Seed, Split, probability
+from bara.cli.terminal import console, say_next
 from bara.schema import MAX_DRAWS, json_text
 
 ROWS = {
@@ -39,7 +39,9 @@ def certify(
     adapter: Annotated[Path, Argument(help="Folder that `bara train --method certified` wrote.")],
     data: Annotated[str, Option(help="The table that it was trained on.")],
     split: Split = None,
-    delta: Annotated[float, Option(help="Probability that the bound fails.")] = 0.05,
+    delta: Annotated[
+        float, Option(callback=probability, help="Probability that the bound fails.")
+    ] = 0.05,
     num_draws: Annotated[
         int, Option(min=1, max=MAX_DRAWS, help="Posterior draws for each text.")
     ] = 50,
@@ -88,3 +90,4 @@ def certify(
         content = {"adapter": str(adapter), "data": data, "seed": seed, **values}
         content["assumptions"] = ASSUMPTIONS
         atomic_write_text(output, json_text(content, indent=2) + "\n")
+    say_next(["bara", "predict", adapter, "--data", "TABLE"])

@@ -17,6 +17,7 @@ from bara.cli.options import (
     NumDraws,
     Seed,
     Split,
+    probability,
 )
 from bara.schema import json_text
 
@@ -32,10 +33,14 @@ def evaluate(
     base_model: BaseModel = None,
     calibrate_risk: Annotated[
         float | None,
-        Option(help="Also find the uncertainty above which to abstain, for this risk."),
+        Option(
+            callback=probability,
+            help="Also find the uncertainty above which to abstain, for this risk.",
+        ),
     ] = None,
     calibrate_delta: Annotated[
-        float, Option(help="Probability that the calibrated risk is not kept.")
+        float,
+        Option(callback=probability, help="Probability that the calibrated risk is not kept."),
     ] = 0.1,
     calibrate_conformal: Annotated[
         bool,
@@ -57,7 +62,7 @@ def evaluate(
     from rich.table import Table
 
     from bara.cli.generate import decoding_options
-    from bara.cli.terminal import console, update_card
+    from bara.cli.terminal import console, say_next, update_card
     from bara.data.images import IMAGE_TASK
     from bara.draws.draws import draw_source
     from bara.errors import BaraError
@@ -134,6 +139,11 @@ def evaluate(
         if by_label is not None:
             content["by_label"] = by_label
         atomic_write_text(json_file, json_text(content, indent=2) + "\n")
+    language = task.task in GENERATING_TASKS
+    use = ["generate", adapter, "PROMPT"] if language else ["predict", adapter, "--data", "TABLE"]
+    if calibrate_risk is not None:
+        use += ["--abstain-at-risk", f"{calibrate_risk:g}"]
+    say_next(["bara", *use])
 
 
 def _evaluate(

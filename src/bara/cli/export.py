@@ -110,3 +110,4 @@ def export(
         except EnsembleError as error:
             raise BaraError(f"the export is in {output}, but not loaded: {error}") from error
         print(f"Loaded {len(ensemble.adapters)} draws into {load_into}.")
+    print(f"{output / 'README.md'} has the lines that load it.")

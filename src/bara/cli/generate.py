@@ -17,7 +17,7 @@ from bara.cli.options import (
     MaxNewTokens,
     NumDraws,
 )
-from bara.cli.terminal import console
+from bara.cli.terminal import console, row_count, say_next
 from bara.schema import SEEDS, json_text
 
 CHUNK = 8
@@ -51,6 +51,8 @@ def generate(
     base_model: BaseModel = None,
 ) -> None:
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
+    from tqdm.auto import tqdm
+
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
     from bara.finetuning.load import load_adapter
@@ -68,18 +70,25 @@ def generate(
         if chat or talks:
             conditions["chat"] = True
         threshold = load_threshold(adapter, abstain_at_risk, **conditions, decoding=decoding)
-    rows = None if talks else _chunks(_rows(prompt, data, chat))
+    rows = None if talks else _rows(prompt, data)
     model, tokenizer, _ = load_adapter(adapter, base_model=base_model)
     if rows is None:
         _talk(model, tokenizer, settings, threshold)
         return
     if prompt is not None and output == "-" and sys.stdout.isatty():
-        (row,) = next(rows)
-        asked = row["messages"] if chat else prompt
+        asked = [{"role": "user", "content": prompt}] if chat else prompt
         _show(model, tokenizer, asked, settings, threshold)
         return
     settings |= {"batch_size": batch_size, "agreement": agreement}
-    _write(output, _answers(model, tokenizer, rows, settings, threshold))
+    total = row_count(rows, data)
+    with tqdm(desc="answering", unit="prompt", total=total, disable=None) as bar:
+        chunks = _chunks(_asked(rows, chat))
+        _write(output, _answers(model, tokenizer, chunks, settings, threshold, bar))
+    if output != "-":
+        print(f"The answers are in {output}.")
+        if threshold is None:
+            labelled = ["--data", "LABELLED", "--calibrate-risk", 0.1]
+            say_next(["bara", "evaluate", adapter, *labelled])
 
 
 def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> dict[str, Any]:
@@ -90,16 +99,18 @@ def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> d
     return length | parse_options(options or [])
 
 
-def _rows(prompt: str | None, data: str | None, chat: bool) -> Iterable[dict[str, Any]]:
+def _rows(prompt: str | None, data: str | None) -> Iterable[Any]:
     from bara.data.tables import load_table, read_jsonl
 
     if prompt is not None:
-        asked = [{"role": "user", "content": prompt}]
-        rows: Iterable[Any] = [{"messages": asked} if chat else {"prompt": prompt}]
-    elif data is None or data == "-":
-        rows = read_jsonl(sys.stdin, "standard input")
-    else:
-        rows = load_table(data)
+        return [{"prompt": prompt}]
+    if data is None or data == "-":
+        return read_jsonl(sys.stdin, "standard input")
+    return load_table(data)
+
+
+def _asked(rows: Iterable[Any], chat: bool) -> Iterator[dict[str, Any]]:
+    """The rows; with --chat a prompt is a user's message."""
     for row in rows:
         if chat and not row.get("messages"):
             row = {"messages": [{"role": "user", "content": row.get("prompt")}]}
@@ -113,7 +124,7 @@ def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def _answers(
-    model: Any, tokenizer: Any, chunks: Any, settings: dict[str, Any], threshold: Any
+    model: Any, tokenizer: Any, chunks: Any, settings: dict[str, Any], threshold: Any, bar: Any
 ) -> Iterator[str]:
     from bara.language.generation import generate as generate_answers
     from bara.language.tasks import row_prompt
@@ -121,7 +132,7 @@ def _answers(
     done = 0
     for chunk in chunks:
         prompts = [row_prompt(row, f"row {done + i}") for i, row in enumerate(chunk, start=1)]
-        for answer in generate_answers(model, tokenizer, prompts, **settings):
+        for answer in generate_answers(model, tokenizer, prompts, progress=False, **settings):
             record = answer.to_record()
             if threshold is not None:
                 record["abstained"] = bool(threshold.abstains(answer.uncertainty))
@@ -131,6 +142,7 @@ def _answers(
                         token["text"] = None
             yield json_text(record, ensure_ascii=False) + "\n"
         done += len(chunk)
+        bar.update(len(chunk))
 
 
 def _write(output: str, lines: Iterator[str]) -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from bara.schema import MAX_DRAWS, SEEDS
+
+
+def probability(value: float | None) -> float | None:
+    """A callback of options that lie between 0 and 1; typer names the option that was typed."""
+    if value is not None and not 0 < value < 1:
+        raise BadParameter(f"it must lie between 0 and 1, not be {value:g}")
+    return value
+
 
 Adapter = Annotated[Path, Argument(help="Folder that `bara train` wrote.")]
 BaseModel = Annotated[str | None, Option(help="Where the base model is now.")]
@@ -21,7 +29,10 @@ HeldOut = Annotated[
 ]
 AbstainAtRisk = Annotated[
     float | None,
-    Option(help="Abstain above the threshold that `bara evaluate --calibrate-risk` found."),
+    Option(
+        callback=probability,
+        help="Abstain above the threshold that `bara evaluate --calibrate-risk` found.",
+    ),
 ]
 MaxNewTokens = Annotated[
     int | None, Option(min=1, max=1_000_000, help="Longest answer in tokens; 128 by default.")

@@ -11,7 +11,16 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, BatchSize, NumDraws, Seed, Split
+from bara.cli.options import (
+    AbstainAtRisk,
+    Adapter,
+    BaseModel,
+    BatchSize,
+    NumDraws,
+    Seed,
+    Split,
+    probability,
+)
 from bara.schema import json_text
 
 CHUNK = 64
@@ -33,8 +42,9 @@ def predict(
     coverage: Annotated[
         float | None,
         Option(
+            callback=probability,
             help="Add prediction sets or intervals that hold the truth with this probability, as "
-            "`bara evaluate --calibrate-conformal` calibrated them."
+            "`bara evaluate --calibrate-conformal` calibrated them.",
         ),
     ] = None,
     base_model: BaseModel = None,
@@ -42,6 +52,7 @@ def predict(
     """Write one JSON object per text, question or image: the prediction and how uncertain it is."""
     from tqdm.auto import tqdm
 
+    from bara.cli.terminal import row_count, say_next
     from bara.data.images import ImageTask, located
     from bara.data.tables import table_from_records
     from bara.errors import BaraError
@@ -70,7 +81,9 @@ def predict(
         None if coverage is None else load_conformal(adapter, num_draws=num_draws, seed=seed)
     )
     with ExitStack() as files:
-        chunks = _chunks(_read(data, split, read_task(adapter), files))
+        rows = _read(data, split, read_task(adapter), files)
+        total = row_count(rows, data)
+        chunks = _chunks(rows)
         first_chunk = next(chunks, None)
         if first_chunk is None:
             raise BaraError(f"{data} has no rows; give at least one")
@@ -78,7 +91,7 @@ def predict(
 
         def predicted() -> Iterator[str]:
             done = 0
-            with tqdm(desc="predicting", unit="text", disable=None) as bar:
+            with tqdm(desc="predicting", unit="text", total=total, disable=None) as bar:
                 for chunk in chain([first_chunk], chunks):
                     table = table_from_records(chunk, data)
                     if isinstance(task, ImageTask):
@@ -112,6 +125,10 @@ def predict(
                     sys.stdout.flush()
         else:
             atomic_write_text(output, "".join(predicted()))
+            print(f"The predictions are in {output}.")
+            if threshold is None:
+                calibrate = [] if task.task == "regression" else ["--calibrate-risk", 0.1]
+                say_next(["bara", "evaluate", adapter, "--data", "LABELLED", *calibrate])
 
 
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:

@@ -32,7 +32,7 @@ def prune(
 ) -> None:
     """Remove factors whose posterior inclusion is below a threshold."""
     from bara.cards.adapter_files import RECIPE_FILE
-    from bara.cli.terminal import calibration_inputs, require_output
+    from bara.cli.terminal import calibration_inputs, require_output, say_next
     from bara.finetuning.load import load_adapter
     from bara.finetuning.save import save_adapter
     from bara.machine import quieten_libraries
@@ -65,3 +65,4 @@ def prune(
     save_adapter(output, pruning.model, tokenizer, task, recipe, beside)
     print(pruning)
     print(f"The pruned adapter is in {output}.")
+    say_next(["bara", "evaluate", output, "--data", "LABELLED"])

@@ -39,7 +39,7 @@ def ranks(
     from rich.table import Table
 
     from bara.adapter.inspection import bayesian_adapter
-    from bara.cli.terminal import console, update_card
+    from bara.cli.terminal import console, say_next, update_card
     from bara.data.images import ImageTask
     from bara.data.question_task import QuestionTask
     from bara.files import require_new
@@ -47,6 +47,7 @@ def ranks(
     from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
+    from bara.posteriors.bara_config import BaraConfig
     from bara.prediction.predict import predict
     from bara.ranks.effective_rank import effective_rank
     from bara.ranks.recommendation import recommend_ranks
@@ -113,6 +114,9 @@ def ranks(
     if recommend:
         for line in _recommendation(recommend_ranks(model, measured[0]), adapter, output):
             terminal.print(line, soft_wrap=True)
+    gated = isinstance(model.active_peft_config, BaraConfig)
+    uses = ("prune", "export") if gated else ("export",)
+    say_next(*(["bara", use, adapter, "--data", data, "--output", "FOLDER"] for use in uses))
 
 
 def _text(cell: Any) -> str:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sized
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +21,31 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def use_utf8() -> None:
+    """Pipes hold UTF-8 everywhere; Windows would take the encoding of the region."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(encoding="utf-8")
+
+
+def say_next(*commands: list[object]) -> None:
+    """What to do after this command, as it is typed; words in capitals are to be filled in."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    print("Next:")
+    for command in commands:
+        print(" ", join([str(word) for word in command]))
+
+
+def row_count(rows: object, data: str | None) -> int | None:
+    """How many rows there are, so that a bar can tell the time left; None of what streams in."""
+    if isinstance(rows, Sized):
+        return len(rows)
+    if data is None or not Path(data).is_file():
+        return None
+    with open(data, "rb") as lines:
+        return sum(bool(line.strip()) for line in lines)
 
 
 def require_output(output: Path, adapter: Path, force: bool) -> None:

@@ -43,7 +43,7 @@ def train(
         ),
     ] = None,
     scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
-    max_length: Annotated[int | None, Option(help="Longest input in tokens.")] = None,
+    max_length: Annotated[int | None, Option(min=1, help="Longest input in tokens.")] = None,
     method: Annotated[
         str | None,
         Option(
@@ -54,7 +54,8 @@ def train(
     ] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
     prior_fraction: Annotated[
-        float | None, Option(help="certified only: part of the data to learn the prior on.")
+        float | None,
+        Option(min=0, max=1, help="certified only: part of the data to learn the prior on."),
     ] = None,
     epochs: Annotated[float | None, Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, Option(help="Peak learning rate.")] = None,
@@ -81,6 +82,7 @@ def train(
 ) -> None:
     """Fine-tune a model on a table of texts; writes an adapter folder."""
     from bara.cards.adapter_files import RECIPE_FILE
+    from bara.cli.terminal import say_next
     from bara.files import atomic_write_text
     from bara.finetuning.checkpoints import CHECKPOINTS
     from bara.finetuning.finetune import finetune
@@ -126,12 +128,12 @@ def train(
         print(recipe.to_yaml(), end="")
         return
     folder = finetune(recipe, resume=resume, overwrite=overwrite)
-    print(f"The adapter is in {folder}. Next:")
-    print(f"  bara evaluate {folder} --data {recipe.validation or 'TABLE'}")
+    print(f"The adapter is in {folder}.")
+    use: list[object] = ["predict", folder, "--data", "TABLE", "--output", "predictions.jsonl"]
     if recipe.task in GENERATING_TASKS:
-        print(f"  bara generate {folder} PROMPT")
-    else:
-        print(f"  bara predict {folder} --data TABLE --output predictions.jsonl")
+        use = ["generate", folder, "PROMPT"]
+    labelled = recipe.validation or "TABLE"
+    say_next(["bara", "evaluate", folder, "--data", labelled], ["bara", *use])
 
 
 def parse_options(options: list[str]) -> dict[str, Any]:

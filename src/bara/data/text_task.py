@@ -264,7 +264,8 @@ def find_column(
     if found is None:
         raise BaraError(f"which column has the {role}? Say so with --{role}-column; {there}")
     if found not in columns:
-        raise BaraError(f"there is no column {found!r}; {there}")
+        option = f" (--{role}-column)" if role else ""
+        raise BaraError(f"there is no column {found!r}{option}; {there}")
     return found
 
 

@@ -88,7 +88,7 @@ def calibrate_threshold(
         if not 0 < value < 1:
             raise BaraError(f"{name} must lie between 0 and 1, not {value!r}")
     pair = predictive if isinstance(predictive, tuple) else selection(predictive)
-    uncertainty, loss = (torch.as_tensor(values).double().cpu() for values in pair)
+    uncertainty, loss = (torch.as_tensor(values).cpu().double() for values in pair)
     if uncertainty.shape != loss.shape or loss.dim() != 1:
         raise BaraError("uncertainty and loss must be one number for each example")
     if uncertainty.isnan().any() or loss.isnan().any() or ((loss < 0) | (loss > 1)).any():
@@ -156,6 +156,15 @@ def save_threshold(folder: str | Path, threshold: Threshold, **conditions: Any) 
     atomic_write_text(path, json.dumps(known, indent=2) + "\n")
 
 
+TYPED = {
+    "num_draws": " (--num-draws)",
+    "seed": " (--seed)",
+    "chat": " (--chat)",
+    "decoding": " (--max-new-tokens, --set)",
+}
+"""The commands' options for the conditions."""
+
+
 def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Threshold:
     """The threshold for a risk, if it was calibrated under the same conditions.
 
@@ -176,8 +185,8 @@ def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Thresh
     for name, value in conditions.items():
         if given.get(name) != value:
             raise BaraError(
-                f"the threshold was calibrated with {name} = {given.get(name)}, not {value}: use "
-                "that, or calibrate again"
+                f"the threshold was calibrated with {name} = {given.get(name)}, not {value}"
+                f"{TYPED.get(name, '')}: use that, or calibrate again"
             )
     return threshold
 

@@ -173,7 +173,7 @@ def _finetune(
     if tempered:
         assert validation is not None
         set_temperature(model, 1.0)
-        held_out = predict_table(model, tokenizer, task, validation, progress=False)
+        held_out = predict_table(model, tokenizer, task, validation)
         set_temperature(model, fit_temperature(held_out))
     save_adapter(output, model, tokenizer, task, recipe)
 

@@ -31,7 +31,7 @@ from bara.language.prompts import (
     require_generator,
     require_room,
 )
-from bara.prediction.batches import to_device
+from bara.prediction.batches import progress_bar, to_device
 from bara.prediction.likelihood import require_finite
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def generate(
     deterministic: bool = False,
     agreement: bool = True,
     batch_size: int = 64,
+    progress: bool | None = None,
     **options: Any,
 ) -> list[Generation]:
     """Answers prompts with the mixture over draws of the posterior.
@@ -80,6 +81,8 @@ def generate(
         agreement: also decode every draw on its own, as a second batch, for `answers`.
         batch_size: most rows (prompts times draws times beams) decoded at a time, though all draws
             and beams of a prompt always are.
+        progress: show a progress bar on standard error; None does so on a terminal, where there is
+            more than one batch.
         **options: those of `transformers.generate` (`do_sample`, `temperature`, `num_beams`,
             `num_return_sequences`, ...), which sees the mixture as one model. Where no length is
             given, 128 new tokens at most, as far as the model's context goes.
@@ -97,8 +100,10 @@ def generate(
     sampler = DrawSampler(model, tokenizer, longest, num_draws, seed, deterministic, options)
     at_once = max(1, batch_size // sampler.rows_per_prompt)
     answers: list[Generation] = []
+    starts = range(0, len(asked.rows), at_once)
+    shown = False if progress is None and len(starts) == 1 else progress
     with decoding(model), seeded(seed):
-        for start in range(0, len(asked.rows), at_once):
+        for start in progress_bar(starts, description="answering", progress=shown):
             part = asked.part(slice(start, start + at_once))
             answers += sampler.decode(part, agreement and not deterministic)
     return answers

@@ -61,7 +61,7 @@ class LanguageTask:
         if length > self.max_length:
             raise BaraError(
                 f"row {number} has {length} tokens, more than max_length, {self.max_length}; "
-                "raise it (as far as the model's context goes) or shorten the row"
+                "raise it (--max-length, as far as the model's context goes) or shorten the row"
             )
 
     def save(self, path: Path) -> None:

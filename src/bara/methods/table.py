@@ -99,7 +99,12 @@ class Method:
         """Raises `BaraError` for an option that is unknown or of a wrong type, or a package that is
         missing; `flags` are what the user typed for an option."""
         types, schema = _options_of(self.config, self.options)  # type: ignore[arg-type]
-        refuse_unknown(options, types - {"peft_type", "task_type", *NOT_OPTIONS}, "method_options")
+        known = types - {"peft_type", "task_type", *NOT_OPTIONS}
+        for option, flag in (flags or {}).items():
+            group, _, name = option.partition(".")
+            if group == "method_options" and name not in known:
+                raise BaraError(f"{flag} is not for this method ({self.summary}): leave it out")
+        refuse_unknown(options, known, "method_options")
         check(schema, options, "method_options", flags=flags)
         self.own_options(options)
         if self.package and find_spec(self.package) is None:
@@ -136,7 +141,7 @@ def _options_of(config: type[PeftConfig] | None, own: type) -> tuple[set[str], A
     if config is not None:
         retired = getattr(config, "RETIRED", ())  # a saved adapter may name these, a new one not
         types |= {name: t for name, t in config_types(config).items() if name not in retired}
-    types["r"] = Annotated[int, Field(le=MAX_RANK)]
+    types["r"] = Annotated[int, Field(ge=1, le=MAX_RANK)]
     return set(types), mapping_of(types)
 
 
@@ -213,14 +218,18 @@ def _add(family: Family) -> None:
 for_each_family(_add)
 
 
-def parse_method(name: str) -> tuple[Method, bool]:
+def parse_method(name: str, typed: str = "method") -> tuple[Method, bool]:
     """A method by name, and whether a temperature is fitted on top of it.
+
+    Args:
+        name: of the method, with `+temperature` or without.
+        typed: what the user calls the option.
 
     Raises:
         BaraError: there is no such method.
     """
     base = name.lower().removesuffix(TEMPERED)
-    refuse_unknown([base], METHODS, "method")
+    refuse_unknown([base], METHODS, typed)
     return METHODS[base], base != name.lower()
 
 
@@ -236,11 +245,15 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         BaraError: a name is unknown (the message has the nearest that is known), a value is of
             the wrong type or out of range, or the method does not fit the task.
     """
+    typed = flags or {}
     if not recipe.model:
         raise BaraError("which model? Give a folder or a hub name with --model")
     if recipe.task is not None and recipe.task not in TASKS:
-        raise BaraError(f"task must be {', '.join(TASKS)}, not {shown(recipe.task)}")
-    method, tempered = parse_method(recipe.method)
+        name = typed.get("task", "task")
+        raise BaraError(f"{name} must be {', '.join(TASKS)}, not {shown(recipe.task)}")
+    if "scoring" in typed and recipe.task != "multiple-choice":
+        raise BaraError(f"{typed['scoring']} is for multiple choice: leave it out")
+    method, tempered = parse_method(recipe.method, typed.get("method", "method"))
     method.check(recipe.method_options, flags)
     if tempered and recipe.task in (*GENERATING_TASKS, "question-answering"):
         raise BaraError(

@@ -198,7 +198,8 @@ def write_rank_report(folder: str | Path, report: RankReport, notes: Sequence[st
     with atomic_directory(folder) as temporary:
         for name, (draw, *subjects) in drawings.items():
             save_figure(draw(*subjects), temporary / f"{name}.png")
-        (temporary / "ranks.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        numbers = json.dumps(report.to_dict(), indent=2)
+        (temporary / "ranks.json").write_text(numbers + "\n", "utf-8")
         (temporary / "report.html").write_text(page, "utf-8", errors="replace")
 
 
