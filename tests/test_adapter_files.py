@@ -65,7 +65,11 @@ def change(path: Path, **fields: object) -> None:
         ("temperature.json", {"temperature": "hot"}, "temperature must be a number, not 'hot'"),
         ("temperature.json", {"temperature": None}, "temperature must be a number, not None"),
         ("temperature.json", {"unit": "K"}, "unit is not a field that this version knows"),
-        ("text_task.json", {"task": "ranking"}, "task must be classification, regression, multi-label"),
+        (
+            "text_task.json",
+            {"task": "ranking"},
+            "task must be classification, regression, multi-label",
+        ),
         ("text_task.json", {"task": ["ranking"]}, "task must be classification"),
         ("text_task.json", {"target_std": 0}, "target_std must be at least 1e-15, not 0"),
         ("text_task.json", {"target_std": 1e100}, "target_std must be at most 1e"),
