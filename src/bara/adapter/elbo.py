@@ -219,9 +219,10 @@ class Elbo(DrawSource):
             adapter = self.adapters[name]
             resolved = adapter.resolved
             assert resolved.num_observations is not None
+            strength = resolved.strength
             for kl, weight in (
-                (terms.kl_global, resolved.kl_weight / resolved.num_observations),
-                (terms.kl_local, resolved.local_kl_weight),
+                (terms.kl_global, strength * resolved.kl_weight / resolved.num_observations),
+                (terms.kl_local, strength * resolved.local_kl_weight),
             ):
                 if kl is not None:
                     weighted.append(adapter.weight(self.ramp(adapter.config)) * weight * kl)

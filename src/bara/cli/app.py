@@ -22,6 +22,7 @@ from bara.cli.ranks import ranks
 from bara.cli.review import review
 from bara.cli.select import select
 from bara.cli.train import train
+from bara.cli.tune import tune
 from bara.errors import BaraError
 
 LONGEST_LINE = 2000
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(doctor)
 app.command()(train)
+app.command()(tune)
 app.command()(bayesianize)
 app.command()(evaluate)
 app.command()(predict)
