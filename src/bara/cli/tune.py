@@ -21,9 +21,7 @@ def tune(
     output: Annotated[Path, Option(help="Folder for trials, table, picture and recipe.")] = Path(
         "bara-tune"
     ),
-    task: Annotated[
-        str | None, Option(help="classification, regression, causal-lm or multiple-choice.")
-    ] = None,
+    task: Annotated[str | None, Option(help="As for `bara train`.")] = None,
     method: Annotated[str | None, Option(help="As for `bara train`.")] = None,
     metric: Annotated[
         str, Option(help="To choose by: nll, accuracy, ece, brier, aurc, rmse, mae, spearman, ...")
@@ -100,7 +98,7 @@ def tune(
 def verdict(tuned: Any, metric: str) -> str:
     """Whether an adapter pays, in a line."""
     if tuned.probe is None:
-        return "There is no probe for language tasks to compare with."
+        return "There is no probe for this task to compare with."
     numbers = (
         f"{metric} {tuned.best.value:.4f} against the probe's {tuned.probe:.4f} "
         f"({tuned.difference:+.4f} ± {tuned.error:.4f})"

@@ -22,7 +22,7 @@ from bara.finetuning.task_inputs import model_inputs, predict_table, read_table
 from bara.language.evaluation import token_metrics
 from bara.methods.recipe import BY_STEPS, TrainRecipe
 from bara.methods.table import parse_method
-from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +42,8 @@ BOOTSTRAP = 100
 """Resamples of the held-out texts, for the error of a difference."""
 
 Range = tuple[float, float]
+Predictive = ClassificationPredictive | RegressionPredictive
+"""Predictions that folds are pooled of, and compared with the probe's."""
 Parts = Sequence[tuple["Dataset", "Dataset"]]
 """Tables to train on, each with one to measure on."""
 
@@ -114,7 +116,9 @@ def split_tables(
         return [(train, validation)]
     if not 2 <= num_folds <= len(train):
         raise BaraError(f"{len(train)} rows cannot be shared out among {num_folds} folds")
-    label = task.label_column if isinstance(task, TextTask) and task.label_names else None
+    label = None
+    if isinstance(task, TextTask) and task.task == "classification":
+        label = task.label_column
     return [(train.select(a), train.select(b)) for a, b in _folds(train, label, num_folds, recipe)]
 
 
@@ -145,7 +149,8 @@ class Score:
 
     Attributes:
         metrics: of `bara.evaluate`; for texts of `bara.language.evaluation.token_metrics`.
-        predictive: the predictions, fold after fold; None for texts.
+        predictive: the predictions, fold after fold; None for other tasks than classification,
+            regression and multiple choice.
     """
 
     metrics: dict[str, float]
@@ -190,30 +195,30 @@ def _score(recipe: TrainRecipe, table: Dataset, num_draws: int) -> Score:
     if task.task == "causal-lm":
         return Score(token_metrics(model, model_inputs(table, tokenizer, task), **options), None)
     predictive = predict_table(model, tokenizer, task, table, **options)
-    return Score(measure(predictive).to_dict(), predictive)
+    kept = predictive if isinstance(predictive, Predictive) else None
+    return Score(measure(predictive).to_dict(), kept)
 
 
 def _pooled(scores: Sequence[Score]) -> Score:
-    """All predictions as one; for texts the means of the metrics."""
+    """All predictions as one; for other tasks the means of the metrics."""
     if len(scores) == 1:
         return scores[0]
     predictives = [score.predictive for score in scores if score.predictive is not None]
     if not predictives:
-        names = scores[0].metrics
-        means = {n: sum(score.metrics[n] for score in scores) / len(scores) for n in names}
+        metrics = scores[0].metrics
+        means = {n: sum(score.metrics[n] for score in scores) / len(scores) for n in metrics}
         return Score(means, None)
     labels = torch.cat([p.labels for p in predictives if p.labels is not None])
     first = predictives[0]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(p, name) for p in predictives], 1)
+
     pooled: Predictive
     if isinstance(first, ClassificationPredictive):
-        draws = [p.log_probs_draws for p in predictives]  # type: ignore[union-attr]
-        pooled = ClassificationPredictive(torch.cat(draws, 1), labels, first.label_names)
+        pooled = ClassificationPredictive(joined("log_probs_draws"), labels)
     else:
-        means_, variances = (
-            torch.cat([getattr(p, name) for p in predictives], 1)
-            for name in ("mean_draws", "variance_draws")
-        )
-        pooled = RegressionPredictive(means_, variances, labels)
+        pooled = RegressionPredictive(joined("mean_draws"), joined("variance_draws"), labels)
     return Score(measure(pooled).to_dict(), pooled)
 
 

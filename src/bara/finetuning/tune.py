@@ -31,10 +31,9 @@ from bara.finetuning.search import (
     with_choice,
 )
 from bara.finetuning.trials import Search, begin_or_go_on, ended_trials, open_study, run_trial
-from bara.language.tasks import LANGUAGE_TASKS
 from bara.machine import quieten_libraries
 from bara.methods.recipe import TrainRecipe
-from bara.methods.table import check_recipe
+from bara.methods.table import METHODS, check_recipe
 from bara.reports.style import save_figure
 from bara.reports.tuning import Trial, tuning_picture
 from bara.schema import refuse_unknown
@@ -56,7 +55,7 @@ class Tuned:
         recipe: the best, for `bara train --config`; it is in the folder as `recipe.yaml`.
         trials: all that ended, in their order.
         best: the best of them.
-        probe: the probe's metric; None for language tasks, which have no probe.
+        probe: the probe's metric; None for tasks that have no probe.
         difference, error: the best trial's metric minus the probe's, and the standard error of
             that over the held-out texts.
         pays: whether the best adapter is better than the probe by more than twice that error.
@@ -132,7 +131,7 @@ def tune(
 
 def _probe(search: Search, study: Study, report: Callable[[str], None]) -> float | None:
     """The probe's metric; None for a task that has no probe."""
-    if search.recipe.task in LANGUAGE_TASKS:
+    if search.recipe.task not in (None, *METHODS[PROBE].tasks):
         return None
     if PROBE not in study.user_attrs:
         score = held_out_score(
