@@ -91,7 +91,7 @@ def write_table(cells: list[dict[str, Any]], epochs: float) -> None:
     """Means over seeds with standard errors, the differences, and every seed's numbers."""
     cells = [c for c in cells if c["epochs"] == epochs and c["num_test"] == NUM_TEST]
     by = {key: {c["seed"]: c for c in cells if c["key"] == key} for key in METHODS}
-    seeds = sorted(by["lora"].keys() & by["bara"].keys())
+    seeds = sorted(set.intersection(*(set(cells) for cells in by.values())))
     if not seeds:
         return
 
@@ -123,11 +123,15 @@ def write_table(cells: list[dict[str, Any]], epochs: float) -> None:
     summary = lines[-4:]
     nll = 1 - mean(values("bara", "nll")) / mean(values("lora", "nll"))
     ece = mean(values("bara", "ece")) / mean(values("lora", "ece"))
-    gained = [b - a for a, b in zip(*(values(k, "accuracy") for k in METHODS), strict=True)]
+    gained = [
+        b - a for a, b in zip(*(values(k, "accuracy") for k in ("lora", "bara")), strict=True)
+    ]
     bara = [by["bara"][seed] for seed in seeds]
     lines += [
         "",
         f"- NLL: BaRA's is {nll:.0%} below LoRA's. ECE: {ece:.2f} of LoRA's.",
+        f"- NLL: BaRA's is {1 - mean(values('bara', 'nll')) / mean(values('probe', 'nll')):.0%} "
+        "below that of the probe, logistic regression on the frozen model's features.",
         f"- Accuracy: BaRA's minus LoRA's {100 * mean(gained):+.1f} points "
         f"(± {100 * stdev(gained) / len(gained) ** 0.5 if len(gained) > 1 else 0:.1f}).",
         f"- Effective rank: the layers' means differ by a standard deviation of "

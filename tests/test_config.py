@@ -57,6 +57,7 @@ def test_what_is_saved_says_both(tmp_path):
         "num_observations": 77,
         "kl_weight": 3 / 24,
         "local_kl_weight": 0.018 / 24,
+        "strength": 1.0,
         "init_noise": 0.5,
         "weight_noise": 1.5,
         "whole_weight_noise": 3.0,
@@ -162,3 +163,31 @@ def test_a_loaded_adapter_has_the_configuration_that_it_was_given(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, config=config)
     assert loaded.peft_config["default"] is config
     assert config.inference_mode
+
+
+def test_the_strength_multiplies_the_kl_and_the_noise(tmp_path):
+    """Given or left to the layers; the KL of one draw is linear in it."""
+    for options in ({}, {"kl_weight": 0.5, "local_kl_weight": 0.1, "weight_noise": 0.2}):
+        kl, noise = {}, {}
+        for strength in (1.0, 3.0):
+            config = BaraConfig(
+                r=4,
+                strength=strength,
+                num_observations=10,
+                warmup=0,
+                target_modules=["layer"],
+                **options,
+            )
+            torch.manual_seed(0)
+            model = get_peft_model(TinyNet(), config).train()
+            model(torch.ones(2, 6))
+            kl[strength] = float(bara.kl_loss(model))
+            noise[strength] = model.base_model.layer.lora_posterior["default"].weight_noise
+            model.save_pretrained(tmp_path)
+            again = PeftModel.from_pretrained(TinyNet(), tmp_path)
+            layer = again.base_model.layer.lora_posterior["default"]
+            assert layer.weight_noise == noise[strength] > 0
+        assert kl[3.0] == pytest.approx(3 * kl[1.0], rel=1e-5)
+        assert noise[3.0] == pytest.approx(3 * noise[1.0])
+    with pytest.raises(bara.BaraError, match="strength must be"):
+        BaraConfig(strength=0.0)

@@ -28,10 +28,10 @@ TEXTS = [
 ]
 TABLE = Dataset.from_list([{"text": text, "label": label} for text, label in TEXTS * 4])
 TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "save_strategy": "no"}
-OPTIONS = {"ensemble": {"num_members": 2}}
-ONE_DRAW = {"lora", "full", "adalora", "monteclora"}
+OPTIONS = {"ensemble": {"num_members": 2}, "setfit": {"num_iterations": 1}}
+ONE_DRAW = {"lora", "full", "adalora", "monteclora", "setfit"}
 BY_BATCH = {"pvera"}  # draws that depend on the batch, as PEFT has them
-PACKAGES = {"ivon": "ivon", "laplace": "laplace"}
+PACKAGES = {"ivon": "ivon", "laplace": "laplace", "setfit": "setfit"}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,13 @@ def base_dir(tmp_path_factory, tiny_tokenizer):
 
 
 def train(base_dir, output, method, *, validation=TABLE, training=None, seed=0, **options):
+    by_steps = {"learning_rate": 0.02, **TRAINING} if parse_method(method)[0].by_steps else {}
     recipe = TrainRecipe(
         model=str(base_dir),
         output=str(output),
         method=method,
         method_options={"r": 4, **OPTIONS.get(method.partition("+")[0], {}), **options},
-        training={"learning_rate": 0.02, **TRAINING, **(training or {})},
+        training={**by_steps, **(training or {})},
         seed=seed,
     )
     return finetune(recipe, TABLE, validation)

@@ -23,14 +23,27 @@ def test_quickstart_writes_its_folder(tmp_path, capsys):
     assert main(["quickstart", "--output", str(output), *options.split(" ")]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"takes about \d+ (seconds|minutes) here", printed)
-    for word in ("LoRA", "BaRA", "NLL", "Sure", "Unsure", "Wrong", "bara predict", "report.html"):
+    for word in (
+        "probe",
+        "LoRA",
+        "BaRA",
+        "NLL",
+        "Sure",
+        "Unsure",
+        "Wrong",
+        "bara predict",
+        "report.html",
+    ):
         assert word in printed
     results = json.loads((output / "results.json").read_text())
-    assert [row["method"] for row in results["rows"]] == ["LoRA", "BaRA"]
+    assert [row["method"] for row in results["rows"]] == ["probe", "LoRA", "BaRA"]
     for row in results["rows"]:
         assert 0 <= row["accuracy"] <= 1
         assert row["nll"] > 0
-        assert 0 < row["s_bar"] <= row["r"] == 8
+        adapted = row["method"] != "probe"
+        assert row["r"] == 8 * adapted
+        assert (row["s_bar"] > 0) == adapted
+        assert row["s_bar"] <= row["r"]
     assert len(results["rank"]["per_layer"]) == 18
     assert len(results["rank"]["per_input"]) == 30
     for picture in ("reliability", "risk_coverage", "rank_layers", "rank_inputs"):
@@ -41,7 +54,7 @@ def test_quickstart_writes_its_folder(tmp_path, capsys):
     assert not results["judges"]
     assert "<html" in page
     assert 'src="http' not in page
-    for method in ("lora", "bara"):
+    for method in ("probe", "lora", "bara"):
         model, _, task = load_adapter(output / method)
         assert task.label_names == ("negative", "neutral", "positive")
         size = sum(p.numel() for n, p in model.named_parameters() if ".default." in n)
@@ -82,7 +95,7 @@ def test_the_estimate_is_the_steps_and_the_predictions(monkeypatch):
     size = Size(num_train=64, num_test=30, num_ood=10, epochs=2.5, num_draws=2)
     # 3 steps and what is around them: 7 readings later; a prediction of 30 texts by 2 draws: 1
     once, step, text = 7 - 3, 1, 1 / 60
-    expected = 2 * (once + 5 * step) + (40 + 2 * 40 + 30) * text
+    expected = 3 * once + 2 * 5 * step + (2 * 40 + 2 * 40 + 30 + 64) * text
     assert estimate_seconds(data.train, data.test, size) == pytest.approx(expected)
 
 

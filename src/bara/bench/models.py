@@ -81,7 +81,11 @@ class ParameterCount(TrainerCallback):
 
 
 def fit(
-    cell: Cell, splits: Splits, folder: Path, callbacks: Iterable[TrainerCallback] = ()
+    cell: Cell,
+    splits: Splits,
+    folder: Path,
+    callbacks: Iterable[TrainerCallback] = (),
+    evaluate: str = "no",
 ) -> Fitted:
     """Train a cell's model.
 
@@ -91,6 +95,7 @@ def fit(
             training.
         folder: where the adapter goes.
         callbacks: further callbacks for the `Trainer`.
+        evaluate: `epoch` for the held-out loss after every epoch.
 
     Raises:
         BaraError: the model, the method or the data cannot be used.
@@ -102,7 +107,7 @@ def fit(
         training={
             **recipe.training,
             "save_strategy": "no",
-            "eval_strategy": "no",
+            "eval_strategy": evaluate,
             "bf16": fast_bfloat16(),
             "use_cpu": not torch.cuda.is_available(),
         },

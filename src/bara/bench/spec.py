@@ -11,14 +11,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bara.bench.protocol import Select, check_labels, labels_of
 from bara.bench.tasks import check_task, task_version
 from bara.errors import BaraError
-from bara.methods.recipe import TrainRecipe, read_yaml
-from bara.methods.table import check_recipe
+from bara.methods.recipe import BY_STEPS, TrainRecipe, read_yaml
+from bara.methods.table import check_recipe, parse_method
 from bara.schema import MAX_DRAWS, SEEDS, refuse_unknown, shown
 
 CORRUPTIONS = ("typo", "drop", "shuffle")
-METHOD_FIELDS = {"name": str, "method": str, "method_options": dict, "training": dict}
+METHOD_FIELDS = {
+    "name": str,
+    "method": str,
+    "method_options": dict,
+    "training": dict,
+    "select": bool,
+}
 FIXED = {"num_train_epochs": "set `epochs`", "save_strategy": "no", "eval_strategy": "no"}
 """Options of training that are the benchmark's, and what it does with them."""
 LISTS = {
@@ -45,12 +52,14 @@ class Contender:
         name: what tables call it.
         method: the method's name in a `TrainRecipe`.
         method_options, training: as in a `TrainRecipe`; they go before the benchmark's.
+        select: false for a method that chooses nothing, and trains on all of its labels at once.
     """
 
     name: str
     method: str
     method_options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    select: bool = True
 
     @classmethod
     def from_yaml(cls, value: Any) -> Contender:
@@ -64,7 +73,7 @@ class Contender:
         refuse_unknown(value, {option.name for option in fields(cls)}, "methods")
         for option, kind in METHOD_FIELDS.items():
             if not isinstance(value.get(option, kind()), kind):
-                what = "text" if kind is str else "a mapping"
+                what = {str: "text", bool: "true or false"}.get(kind, "a mapping")
                 raise BaraError(f"methods: {option} must be {what}, not {shown(value[option])}")
         return cls(**value)
 
@@ -102,11 +111,13 @@ class Cell:
     severities: tuple[int, ...]
     num_shift: int
     transfer: tuple[str, ...]
+    select: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits."""
-        decides = {k: v for k, v in asdict(self).items() if k not in ("benchmark", "name", "data")}
+        others = ("benchmark", "name", "data", *(() if self.select else ("select",)))
+        decides = {k: v for k, v in asdict(self).items() if k not in others}
         text = json.dumps(decides, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -141,6 +152,9 @@ class Benchmark:
         seeds: of the choice of training examples, training and draws.
         epochs, train_sizes, ranks: each run with each; `lora_alpha` is twice the rank.
         num_validation: held-out examples, for temperatures and post-hoc methods.
+        labels: all that a method gets, for every task or by task; in place of `train_sizes` and
+            `num_validation`.
+        select: what it may do with them, the fields of `bara.bench.protocol.Select`.
         num_test: at most this many test examples, the same for every seed.
         num_draws: posterior draws of the main metrics.
         draws: further numbers of draws to repeat the metrics at.
@@ -168,6 +182,8 @@ class Benchmark:
     train_sizes: list[int] = field(default_factory=lambda: [300])
     ranks: list[int] = field(default_factory=lambda: [8])
     num_validation: int = 300
+    labels: Any = None
+    select: dict[str, Any] = field(default_factory=dict)
     num_test: int = 600
     num_draws: int = 10
     draws: list[int] = field(default_factory=list)
@@ -194,6 +210,13 @@ class Benchmark:
             for fixed in FIXED.keys() & training.keys():
                 why = FIXED[fixed]
                 raise BaraError(f"benchmark {self.name}: training.{fixed} is not free ({why})")
+        if self.labels is not None:
+            check_labels(self.labels, self.tasks, self.name)
+        elif self.select:
+            raise BaraError(
+                f"benchmark {self.name}: select is a choice on `labels`: give these too"
+            )
+        Select.from_yaml(self.select)
         if set("/\\") & set(self.name):  # it is part of the names of files
             raise BaraError(f"benchmark {self.name}: a name has no slashes")
         names = [method.name for method in self.contenders]
@@ -255,6 +278,11 @@ class Benchmark:
         data = values.pop("data", ".")
         if not isinstance(data, str):
             raise BaraError(f"benchmark: data must be a folder, not {data!r}")
+        for other in ("train_sizes", "num_validation"):
+            if "labels" in values and other in values:
+                raise BaraError(
+                    f"the benchmark {path}: labels are all there are; leave out {other}"
+                )
         folder = path.parent / data
         return cls(**{"name": path.stem, **values, "data": str(folder)})
 
@@ -269,14 +297,23 @@ class Benchmark:
             check_task(task, self.data)
         for cell in self.cells():
             check_recipe(recipe_of(cell, "unused"))
+            if self.labels is not None and parse_method(cell.method)[1]:
+                raise BaraError(
+                    f"benchmark {self.name}: {cell.method} asks for labels besides `labels`; set "
+                    "select.temperature"
+                )
 
     def cells(self) -> Iterator[Cell]:
         """The cells, all methods of one setting before the next setting."""
         versions = {task: task_version(task, self.data) for task in self.tasks}
-        settings = product(
-            self.seeds, self.tasks, self.train_sizes, self.ranks, self.epochs, self.contenders
+        select = Select.from_yaml(self.select)
+        settings = (
+            (seed, task, *others)
+            for seed, task in product(self.seeds, self.tasks)
+            for others in product(self._sizes(task), self.ranks, self.epochs, self.contenders)
         )
         for seed, task, train_size, rank, epochs, method in settings:
+            chooses = self.labels is not None and method.select
             options = {"r": rank, "lora_alpha": 2 * rank}
             yield Cell(
                 benchmark=self.name,
@@ -294,7 +331,7 @@ class Benchmark:
                 epochs=float(epochs),
                 train_size=train_size,
                 rank=rank,
-                num_validation=self.num_validation,
+                num_validation=0 if self.labels is not None else self.num_validation,
                 num_test=self.num_test,
                 num_draws=self.num_draws,
                 draws=tuple(self.draws),
@@ -304,11 +341,19 @@ class Benchmark:
                 severities=tuple(self.severities),
                 num_shift=self.num_shift,
                 transfer=tuple(self.transfer.get(task, ())),
+                select=select.for_method(parse_method(method.method)[0]) if chooses else {},
             )
+
+    def _sizes(self, task: str) -> list[int]:
+        """Numbers of training examples to try for a task."""
+        return self.train_sizes if self.labels is None else [labels_of(self.labels, task)]
 
 
 def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainRecipe:
     """How `finetune` trains a cell; the model is still the benchmark's name."""
+    training = {"num_train_epochs": cell.epochs, **cell.training}
+    if not parse_method(cell.method)[0].by_steps:
+        training = {k: v for k, v in training.items() if k not in BY_STEPS}
     return TrainRecipe(
         model=cell.model,
         output=str(output),
@@ -316,7 +361,7 @@ def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainR
         method=cell.method,
         method_options=cell.method_options,
         model_options=cell.model_options,
-        training={"num_train_epochs": cell.epochs, **cell.training},
+        training=training,
         max_length=cell.max_length,
         seed=cell.seed,
     )

@@ -44,6 +44,7 @@ METRICS = {
     "deterministic.nll": Metric("NLL, mean mode"),
     "s_bar": Metric("s_bar", "{:.2f}", None),
     "rank_error_spearman": Metric("rank and error", "{:.2f}", None),
+    "seconds_search": Metric("search s", "{:.0f}"),
     "seconds_train": Metric("train s", "{:.0f}"),
     "seconds_predict": Metric("predict s", "{:.0f}"),
     "peak_memory_mib": Metric("peak MiB", "{:.0f}"),

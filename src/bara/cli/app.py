@@ -23,6 +23,7 @@ from bara.cli.review import review
 from bara.cli.select import select
 from bara.cli.terminal import use_utf8
 from bara.cli.train import train
+from bara.cli.tune import tune
 from bara.errors import BaraError
 
 LONGEST_LINE = 2000
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command()(quickstart)
 app.command()(doctor)
 app.command()(train)
+app.command()(tune)
 app.command()(bayesianize)
 app.command()(evaluate)
 app.command()(predict)

@@ -44,7 +44,7 @@ def quickstart(
         int, Option(min=0, max=SEEDS - 1, help="Seed of the data, the training and the draws.")
     ] = 0,
 ) -> None:
-    """Compare LoRA and BaRA on tweets with 300 training texts; writes a report."""
+    """Compare a probe, LoRA and BaRA on tweets with 300 training texts; writes a report."""
     from dataclasses import replace
 
     from bara.data.examples import minilm_path
@@ -63,8 +63,8 @@ def quickstart(
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     size = replace(TINY if tiny else Size(), **given)
     terminal.print(
-        f"Fine-tuning MiniLM on {size.num_train} tweets, with LoRA and then with BaRA, and testing "
-        f"both on {size.num_test} tweets and {size.num_ood} news texts."
+        f"Fine-tuning MiniLM on {size.num_train} tweets, with a linear probe, with LoRA and with "
+        f"BaRA, and testing them on {size.num_test} tweets and {size.num_ood} news texts."
     )
 
     def announce(seconds: float) -> None:

@@ -47,9 +47,9 @@ def train(
     method: Annotated[
         str | None,
         Option(
-            help="bara, balora, lora, full, adalora, blob, scalabl, rankwise, mc-dropout, "
-            "ensemble, tfb, laplace, ivon, monteclora, pvera or certified; NAME+temperature also "
-            "fits a temperature on the validation table."
+            help="bara, balora, probe, lora, full, setfit, adalora, blob, scalabl, rankwise, "
+            "mc-dropout, ensemble, tfb, laplace, ivon, monteclora, pvera or certified; "
+            "NAME+temperature also fits a temperature on the validation table."
         ),
     ] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,

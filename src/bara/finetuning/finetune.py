@@ -127,19 +127,10 @@ def _finetune(
 ) -> None:
     method, tempered = parse_method(recipe.method)
     output = Path(recipe.output)
-    if train is None:
-        if not recipe.data:
-            raise BaraError("which data? Give a file or a hub data set with --data")
-        texts: tuple[str | None, ...] = (recipe.text_column, recipe.text_pair_column)
-        if recipe.task == "multi-label":  # names, even where all look like numbers
-            texts += (recipe.label_column, *LABEL_COLUMNS)
-        if recipe.task == IMAGE_TASK:
-            train = image_table(recipe.data, split=recipe.split)
-        else:
-            train = load_table(recipe.data, split=recipe.split, text_columns=texts)
+    train = read_train(recipe) if train is None else train
     if tempered and validation is None and not recipe.validation:
         raise BaraError(f"method {recipe.method} needs held-out data: give it with --validation")
-    task = _task(recipe, train)
+    task = task_of(recipe, train)
     method.check_task(task.task)
     if validation is None and recipe.validation:
         validation = read_table(recipe.validation, task, split=recipe.validation_split)
@@ -168,6 +159,9 @@ def _finetune(
     checkpoint = prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
+    elif method.fit is not None:
+        own = method.own_options(recipe.method_options)
+        method.fit(model, text_task(task, "train"), train, recipe, own, list(callbacks))
     else:
         train_model(model, method, recipe, data, task.task, checkpoint)
     if tempered:
@@ -268,7 +262,28 @@ def _train_members(
     attach_draws(model, EnsembleDraws(model, num_members))
 
 
-def _task(recipe: TrainRecipe, train: Dataset) -> Task:
+def read_train(recipe: TrainRecipe) -> Dataset:
+    """The training table that a recipe names.
+
+    Raises:
+        BaraError: it names none, or the table cannot be read.
+    """
+    if not recipe.data:
+        raise BaraError("which data? Give a file or a hub data set with --data")
+    if recipe.task == IMAGE_TASK:
+        return image_table(recipe.data, split=recipe.split)
+    texts: tuple[str | None, ...] = (recipe.text_column, recipe.text_pair_column)
+    if recipe.task == "multi-label":  # names, even where all look like numbers
+        texts += (recipe.label_column, *LABEL_COLUMNS)
+    return load_table(recipe.data, split=recipe.split, text_columns=texts)
+
+
+def task_of(recipe: TrainRecipe, train: Dataset) -> Task:
+    """What a recipe learns from a table.
+
+    Raises:
+        BaraError: see `TextTask.infer`.
+    """
     if recipe.task == IMAGE_TASK:
         return ImageTask.infer(train, label_column=recipe.label_column)
     if recipe.task in LANGUAGE_TASKS:
@@ -304,7 +319,9 @@ def build_model(recipe: TrainRecipe, method: Method, task: Task) -> tuple[Any, A
     Raises:
         BaraError: the model cannot be loaded, or the method's options do not fit it.
     """
-    base, new_modules = load_base(_absolute(recipe.model), task, recipe.model_options)
+    base, new_modules = load_base(
+        _absolute(recipe.model), task, recipe.model_options, mean_pooled=method.mean_pooled
+    )
     tokenizer: Any
     if isinstance(task, ImageTask):
         tokenizer = load_processor(recipe.model)

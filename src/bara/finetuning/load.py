@@ -77,7 +77,9 @@ def load_adapter(
         model, tokenizer, task = _load_model(folder)
     else:
         _refuse_foreign_code(recipe.model_options, folder)
-        model, tokenizer, task = _load_peft(folder, base_model, recipe.model_options)
+        model, tokenizer, task = _load_peft(
+            folder, base_model, recipe.model_options, mean_pooled=method.mean_pooled
+        )
     if method.ensemble:
         _load_members(model, folder, method.own_options(recipe.method_options).num_members)
     if issubclass(method.trainer, PveraTrainer):
@@ -119,14 +121,14 @@ def _require_adapter(folder: Path) -> None:
 
 
 def _load_peft(
-    folder: Path, base_model: str | None, model_options: Mapping[str, Any]
+    folder: Path, base_model: str | None, model_options: Mapping[str, Any], *, mean_pooled: bool
 ) -> tuple[PeftModel, Any, Task]:
     config = read_config(folder)
     task = load_task(folder)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
-    base, _ = load_base(name, task, model_options)
+    base, _ = load_base(name, task, model_options, mean_pooled=mean_pooled)
     tokenizer = _load_reader(folder, base, task)
     return attach_adapter(base, folder, config, name), tokenizer, task
 

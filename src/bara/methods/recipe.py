@@ -33,8 +33,18 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-METHOD_OPTIONS: dict[str, dict[str, Any]] = {"full": {}, "pvera": {"r": 256}}
+METHOD_OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "probe": {},
+    "setfit": {},
+    "pvera": {"r": 256},
+}
 """Defaults of a method's options, where `METHOD_DEFAULTS` do not suit it."""
+BY_STEPS = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps"),
+)
+"""Options of training that only a method with training steps has a use for."""
 METHOD_TRAINING: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 5e-5},
 }

@@ -23,7 +23,9 @@ from bara.methods.ensemble import EnsembleOptions
 from bara.methods.ivon import IvonOptions, IvonTrainer
 from bara.methods.laplace import LaplaceOptions, LaplaceTrainer
 from bara.methods.probabilistic_peft import MontecloraTrainer, PveraTrainer, monteclora_options
-from bara.methods.recipe import TrainRecipe
+from bara.methods.probe import ProbeOptions, ProbeTrainer, probe_options
+from bara.methods.recipe import BY_STEPS, TRAINING_DEFAULTS, TrainRecipe
+from bara.methods.setfit import SetfitOptions, train_setfit
 from bara.methods.tfb import TfbOptions, TfbTrainer
 from bara.posteriors.config import NOT_OPTIONS
 from bara.posteriors.registry import Family, for_each_family
@@ -78,6 +80,11 @@ class Method:
         trainer: how it trains.
         package: a package it needs, which is in the extra of the same name.
         tasks: what it can be trained for.
+        mean_pooled: it reads the mean of the last hidden states, whatever the base model's own
+            head reads.
+        by_steps: it trains by gradient steps, with a learning rate and epochs.
+        fit: what trains it in place of `trainer`: a function of the model, the task, the table,
+            the recipe, the method's own options and callbacks.
     """
 
     summary: str
@@ -89,11 +96,19 @@ class Method:
     trainer: type[AdapterTrainer] = AdapterTrainer
     package: str = ""
     tasks: tuple[str, ...] = TASKS
+    mean_pooled: bool = False
+    by_steps: bool = True
+    fit: Callable[..., None] | None = None
 
     @property
     def ensemble(self) -> bool:
         """Whether several adapters are trained, one after the other."""
         return issubclass(self.options, EnsembleOptions)
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether there is a KL whose weight can be chosen."""
+        return bool(getattr(self.config, "HAS_KL", False))
 
     def check(self, options: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
         """Raises `BaraError` for an option that is unknown or of a wrong type, or a package that is
@@ -146,6 +161,29 @@ def _options_of(config: type[PeftConfig] | None, own: type) -> tuple[set[str], A
 
 
 METHODS: dict[str, Method] = {
+    "probe": Method(
+        "logistic or ridge regression on the frozen model's mean-pooled features",
+        "the head",
+        "arXiv 1610.01644",
+        options=ProbeOptions,
+        translate=probe_options,
+        trainer=ProbeTrainer,
+        tasks=("classification", "regression"),
+        mean_pooled=True,
+        by_steps=False,
+    ),
+    "setfit": Method(
+        "SetFit: the encoder tuned by contrasting texts, then logistic regression",
+        "nothing",
+        "arXiv 2209.11055",
+        config=None,
+        options=SetfitOptions,
+        package="setfit",
+        tasks=("classification",),
+        mean_pooled=True,
+        by_steps=False,
+        fit=train_setfit,
+    ),
     "lora": Method(
         "LoRA by maximum likelihood; MAP with training.weight_decay",
         "nothing",
@@ -255,6 +293,8 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         raise BaraError(f"{typed['scoring']} is for multiple choice: leave it out")
     method, tempered = parse_method(recipe.method, typed.get("method", "method"))
     method.check(recipe.method_options, flags)
+    if recipe.task is not None:
+        method.check_task(recipe.task)
     if tempered and recipe.task in (*GENERATING_TASKS, "question-answering"):
         raise BaraError(
             f"method {recipe.method}: a temperature is fitted to classes, labels, choices or "
@@ -264,4 +304,9 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
         if name in recipe.training:
             raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
     refuse_unknown(recipe.training, TRAINING_TYPES.keys() - ELSEWHERE, "training")
+    if not method.by_steps:
+        for name in BY_STEPS:
+            if recipe.training.get(name) != TRAINING_DEFAULTS.get(name):
+                what = (flags or {}).get(f"training.{name}", f"training.{name}")
+                raise BaraError(f"method {recipe.method} has no training steps: leave out {what}")
     check(_TRAINING, recipe.training, "training", flags=flags)

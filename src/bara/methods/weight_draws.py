@@ -1,4 +1,4 @@
-"""Gaussian noise on a trained model's weights: the posterior of Laplace, TFB and IVON."""
+"""Gaussian noise on a trained model's weights: the posterior of Laplace, TFB, IVON and a probe."""
 
 from __future__ import annotations
 
@@ -55,16 +55,17 @@ class Factors:
 
 
 class WeightDraws(DrawSource):
-    """Draws of some of a model's parameters, independent between parameters.
+    """Draws of some of a model's parameters, independent between the entries of `factors`.
 
-    A draw is one set of weights for all inputs. It depends on the seed, the parameters' names and
-    its number alone, as those of `bara.draws.draws.Draws` do. Where all these parameters are the
-    weights and biases of linear layers, several draws fit into one batch: every layer adds to each
-    block of rows what the noise of its draw makes of them.
+    A draw is one set of weights for all inputs. It depends on the seed, the entries' names and
+    its number alone, as those of `bara.draws.draws.Draws` do. Where all entries are single weights
+    and biases of linear layers, several draws fit into one batch: every layer adds to each block
+    of rows what the noise of its draw makes of them.
 
     Args:
         model: the model whose weights are the mean.
-        factors: covariance by parameter name.
+        factors: covariance by the name of a parameter, or of a linear layer: of its weight and
+            bias, then, as one matrix (outputs, inputs + 1).
         linearised: predict with the model's first-order expansion around the mean weights, as a
             Laplace approximation does: logits(W) + J (draw - W). Exact forward-mode
             differentiation, at about three times the cost of a forward pass. Draws then come in
@@ -72,21 +73,31 @@ class WeightDraws(DrawSource):
             mean, which a few draws of a wide Gaussian do not.
 
     Raises:
-        BaraError: the model has no parameter of such a name.
+        BaraError: the model has no parameter or linear layer of such a name.
     """
 
     def __init__(
         self, model: nn.Module, factors: Mapping[str, Factors], linearised: bool = False
     ) -> None:
         parameters = dict(model.named_parameters())
-        if unknown := sorted(factors.keys() - parameters.keys()):
+        modules = dict(model.named_modules())
+        self.layers = {
+            name: layer for name in factors if isinstance(layer := modules.get(name), nn.Linear)
+        }
+        if unknown := sorted(factors.keys() - parameters.keys() - self.layers.keys()):
             raise BaraError(f"{NOISE_FILE} has noise for {unknown[0]}, which the model has not")
         self.model = model
         self.linearised = linearised
         self.factors = dict(factors)
-        self.parameters = {name: parameters[name] for name in factors}
-        owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in factors}
-        self.batched = not linearised and all(type(m) is nn.Linear for m in owners.values())
+        names = [part for name in factors for part in self._parts(name)]
+        self.parameters = {name: parameters[name] for name in names}
+        owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+        linear = all(type(owner) is nn.Linear for owner in owners)
+        self.batched = not linearised and not self.layers and linear
+
+    def _parts(self, name: str) -> list[str]:
+        """The parameters that an entry is about."""
+        return [f"{name}.weight", f"{name}.bias"] if name in self.layers else [name]
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
@@ -184,10 +195,16 @@ class WeightDraws(DrawSource):
         if self.linearised:
             pair, second = divmod(draws.first, 2)
             draws, sign = Draws(1, draws.seed, pair), -1.0 if second else 1.0
-        noise = {}
-        for name, parameter in self.parameters.items():
-            normal = draws.numbers(name, "normal", tuple(parameter.shape), parameter.device)[0]
-            noise[name] = sign * self.factors[name].noise(normal).to(parameter.dtype)
+        noise: dict[str, Tensor] = {}
+        for name, factors in self.factors.items():
+            parts = [self.parameters[part] for part in self._parts(name)]
+            shape = parts[0].shape
+            if len(parts) > 1:
+                shape = torch.Size((shape[0], shape[1] + 1))
+            normal = draws.numbers(name, "normal", tuple(shape), parts[0].device)[0]
+            change = sign * factors.noise(normal).to(parts[0].dtype)
+            changes = [change] if len(parts) == 1 else [change[:, :-1], change[:, -1]]
+            noise.update(zip(self._parts(name), changes, strict=True))
         return noise
 
     def _change(

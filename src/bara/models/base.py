@@ -51,7 +51,7 @@ def auto_class(task: Task) -> Any:
 
 
 def load_base(
-    name: str, task: Task, options: Mapping[str, Any]
+    name: str, task: Task, options: Mapping[str, Any], *, mean_pooled: bool = False
 ) -> tuple[PreTrainedModel, list[str]]:
     """A base model with a head for the task; for a language task with its own.
 
@@ -63,6 +63,7 @@ def load_base(
         name: folder or hub name.
         task: decides the number of outputs and their names.
         options: further arguments of `from_pretrained`.
+        mean_pooled: make it a `SentenceClassifier` in any case.
 
     Returns:
         The model, and the modules that have to be trained and saved with the adapter: those that
@@ -79,7 +80,7 @@ def load_base(
     head = _head(task)
     info: dict[str, Any] = {"missing_keys": [], "mismatched_keys": []}
     try:
-        if isinstance(task, TextTask) and is_sentence_encoder(name):
+        if isinstance(task, TextTask) and (mean_pooled or is_sentence_encoder(name)):
             model = SentenceClassifier.from_encoder(name, **head, **options)
         else:
             model, info = auto_class(task).from_pretrained(

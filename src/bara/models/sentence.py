@@ -16,6 +16,8 @@ from bara.adapter.call_inputs import share_of
 from bara.errors import BaraError
 
 POOLING_FILE = "1_Pooling/config.json"
+NORMALISE = "normalise_features"
+"""Set in the configuration, the mean is divided by its length."""
 
 
 class SentenceClassifier(PreTrainedModel):
@@ -90,6 +92,8 @@ class SentenceClassifier(PreTrainedModel):
         else:
             weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
             mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+        if getattr(self.config, NORMALISE, False):
+            mean = nn.functional.normalize(mean, dim=-1)
         logits = self.classifier(mean)
         loss = None
         if labels is not None:

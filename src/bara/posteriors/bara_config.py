@@ -31,7 +31,7 @@ class BaraResolved(Resolved):
     whole_weight_noise: float | None = None
 
     def used_by_draws(self) -> dict[str, float]:
-        return {"weight_noise": self.weight_noise}
+        return {"weight_noise": self.strength * self.weight_noise}
 
     def give(self, name: str, value: Any) -> None:
         super().give(name, value)

@@ -16,7 +16,17 @@ from bara.posteriors.schedule import LossSchedule
 NEEDS = "import bara (pip install bara-peft) before PEFT loads this adapter"
 NOT_OPTIONS = {"resolved", "used_by_draws", "needs"}
 """Fields that are filled in, and only saved."""
-TRAINING_ONLY = {"num_observations", "kl_weight", "local_kl_weight", "warmup", "resolved", "needs"}
+TRAINING_ONLY = {
+    *(
+        "num_observations",
+        "kl_weight",
+        "local_kl_weight",
+        "strength",
+        "warmup",
+        "resolved",
+        "needs",
+    ),
+}
 """Fields that predictions do not depend on."""
 
 
@@ -53,11 +63,13 @@ class Resolved:
         num_observations: N; None until it is known.
         kl_weight: of KL_global / N.
         local_kl_weight: of KL_local.
+        strength: multiplies both.
     """
 
     num_observations: int | None = None
     kl_weight: float = 1.0
     local_kl_weight: float = 0.0
+    strength: float = 1.0
 
     held = False
     """Whether the KL has no weight yet, so that gates are to stay where they start (no number, and
@@ -113,6 +125,8 @@ class BayesianConfig(LoraConfig):
     """Parts of the adapter that are never trained, by PEFT's names."""
     POSITIVE: ClassVar[tuple[str, ...]] = ()
     """Fields that must be numbers above 0."""
+    HAS_KL: ClassVar[bool] = True
+    """Whether there is a KL for `strength` to multiply."""
 
     num_observations: int | None = field(
         default=None,
@@ -129,6 +143,14 @@ class BayesianConfig(LoraConfig):
     local_kl_weight: float | None = field(
         default=0.001,
         metadata={"help": "Weight of KL_local, what is drawn per input. >= 0."},
+    )
+    strength: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiplies kl_weight and local_kl_weight, whether given or left to the "
+            "layers, and for BaRA weight_noise: one number to choose, > 0. Above 1 holds the "
+            "adapter closer to its prior."
+        },
     )
     warmup: float = field(
         default=0.5,
@@ -182,7 +204,7 @@ class BayesianConfig(LoraConfig):
         for name in ("kl_weight", "local_kl_weight"):
             self._require_real(name, low=0, optional=getattr(type(self), name) is None)
         self._require_real("warmup", low=0, high=1)
-        for name in self.POSITIVE:
+        for name in ("strength", *self.POSITIVE):
             self._require_real(name, low=0, strict=True)
         self._require(
             "granularity",

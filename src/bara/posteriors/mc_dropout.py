@@ -28,6 +28,8 @@ class McDropoutConfig(BayesianConfig):
     the optimiser for a Gaussian prior.
     """
 
+    HAS_KL = False
+
     dropout_rate: float = field(
         default=0.1, metadata={"help": "Probability in (0, 1) that a feature is dropped."}
     )

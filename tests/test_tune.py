@@ -1,0 +1,263 @@
+"""`bara tune`: what is tried, that it goes on after a kill, and whether an adapter pays."""
+
+import csv
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import bara
+from bara.cli.tune import verdict
+from bara.errors import BaraError
+from bara.finetuning import trials
+from bara.finetuning import tune as tuning
+from bara.finetuning.search import Score, paired_difference, search_space, split_tables
+from bara.finetuning.tune import tune
+from bara.methods.recipe import TrainRecipe
+from bara.methods.table import check_recipe
+from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
+from helpers import TinyNet
+from test_methods import TABLE, base_dir  # noqa: F401  (a fixture)
+
+optuna = pytest.importorskip("optuna")
+
+
+def recipe_for(model, method="bara", **options):
+    training = {"num_train_epochs": 4, "learning_rate": 0.01, "use_cpu": True}
+    options = {"r": 2, "target_modules": ["query"]} | options
+    return TrainRecipe(model=str(model), method=method, training=training, method_options=options)
+
+
+def predictive(correct, n=40):
+    """Right with this probability."""
+    p = torch.full((n, 2), 1 - correct)
+    p[:, 0] = correct
+    return ClassificationPredictive(p.log()[None], torch.zeros(n).long())
+
+
+def scored(predicted):
+    return Score(bara.evaluation.metrics.measure(predicted).to_dict(), predicted)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No training: the nearer a rate to 0.02 and a strength to 2, the better; the probe is 0.6."""
+    seen = []
+
+    def score(recipe, parts, *, num_draws, callbacks=(), after_part=None):
+        seen.append(recipe)
+        if recipe.method == "probe":
+            return scored(predictive(0.6))
+        rate = recipe.training["learning_rate"]
+        strength = recipe.method_options["strength"]
+        if rate > 0.03:
+            raise BaraError("the loss is nan in step 1")
+        off = abs(math.log(rate / 0.02)) + abs(math.log(strength / 2))
+        return scored(predictive(0.9 * math.exp(-0.1 * off)))
+
+    for module in (tuning, trials):
+        monkeypatch.setattr(module, "held_out_score", score)
+    return seen
+
+
+def test_the_space_is_around_the_recipe():
+    space = search_space(recipe_for("m"), {"epochs": (3, 5)})
+    assert space == {"learning_rate": (0.001, 0.1), "epochs": (3, 5), "strength": (0.1, 10.0)}
+    assert "strength" not in search_space(recipe_for("m", "lora"), {})
+    assert "strength" not in search_space(recipe_for("m", "mc-dropout"), {})
+    for method, given, message in (
+        ("lora", {"strength": (1, 2)}, "lora has no strength to tune"),
+        ("bara", {"epochs": (5, 3)}, "0 < low <= high"),
+        ("bara+temperature", {}, r"tune without \+temperature"),
+    ):
+        with pytest.raises(BaraError, match=message):
+            search_space(recipe_for("m", method), given)
+    with pytest.raises(BaraError, match="no learning rate, epochs or strength"):
+        search_space(TrainRecipe(model="m", method="probe"), {})
+
+
+def test_every_row_is_held_out_once_and_every_fold_knows_all_classes():
+    rows = [{"text": str(i), "label": "rare" if i == 3 else "ab"[i % 2]} for i in range(20)]
+    table = Dataset.from_list(rows)
+    parts = split_tables(recipe_for("m"), table, None, 4)
+    assert len(parts) == 4
+    assert sorted(t for _, held in parts for t in held["text"]) == sorted(table["text"])
+    for train, held in parts:
+        assert set(train["text"]).isdisjoint(held["text"])
+        assert train.features["label"].names == ["a", "b", "rare"]
+    ((train, held),) = split_tables(recipe_for("m"), table, table.select(range(3)), 4)
+    assert (len(train), len(held)) == (20, 3)
+    with pytest.raises(BaraError, match="20 rows cannot be shared out among 21 folds"):
+        split_tables(recipe_for("m"), table, None, 21)
+
+
+def test_classes_keep_their_share_in_the_folds():
+    rows = [{"text": str(i), "label": "a" if i < 8 else "b"} for i in range(24)]
+    for _, held in split_tables(recipe_for("m"), Dataset.from_list(rows), None, 4):
+        assert sorted(held["label"]) == [0] * 2 + [1] * 4
+
+
+def test_the_error_of_a_difference_is_that_of_a_paired_mean():
+    generator = torch.Generator().manual_seed(0)
+    n = 300
+    labels = torch.zeros(n)
+    means = torch.randn(2, n, generator=generator)
+    means[1] = 0.9 * means[0] + 0.1 * means[1] + 0.2
+    ours, theirs = (RegressionPredictive(m[None], torch.ones(1, n), labels) for m in means)
+    difference, error = paired_difference(ours, theirs, "nll")
+    losses = (means[0].square() - means[1].square()) / 2
+    assert difference == pytest.approx(float(losses.mean()), rel=1e-4)
+    assert error == pytest.approx(float(losses.std()) / n**0.5, rel=0.25)
+
+
+def test_a_search_finds_the_best_and_leaves_a_recipe_a_table_and_a_picture(tmp_path, quick):
+    lines = []
+    tuned = tune(recipe_for("m"), tmp_path, TABLE, num_trials=25, report=lines.append)
+    assert quick[0].method == "probe"
+    first = quick[1]
+    assert first.training["learning_rate"] == 0.01
+    assert first.training["num_train_epochs"] == 4
+    assert first.method_options["strength"] == 1.0
+    assert len(tuned.trials) == len(quick) - 1 == 25
+    assert any(t.state == "failed" and "loss is nan" in t.error for t in tuned.trials)
+    values = [t.value for t in tuned.trials if t.value is not None]
+    assert tuned.best.value == min(values) < tuned.trials[0].value
+    assert tuned.recipe.training["learning_rate"] == tuned.best.choice["learning_rate"]
+    saved = TrainRecipe.load(tmp_path / "recipe.yaml")
+    assert saved == tuned.recipe
+    check_recipe(saved)
+    with open(tmp_path / "trials.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["trial"] for row in table] == [str(t.number) for t in tuned.trials]
+    assert float(table[tuned.best.number]["nll"]) == tuned.best.value
+    assert (tmp_path / "trials.png").read_bytes().startswith(b"\x89PNG")
+    assert lines[0].startswith("probe: nll 0.51")
+    assert len(lines) == 26
+    assert tuned.pays
+    assert tuned.difference == pytest.approx(tuned.best.value + math.log(0.6), rel=1e-4)
+    assert verdict(tuned, "nll").startswith("An adapter pays: nll ")
+
+
+def test_a_metric_that_grows_is_maximised_and_a_draw_with_the_probe_pays_nothing(tmp_path, quick):
+    tuned = tune(recipe_for("m"), tmp_path, TABLE, num_trials=4, metric="accuracy")
+    assert tuned.best.value == max(t.value for t in tuned.trials if t.value is not None)
+    assert (tuned.probe, tuned.difference, tuned.pays) == (1.0, 0.0, False)
+    assert "does not clearly pay: accuracy 1.0000" in verdict(tuned, "accuracy")
+    with pytest.raises(BaraError, match="metric: there is no 'rmse'"):
+        tune(recipe_for("m"), tmp_path / "b", TABLE, metric="rmse")
+    with pytest.raises(BaraError, match="did you mean 'accuracy'"):
+        tune(recipe_for("m"), tmp_path / "b", TABLE, metric="acuracy")
+
+
+def test_a_search_goes_on_and_runs_again_what_a_kill_cut_off(tmp_path, quick, monkeypatch):
+    recipe = recipe_for("m")
+    whole = tune(recipe, tmp_path / "whole", TABLE, num_trials=4)
+    working = trials.held_out_score
+    quick.clear()
+
+    def killed(recipe, parts, **options):
+        if len(quick) == 3:  # the probe and two trials
+            raise KeyboardInterrupt
+        return working(recipe, parts, **options)
+
+    monkeypatch.setattr(trials, "held_out_score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(recipe, tmp_path / "cut", TABLE, num_trials=4)
+    monkeypatch.setattr(trials, "held_out_score", working)
+    quick.clear()
+    tuned = tune(recipe, tmp_path / "cut", TABLE, num_trials=4)
+    assert len(quick) == 2  # and not the probe again
+    assert len(tuned.trials) == 4
+    choices = [t.choice for t in tuned.trials]
+    assert choices[:3] == [t.choice for t in whole.trials][:3]
+    quick.clear()
+    assert tune(recipe, tmp_path / "cut", TABLE, num_trials=4).best == tuned.best
+    assert quick == []
+    with pytest.raises(BaraError, match="holds a search with another metric"):
+        tune(recipe, tmp_path / "cut", TABLE, num_trials=5, metric="ece")
+    with pytest.raises(BaraError, match="holds a search with another recipe"):
+        tune(recipe_for("m", "lora"), tmp_path / "cut", TABLE, num_trials=5)
+
+
+def test_no_trial_that_succeeds_is_an_error_with_its_reason(tmp_path, quick):
+    ranges = {"learning_rate": (0.1, 0.2)}
+    with pytest.raises(BaraError, match=r"no trial was finished: the loss is nan"):
+        tune(recipe_for("m"), tmp_path, TABLE, num_trials=2, ranges=ranges)
+
+
+def test_the_command_trains_and_its_recipe_trains(base_dir, tmp_path, run):  # noqa: F811
+    TABLE.to_csv(tmp_path / "t.csv", index=False)
+    common = ["--set", "method_options.target_modules=[query]", "--set", "training.use_cpu=true"]
+    printed = run(
+        *("tune", "--model", base_dir, "--data", tmp_path / "t.csv"),
+        *("--validation", tmp_path / "t.csv"),
+        *("--method", "lora", "--trials", 2, "--output", tmp_path / "out"),
+        *("--epochs", 1, 2, "--learning-rate", 1e-3, 1e-1, *common),
+    )
+    assert "an adapter" in printed.lower()
+    assert "the probe's" in printed
+    run("train", "--config", tmp_path / "out" / "recipe.yaml", "--output", tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_trials_run_side_by_side(tmp_path, quick, monkeypatch):
+    """Two threads in place of processes: each opens the journal and asks for its own trials."""
+    monkeypatch.setattr(
+        tuning, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(max_workers=jobs)
+    )
+    tuned = tune(recipe_for("m"), tmp_path, TABLE, num_trials=8, jobs=2)
+    assert [t.number for t in tuned.trials] == list(range(8))
+    assert len({t.choice["learning_rate"] for t in tuned.trials}) == 8
+
+
+def test_a_trial_runs_in_a_process_of_its_own(base_dir, tmp_path):  # noqa: F811
+    options = {"num_trials": 1, "jobs": 2, "ranges": {"epochs": (1, 1)}}
+    held_out = TABLE.select(range(8))
+    tuned = tune(recipe_for(base_dir, "lora"), tmp_path / "out", TABLE, held_out, **options)
+    assert [t.state for t in tuned.trials] == ["finished"]
+
+
+def test_hyperparameter_search_of_the_trainer(tmp_path):
+    """With `model_init` every trial has a new adapter, and the callback tells each its N."""
+    torch.manual_seed(0)
+    rows = [{"x": torch.randn(6), "labels": torch.randn(5)} for _ in range(8)]
+    made = []
+
+    def model_init(trial=None):
+        strength = trial.suggest_float("strength", 0.1, 10, log=True) if trial else 1.0
+        config = bara.BaraConfig(r=2, strength=strength, target_modules=["layer"])
+        made.append(get_peft_model(TinyNet(), config))
+        return made[-1]
+
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=1,
+        eval_strategy="epoch",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        model_init=model_init,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[bara.BayesianCallback()],
+    )
+    best = trainer.hyperparameter_search(
+        backend="optuna",
+        n_trials=2,
+        direction="minimize",
+        hp_space=lambda trial: {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)
+        },
+    )
+    assert {"learning_rate", "strength"} == set(best.hyperparameters)
+    numbers = [model.peft_config["default"].resolved for model in made[1:]]
+    assert [n.num_observations for n in numbers] == [8, 8]
+    assert best.hyperparameters["strength"] in [n.strength for n in numbers]
