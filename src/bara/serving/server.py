@@ -1,0 +1,45 @@
+"""The server process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from bara.errors import BaraError
+from bara.serving.guard import GRACE
+from bara.serving.limits import Limits
+
+SHORTEST_KEY = 16
+
+
+def read_key(path: Path) -> str:
+    """The key in a file.
+
+    Raises:
+        BaraError: there is none, or one that could be guessed.
+    """
+    try:
+        key = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BaraError(f"--api-key-file: {path} cannot be read") from error
+    if len(key) < SHORTEST_KEY or not key.isascii() or any(c.isspace() for c in key):
+        raise BaraError(
+            f"--api-key-file: {path} must hold one key of {SHORTEST_KEY} letters or more, without "
+            "spaces; make one with `openssl rand -hex 32`"
+        )
+    return key
+
+
+def run(app: FastAPI, *, host: str, port: int, limits: Limits) -> None:
+    """Serves until it is told to stop; then it takes no more and finishes what it has."""
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(limits.seconds + GRACE),
+    )
