@@ -47,7 +47,7 @@ class Job:
 
     def finish(self, value: Any) -> None:
         """Hands the result on, unless the job has ended already."""
-        if not self.result.done():
+        with suppress(InvalidStateError):
             self.result.set_result(value)
 
     def fail(self, error: BaseException) -> None:

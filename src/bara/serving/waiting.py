@@ -24,8 +24,7 @@ async def results(request: Request, jobs: Sequence[Job]) -> list[Any]:
     Raises:
         Problem: the first of their errors, or that the client has gone.
     """
-    futures = [asyncio.wrap_future(job.result) for job in jobs]
-    everything = asyncio.gather(*futures)
+    everything = asyncio.ensure_future(_all(jobs))
     await _or_gone(request, everything, jobs)
     try:
         return await everything
@@ -33,6 +32,10 @@ async def results(request: Request, jobs: Sequence[Job]) -> list[Any]:
         raise problem_of(error) from error
     finally:
         close(jobs)
+
+
+async def _all(jobs: Sequence[Job]) -> list[Any]:
+    return [await asyncio.wrap_future(job.result) for job in jobs]
 
 
 Event = tuple[int, Token | None]
