@@ -1,4 +1,4 @@
-"""Adapters for the benchmarks of `bara serve`: MiniLM on tweets, SmolLM2-135M-Instruct on short texts.
+"""Adapters for the benchmarks of `bara serve`: MiniLM on tweets, SmolLM2-135M-Instruct on texts.
 
 Speed and equality do not depend on how good the answers are: MiniLM is trained for some steps, and
 SmolLM2, whose B is random, so that its draws differ, for one.

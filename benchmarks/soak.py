@@ -1,12 +1,12 @@
-"""Mixed load on `bara serve` for half an hour, with clients that vanish and a server that is killed.
+"""Mixed load on `bara serve` for half an hour, clients that vanish, a server that is killed.
 
     python benchmarks/soak.py
 
 A supervisor starts the server (a MiniLM classifier and SmolLM2-135M-Instruct, both with BaRA) and
 starts it again when it has ended; twice it is killed with SIGKILL. Eight clients ask without pause:
 predictions, completions and streams whose answers were computed before by `bara.predict` and
-`bara.generate`, requests that are given up, bodies that are too large or broken. Whatever comes back
-is one of: the right answer, an error with a status, a broken connection, or wrong, or lost (no
+`bara.generate`, requests that are given up, bodies that are too large or broken. Whatever comes
+back is one of: the right answer, an error with a status, a broken connection, or wrong, or lost (no
 answer and no error within the client's patience, which is longer than the server's time limit).
 Every minute is written to benchmarks/results/soak.jsonl at once, and the page
 docs/serving-results.md at the end.

@@ -35,7 +35,7 @@ TABLES: dict[str, dict[str, list[Any]]] = {
 
 
 def make_adapter(base: Path, folder: Path, kind: str, method: str = "bara", **options: Any) -> Path:
-    """A trained adapter's folder, its parameters moved so that draws and texts make a difference."""
+    """A trained adapter's folder, its parameters moved so that draws make a difference."""
     recipe = TrainRecipe(
         model=str(base),
         output=str(folder),

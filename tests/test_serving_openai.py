@@ -1,5 +1,7 @@
 """OpenAI's own client against `bara serve`: its answers are those of `bara.generate`."""
 
+# ruff: noqa: E402 (what comes after importorskip needs the extra `serve`)
+
 import json
 import math
 import threading
@@ -330,11 +332,10 @@ def test_a_model_that_fails_in_the_middle_of_a_stream(client, monkeypatch):
     decode_rows = decoding.decode_rows
     monkeypatch.setattr(decoding, "decode_rows", failing)
     stream = client.completions.create(model="words", prompt="w4", stream=True, max_tokens=9)
-    pieces = []
+    next(stream)
+    next(stream)
     with pytest.raises(openai.APIError, match="the server failed"):
-        for event in stream:
-            pieces.append(event)
-    assert len(pieces) == 2
+        next(stream)
     with pytest.raises(openai.InternalServerError, match="the server failed"):
         client.completions.create(model="words", prompt="w4", max_tokens=9)
 

@@ -217,7 +217,7 @@ def tokenise(
 def encode_texts(
     texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, task: TextTask
 ) -> dict[str, Any]:
-    """Columns of model inputs, cut to the task's length, for texts or for texts and second texts."""
+    """Columns of model inputs, cut to the task's length, for texts or for pairs of them."""
     longest = min(task.max_length, tokenizer.model_max_length)
     return dict(tokenizer(*texts, truncation=True, max_length=longest))
 

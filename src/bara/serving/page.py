@@ -17,7 +17,8 @@ def _policy(page: str) -> str:
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         allowed[tag] = b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return (
-        "default-src 'none'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; "
         f"frame-ancestors 'none'; style-src 'sha256-{allowed['style']}'; "
         f"script-src 'sha256-{allowed['script']}'"
     )
