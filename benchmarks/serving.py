@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=2 python benchmarks/serving.py
 
 Against a loop of single calls (`bara.predict`, `bara.generate`) that clients take turns in, and
-against plain transformers that serves a LoRA adapter: a FastAPI app around `pipeline` for MiniLM and around
-`generate` for SmolLM2-135M-Instruct, one request at a time. BaRA has 10 draws for a text and 4 for
-an answer of 16 tokens; LoRA has none, and is also served by `bara serve`. Every client asks
-again when it has its answer. Every finished cell is written to benchmarks/results/serving.jsonl at
-once, a second run goes on where the first stopped; the tables go to docs/serving-results.md.
+against plain transformers that serves a LoRA adapter: a FastAPI app around `pipeline` for MiniLM
+and around `generate` for SmolLM2-135M-Instruct, one request at a time. BaRA has 10 draws for a text
+and 4 for an answer of 16 tokens; LoRA has none, and is also served by `bara serve`. Every client
+asks again when it has its answer. Every finished cell is written to
+benchmarks/results/serving.jsonl at once, a second run goes on where the first stopped; the tables
+go to docs/serving-results.md.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _soak(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Half an hour of mixed load",
         "",
-        "`python benchmarks/soak.py`: eight clients, a server with MiniLM and SmolLM2-135M-Instruct "
+        "`python benchmarks/soak.py`: eight clients, a server of MiniLM and SmolLM2-135M-Instruct "
         f"under a supervisor, {minutes[-1]['minute']:.0f} minutes, {minutes[-1]['life'] - 1} times "
         "killed with SIGKILL and started again. `right` is the answer of `bara.predict` or "
         "`bara.generate` with that seed, computed before; the largest difference of a probability "
