@@ -432,17 +432,24 @@ def test_the_command_serves_and_its_errors_are_one_line(
 ):
     ran = {}
 
-    def run(app, **options):
-        ran.update(options, title=app.title)
+    def run(app, listener, limits):
+        ran.update(title=app.title, address=listener.getsockname(), limits=limits)
 
-    monkeypatch.setattr("bara.serving.server.uvicorn.run", run)
-    code, _, error = call("serve", f"film={served_folders['reviews']}", "--port", 8123)
+    monkeypatch.setattr("bara.serving.server.run", run)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused_ = failing("serve", served_folders["reviews"], "--port", port)
+        assert f"cannot listen on 127.0.0.1:{port}" in refused_
+    film = f"film={served_folders['reviews']}"
+    code, _, error = call("serve", film, "--port", port, "--max-draws", 5)
     assert code == 0, error
-    assert (ran["host"], ran["port"], ran["title"]) == ("127.0.0.1", 8123, "bara")
-    assert "film on http://127.0.0.1:8123" in error
-    code, _, error = call("serve", served_folders["reviews"], "--host", "0.0.0.0")
-    assert "anybody who reaches this address" in error
-    twice = failing("serve", served_folders["reviews"], served_folders["reviews"])
-    assert "two adapters are called 'reviews'" in twice
+    assert ran["address"] == ("127.0.0.1", port)
+    assert ran["title"] == "bara"
+    assert ran["limits"] == Limits(draws=5)
+    assert f"film on http://127.0.0.1:{port}" in error
+    code, _, error = call("serve", film, "--host", "0.0.0.0", "--port", port)
+    assert "anybody who reaches this can ask" in error
+    twice = failing("serve", film, film, "--port", port)
+    assert "two adapters are called 'film'" in twice
     assert "--api-key-file" in failing("serve", tmp_path, "--api-key-file", tmp_path / "none")
-    assert "no adapter folder" in failing("serve", tmp_path / "nothing")
+    assert "no adapter folder" in failing("serve", tmp_path / "nothing", "--port", port)

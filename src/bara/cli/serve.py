@@ -45,14 +45,16 @@ def serve(
     from bara.serving.app import create_app
     from bara.serving.limits import Limits
     from bara.serving.served import load_served
-    from bara.serving.server import read_key, run
+    from bara.serving.server import listen, read_key, run
 
     quieten_libraries()
     key = None if api_key_file is None else read_key(api_key_file)
     limits = Limits(max_body, max_texts, max_tokens, max_draws, max_queue, batch_size, timeout)
-    served = load_served(adapters, base_model=base_model)
-    if host not in LOOPBACK and key is None:
-        print("bara: anybody who reaches this address can ask: see --api-key-file", file=sys.stderr)
-    names = ", ".join(one.name for one in served)
-    print(f"bara: {names} on http://{host}:{port}", file=sys.stderr, flush=True)
-    run(create_app(served, limits=limits, api_key=key), host=host, port=port, limits=limits)
+    with listen(host, port) as listener:
+        served = load_served(adapters, base_model=base_model)
+        if host not in LOOPBACK and key is None:
+            print("bara: anybody who reaches this can ask: see --api-key-file", file=sys.stderr)
+        names = ", ".join(one.name for one in served)
+        print(f"bara: {names} on http://{host}:{port}", file=sys.stderr, flush=True)
+        app = create_app(served, limits=limits, api_key=key)
+        run(app, listener=listener, limits=limits)

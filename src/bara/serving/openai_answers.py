@@ -111,7 +111,10 @@ class Form:
         }
 
     def _uncertainty(self, answer: Answer) -> dict[str, Any]:
-        """Of a whole answer, in nats; `uncertainty` is what thresholds are calibrated on."""
+        """Of a whole answer, in nats; the metrics are told too.
+
+        `uncertainty` is what thresholds are calibrated on.
+        """
         values: dict[str, Any] = {
             "score": answer.score,
             "uncertainty": answer.uncertainty,

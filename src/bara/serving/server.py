@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from pathlib import Path
 
 import uvicorn
@@ -13,6 +14,8 @@ from bara.serving.guard import GRACE
 from bara.serving.limits import Limits
 
 SHORTEST_KEY = 16
+BACKLOG = 2048
+"""Connections that the system keeps until they are taken."""
 
 
 def read_key(path: Path) -> str:
@@ -33,13 +36,26 @@ def read_key(path: Path) -> str:
     return key
 
 
-def run(app: FastAPI, *, host: str, port: int, limits: Limits) -> None:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        BaraError: the address is not this machine's, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BaraError(f"--host, --port: cannot listen on {host}:{port}: {reason}") from error
+
+
+def run(app: FastAPI, *, listener: socket.socket, limits: Limits) -> None:
     """Serves until it is told to stop; then it takes no more and finishes what it has."""
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=math.ceil(limits.seconds + GRACE),
     )
+    uvicorn.Server(config).run(sockets=[listener])
