@@ -23,7 +23,7 @@ TITLES = {
 def write_page() -> None:
     """Writes it from the files that there are."""
     lines = ["# Serving, measured", ""]
-    lines += ["Made by the two commands below from `benchmarks/results`; do not edit.", ""]
+    lines += ["Made by the commands below from `benchmarks/results`; do not edit.", ""]
     speed, soak = read_lines(SPEED), read_lines(SOAK)
     if speed:
         lines += _speed(speed)
@@ -84,8 +84,10 @@ def _soak(rows: list[dict[str, Any]]) -> list[str]:
         "killed with SIGKILL and started again. `right` is the answer of `bara.predict` or "
         "`bara.generate` with that seed, computed before; the largest difference of a probability "
         f"was {max(row['largest difference'] for row in minutes):.1g}. `lost` would be a request "
-        "with neither answer nor error. Connections are refused or broken while the server is "
-        "dead and starts again.",
+        "with neither answer nor error. `late` is a 504 after the server's 20 seconds, in a stream "
+        "that has begun an error event. Connections are refused or broken while the server is dead "
+        "and starts again. Other work may have kept the machine busy: this is about answers, not "
+        "about speed.",
         "",
         "| | " + " | ".join(outcomes) + " |",
         "|---" * (len(outcomes) + 1) + "|",
@@ -100,10 +102,12 @@ def _soak(rows: list[dict[str, Any]]) -> list[str]:
             mean(value for row in part for value in row["memory_mib"] if value)
             for part in (memory[:third], memory[-third:])
         )
+        by_minute = [mean(value for value in row["memory_mib"] if value) for row in memory]
         lines += [
             "",
             f"Memory of the server in its longest life ({len(memory)} minutes after the first): "
-            f"{early:.0f} MiB in the mean of the first third, {late:.0f} MiB in that of the last.",
+            f"{early:.0f} MiB in the mean of the first third, {late:.0f} MiB in that of the last. "
+            "By minute: " + ", ".join(f"{value:.0f}" for value in by_minute) + ".",
         ]
     return [*lines, ""]
 

@@ -44,4 +44,5 @@ def deployment(
         served = load_served([str(adapter) for adapter in adapters], base_model=base_model)
         return create_app(served, limits=limits, api_key=api_key)
 
-    return serve.deployment(serve.ingress(build)(), name="bara", **options).bind()
+    decorate: Any = serve.deployment(name="bara", **options)
+    return decorate(serve.ingress(build)()).bind()
