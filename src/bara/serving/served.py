@@ -15,12 +15,16 @@ from bara.adapter.elbo import Elbo
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, load_threshold, read_thresholds
-from bara.finetuning.load import load_adapter
+from bara.finetuning.load import load_adapter, read_task
 from bara.language.tasks import Task
 from bara.serving.problems import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+TASKS = ("classification", "regression", "causal-lm", "multiple-choice")
+"""What a server answers for."""
 
 
 @dataclass(eq=False)
@@ -89,7 +93,7 @@ def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> li
         base_model: where the base model of all of them is now.
 
     Raises:
-        BaraError: two adapters of one name, or an adapter cannot be loaded.
+        BaraError: two adapters of one name, one of another task, or one that cannot be loaded.
     """
     folders: dict[str, Path] = {}
     for given in adapters:
@@ -104,6 +108,8 @@ def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> li
         folders[name] = folder
     served: list[Served] = []
     for name, folder in folders.items():
+        if (task := read_task(folder).task) not in TASKS:
+            raise BaraError(f"{folder} is for {task}, which a server does not answer for")
         read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
         one = Served(name, folder, *load_adapter(folder, base_model=base_model))
         for other in served:
