@@ -149,11 +149,11 @@ def test_requests_together_are_decoded_together(client, served, monkeypatch):
     """Streams and whole answers of several lengths, with stops, in one batch for each seed."""
     sizes, go, begun = [], threading.Event(), threading.Event()
 
-    def counted(sampler, ids, seed, take):
-        sizes.append(len(ids))
+    def counted(sampler, inputs, seed, take):
+        sizes.append(len(inputs["input_ids"]))
         begun.set()
         assert go.wait(20)
-        decode_rows(sampler, ids, seed, take)
+        decode_rows(sampler, inputs, seed, take)
 
     decode_rows = decoding.decode_rows
     monkeypatch.setattr(decoding, "decode_rows", counted)
@@ -319,7 +319,7 @@ def test_unknown_models_and_lists(client):
 
 
 def test_a_model_that_fails_in_the_middle_of_a_stream(client, monkeypatch):
-    def failing(sampler, ids, seed, take):
+    def failing(sampler, inputs, seed, take):
         def twice(row, token, log_probs):
             count.append(token)
             if len(count) == 3:
@@ -327,7 +327,7 @@ def test_a_model_that_fails_in_the_middle_of_a_stream(client, monkeypatch):
             return take(row, token, log_probs)
 
         count = []
-        decode_rows(sampler, ids, seed, twice)
+        decode_rows(sampler, inputs, seed, twice)
 
     decode_rows = decoding.decode_rows
     monkeypatch.setattr(decoding, "decode_rows", failing)
@@ -344,13 +344,13 @@ def test_a_stream_that_nobody_reads_ends(client, monkeypatch):
     """The client goes after two tokens; the model stops long before the last one."""
     ended, count = threading.Event(), []
 
-    def counted(sampler, ids, seed, take):
+    def counted(sampler, inputs, seed, take):
         def slow(row, token, log_probs):
             count.append(token)
             ended.wait(0.05)
             return take(row, token, log_probs)
 
-        decode_rows(sampler, ids, seed, slow)
+        decode_rows(sampler, inputs, seed, slow)
         ended.set()
 
     decode_rows = decoding.decode_rows

@@ -114,9 +114,7 @@ def _stream(sampler: DrawSampler, asked: Inputs, seed: int) -> Iterator[Streamed
             thread.join(timeout=0.01)
 
 
-def decode_rows(
-    sampler: DrawSampler, inputs: Mapping[str, Any], seed: int, take: Take
-) -> None:
+def decode_rows(sampler: DrawSampler, inputs: Mapping[str, Any], seed: int, take: Take) -> None:
     """Decodes prompts together and hands on every token when it is chosen.
 
     Whoever calls it holds `bara.draws.sharing.decoding`.

@@ -14,7 +14,8 @@ from bara.draws.sharing import decoding
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold
 from bara.language.generation import MAX_NEW_TOKENS, DrawSampler
-from bara.language.prompts import Prompt, context, encode_prompt, require_room
+from bara.language.inputs import Inputs, read_prompts
+from bara.language.prompts import Prompt, context, require_room
 from bara.language.streaming import StreamedToken, decode_rows
 from bara.serving.batcher import Job
 from bara.serving.limits import Limits
@@ -196,30 +197,30 @@ class Decoder:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Decodes the answers of all jobs, together if they fit into the context together."""
-        ready = [(job, ids) for job in jobs if (ids := self._encode(job))]
+        ready = [(job, asked) for job in jobs if (asked := self._encode(job))]
         if not ready:
             return
-        longest = max(len(ids) for _, ids in ready)
+        longest = max(asked.longest for _, asked in ready)
         most = max(job.payload.most for job, _ in ready)
         fits = longest + most <= context(self.served.model)
         for group in [ready] if fits else [[one] for one in ready]:
-            self._decode([job for job, _ in group], [ids for _, ids in group])
+            self._decode([job for job, _ in group], [asked for _, asked in group])
 
-    def _encode(self, job: Job) -> list[int]:
-        """Tokens of a job's prompt; none, and the job has failed, if it cannot be answered."""
+    def _encode(self, job: Job) -> Inputs | None:
+        """A job's prompt; None, and the job has failed, if it cannot be answered."""
         answer: Answer = job.payload
         try:
-            ids = encode_prompt(self.served.tokenizer, answer.prompt)
-            room = context(self.served.model) - len(ids)
+            asked = read_prompts(self.served.model, self.served.tokenizer, [answer.prompt])
+            room = context(self.served.model) - asked.longest
             answer.most = answer.wanted or max(1, min(MAX_NEW_TOKENS, self.limits.tokens, room))
-            require_room(self.served.model, len(ids), answer.most)
+            require_room(self.served.model, asked.longest, answer.most)
         except BaraError as error:
             job.fail(Problem(400, str(error), param="prompt"))
-            return []
-        answer.prompt_tokens = len(ids)
-        return ids
+            return None
+        answer.prompt_tokens = len(asked.rows[0])
+        return asked
 
-    def _decode(self, jobs: list[Job], ids: list[list[int]]) -> None:
+    def _decode(self, jobs: list[Job], asked: list[Inputs]) -> None:
         num_draws, seed, deterministic, options, _ = jobs[0].settings
         served = self.served
         most = max(job.payload.most for job in jobs)
@@ -227,7 +228,7 @@ class Decoder:
             sampler = DrawSampler(
                 served.model,
                 served.tokenizer,
-                max(map(len, ids)),
+                max(one.longest for one in asked),
                 num_draws,
                 seed,
                 deterministic,
@@ -252,8 +253,9 @@ class Decoder:
             return False
 
         ends = sampler.ends
+        inputs = asked[0].stack([row for one in asked for row in one.rows])
         with decoding(served.model):
-            decode_rows(sampler, ids, seed, take)
+            decode_rows(sampler, inputs, seed, take)
 
     def _top(self, answer: Answer, log_probs: Tensor) -> tuple[Top, ...]:
         if not answer.top:
