@@ -106,3 +106,18 @@ def failing(call: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
         return error
 
     return run
+
+
+@pytest.fixture(scope="session")
+def served_folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: BertTokenizerFast
+) -> dict[str, Path]:
+    """Folders of tiny adapters to serve, by their name: see `serving.TABLES`."""
+    from serving import TABLES, make_adapter, tiny_bert_folder, tiny_lm_folder
+
+    root = tmp_path_factory.mktemp("served")
+    bert = tiny_bert_folder(root / "bert", tiny_tokenizer)
+    llama = tiny_lm_folder(root / "llama")
+    return {
+        name: make_adapter(llama if name == "words" else bert, root / name, name) for name in TABLES
+    }

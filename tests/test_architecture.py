@@ -10,8 +10,8 @@ ROOT = Path(bara.__file__).parent
 ORDER = (
     *("errors", "schema", "files", "machine", "draws", "data", "cards", "prediction", "posteriors"),
     *("language", "evaluation", "adapter", "models", "training", "ranks", "certificates"),
-    *("methods", "export", "reports", "finetuning", "__init__", "doctor", "quickstart"),
-    "lm_eval",
+    *("methods", "export", "reports", "finetuning", "serving", "__init__", "doctor"),
+    *("quickstart", "lm_eval"),
     *("bench", "cli"),
     "__main__",
 )

@@ -21,6 +21,7 @@ from bara.cli.quickstart import quickstart
 from bara.cli.ranks import ranks
 from bara.cli.review import review
 from bara.cli.select import select
+from bara.cli.serve import serve
 from bara.cli.terminal import use_utf8
 from bara.cli.train import train
 from bara.cli.tune import tune
@@ -51,6 +52,7 @@ app.command()(ranks)
 app.command()(prune)
 app.command()(export)
 app.command()(generate)
+app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

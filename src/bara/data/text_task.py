@@ -208,15 +208,18 @@ def tokenise(
 
     if len(dataset) == 0:
         raise BaraError("the data has no rows; give at least one")
-    encoded = tokenizer(
-        *task.texts(dataset, first_row=first_row),
-        truncation=True,
-        max_length=min(task.max_length, tokenizer.model_max_length),
-    )
-    columns = dict(encoded)
+    columns = encode_texts(task.texts(dataset, first_row=first_row), tokenizer, task)
     if labels:
         columns["labels"] = task.encode_labels(dataset, first_row=first_row)
     return Dataset.from_dict(columns)
+
+
+def encode_texts(
+    texts: Sequence[list[str]], tokenizer: PreTrainedTokenizerBase, task: TextTask
+) -> dict[str, Any]:
+    """Columns of model inputs, cut to the task's length, for texts or for pairs of them."""
+    longest = min(task.max_length, tokenizer.model_max_length)
+    return dict(tokenizer(*texts, truncation=True, max_length=longest))
 
 
 def split_dataset(

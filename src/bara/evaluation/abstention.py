@@ -151,7 +151,7 @@ def save_threshold(folder: str | Path, threshold: Threshold, **conditions: Any) 
     Thresholds for other risks stay.
     """
     path = Path(folder) / FILE
-    known = _read(path) if path.is_file() else {}
+    known = read_thresholds(folder)
     known[f"{threshold.risk:g}"] = {**asdict(threshold), "conditions": conditions}
     atomic_write_text(path, json.dumps(known, indent=2) + "\n")
 
@@ -171,8 +171,7 @@ def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Thresh
     Raises:
         BaraError: there is none, it was calibrated under others, or the file is damaged.
     """
-    path = Path(folder) / FILE
-    known = _read(path) if path.is_file() else {}
+    known = read_thresholds(folder)
     values = known.get(f"{risk:g}")
     if values is None:
         there = f" (there is one for {', '.join(sorted(known))})" if known else ""
@@ -191,7 +190,15 @@ def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Thresh
     return threshold
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_thresholds(folder: str | Path) -> dict[str, Any]:
+    """The thresholds of an adapter's folder by their risk, as they were saved.
+
+    Raises:
+        BaraError: the file is damaged.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return {}
     mend = "it is damaged: remove it and calibrate again"
     known: dict[str, Any] = read_json(path, dict[str, _SAVED], mend)  # type: ignore[valid-type]
     return known

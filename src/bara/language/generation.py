@@ -169,6 +169,12 @@ class DrawSampler:
         return getattr(self.model.generation_config, name, None) if given is None else given
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        end = self.setting("eos_token_id")
+        return frozenset(torch.tensor([] if end is None else end).flatten().long().tolist())
+
+    @property
     def rows_per_prompt(self) -> int:
         rows = max(self.setting(name) or 1 for name in ("num_beams", "num_return_sequences"))
         return int(self.draws.num_draws * rows)
@@ -254,8 +260,7 @@ class DrawSampler:
 
     def length(self, tokens: Tensor) -> int:
         """Tokens up to the end-of-text token, or to the padding behind a shorter answer."""
-        end = self.setting("eos_token_id")
-        ends = torch.isin(tokens, torch.tensor([] if end is None else end).to(tokens))
+        ends = torch.isin(tokens, torch.tensor(sorted(self.ends)).to(tokens))
         if ends.any():
             return int(ends.int().argmax()) + 1
         if not any(self.setting(name) for name in ("stop_strings", "stopping_criteria")):

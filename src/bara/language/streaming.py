@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from queue import Queue
 from threading import Event, Thread
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from bara.draws.sharing import decoding
 from bara.errors import BaraError
 from bara.language.generation import DrawSampler, Pieces, Step, seeded
 from bara.language.inputs import Inputs, read_prompts
 from bara.language.prompts import Prompt, require_generator
+from bara.prediction.batches import num_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,10 @@ class StreamedToken:
     log_prob: float
     total: float
     epistemic: float
+
+
+Take = Callable[[int, StreamedToken, Tensor], bool]
+"""What `decode_rows` hands every token to."""
 
 
 def generate_stream(
@@ -80,18 +84,17 @@ def generate_stream(
 
 
 def _stream(sampler: DrawSampler, asked: Inputs, seed: int) -> Iterator[StreamedToken]:
-    queue: Queue[tuple[int, Step] | BaseException | None] = Queue(maxsize=1)
+    queue: Queue[StreamedToken | BaseException | None] = Queue(maxsize=1)
     closed = Event()
+
+    def take(row: int, token: StreamedToken, log_probs: Tensor) -> bool:
+        queue.put(token)
+        return closed.is_set()
 
     def decode() -> None:
         try:
-            with decoding(sampler.model, stream=True), seeded(seed), sampler.mixed() as steps:
-                criteria = sampler.options.get("stopping_criteria") or []
-                sampler.run(
-                    asked.batch(),
-                    streamer=_Streamer(queue, steps),
-                    stopping_criteria=StoppingCriteriaList([*criteria, _Closed(closed)]),
-                )
+            with decoding(sampler.model, stream=True):
+                decode_rows(sampler, asked.batch(), seed, take)
         except BaseException as error:
             queue.put(error)
         queue.put(None)
@@ -99,16 +102,10 @@ def _stream(sampler: DrawSampler, asked: Inputs, seed: int) -> Iterator[Streamed
     thread = Thread(target=decode, daemon=True)
     thread.start()
     try:
-        pieces = Pieces(sampler.tokenizer)
         while (item := queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            token, step = item
-            total, aleatoric = float(step.total[0]), float(step.aleatoric[0])
-            log_prob = float(step.log_probs[0, token])
-            yield StreamedToken(
-                pieces.add(token), token, log_prob, total, max(0.0, total - aleatoric)
-            )
+            yield item
     finally:
         closed.set()
         while thread.is_alive():
@@ -117,28 +114,55 @@ def _stream(sampler: DrawSampler, asked: Inputs, seed: int) -> Iterator[Streamed
             thread.join(timeout=0.01)
 
 
-class _Streamer(BaseStreamer):
-    """Puts every chosen token with its step into a queue; the first call brings the prompt."""
+def decode_rows(sampler: DrawSampler, inputs: Mapping[str, Any], seed: int, take: Take) -> None:
+    """Decodes prompts together and hands on every token when it is chosen.
 
-    def __init__(self, queue: Queue[Any], steps: list[Step]) -> None:
-        self.queue = queue
+    Whoever calls it holds `bara.draws.sharing.decoding`.
+
+    Args:
+        sampler: of the model, without beams.
+        inputs: a batch of prompts, as `Inputs.batch` makes it.
+        seed: of the tokens where they are sampled.
+        take: is given a row's number, its token and the distribution (V,) that the token was chosen
+            from, as log-probabilities; whether the row ends here. It is not asked again about a row
+            that has ended, by itself or with an end-of-text token.
+
+    Raises:
+        BaraError: any error of decoding.
+    """
+    with seeded(seed), sampler.mixed() as steps:
+        given = sampler.options.get("stopping_criteria") or []
+        listener = _Listener(sampler, num_rows(inputs), steps, take)
+        sampler.run(
+            dict(inputs),
+            stopping_criteria=StoppingCriteriaList([*given, listener]),
+        )
+
+
+class _Listener(StoppingCriteria):
+    """Is called after every step with all tokens so far, and says which rows have ended.
+
+    The steps that it has read are dropped: they hold a distribution for each row.
+    """
+
+    def __init__(self, sampler: DrawSampler, rows: int, steps: list[Step], take: Take) -> None:
+        self.pieces = [Pieces(sampler.tokenizer) for _ in range(rows)]
+        self.ends = sampler.ends
         self.steps = steps
-        self.position = -1
-
-    def put(self, value: Tensor) -> None:
-        if self.position >= 0:
-            self.queue.put((int(value[0]), self.steps[self.position]))
-        self.position += 1
-
-    def end(self) -> None:
-        pass
-
-
-class _Closed(StoppingCriteria):
-    """Ends decoding when nobody listens any more."""
-
-    def __init__(self, closed: Event) -> None:
-        self.closed = closed
+        self.take = take
+        self.ended = [False] * rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return input_ids.new_full((len(input_ids),), self.closed.is_set(), dtype=torch.bool)
+        step = self.steps[-1]
+        self.steps.clear()
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if not self.ended[row]:
+                ends = self.take(row, self._streamed(row, token, step), step.log_probs[row])
+                self.ended[row] = ends or token in self.ends
+        return torch.tensor(self.ended, device=input_ids.device)
+
+    def _streamed(self, row: int, token: int, step: Step) -> StreamedToken:
+        total, aleatoric = float(step.total[row]), float(step.aleatoric[row])
+        log_prob = float(step.log_probs[row, token])
+        text = self.pieces[row].add(token)
+        return StreamedToken(text, token, log_prob, total, max(0.0, total - aleatoric))

@@ -1,0 +1,1 @@
+"""Adapters behind an API: a server, its queue, and a page for people."""

@@ -1,0 +1,83 @@
+"""What requests for predictions and ranks hold. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bara.schema import Seed
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def with_examples(*examples: dict[str, Any]) -> ConfigDict:
+    """The configuration of a request whose documentation shows these."""
+    return STRICT | ConfigDict(json_schema_extra={"examples": list(examples)})
+
+
+Text = Annotated[str, Field(min_length=1)]
+Draws = Annotated[int, Field(ge=1)]
+Risk = Annotated[float, Field(gt=0, lt=1)]
+Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
+class TextsRequest(BaseModel):
+    """Texts for one adapter, or pairs of texts where it was trained on pairs."""
+
+    model_config = STRICT
+
+    model: str | None = None
+    texts: Annotated[list[Text], Field(min_length=1)] | None = None
+    pairs: (
+        Annotated[
+            list[Annotated[list[Text], Field(min_length=2, max_length=2)]], Field(min_length=1)
+        ]
+        | None
+    ) = None
+
+
+class PredictRequest(TextsRequest):
+    """Texts to classify, or to predict a number for."""
+
+    model_config = with_examples(
+        {"model": "tweets", "texts": ["What a day!", "Not again."], "num_draws": 10, "seed": 0},
+        {"pairs": [["A dog runs.", "An animal moves."]], "abstain_at_risk": 0.1},
+    )
+
+    num_draws: Draws = 10
+    seed: Seed = 0
+    deterministic: bool = False
+    abstain_at_risk: Risk | None = None
+
+
+class RankRequest(TextsRequest):
+    """Texts whose rank in use is asked for; for a language model also a conversation."""
+
+    model_config = with_examples({"model": "tweets", "texts": ["What a day!"]})
+
+    messages: Messages | None = None
+
+
+PREDICTED = {
+    "object": "predictions",
+    "model": "tweets",
+    "task": "classification",
+    "num_draws": 10,
+    "seed": 0,
+    "predictions": [
+        {
+            "prediction": "positive",
+            "probabilities": {"negative": 0.08, "positive": 0.92},
+            "total": 0.28,
+            "aleatoric": 0.25,
+            "epistemic": 0.03,
+        }
+    ],
+}
+RANKED = {
+    "object": "ranks",
+    "model": "tweets",
+    "layers": [{"name": "encoder.layer.0.attention.self.query", "max_rank": 8, "rank": 3.2}],
+    "mean": 3.2,
+}

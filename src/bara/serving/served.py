@@ -1,0 +1,140 @@
+"""The adapters that a server has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bara.adapter.elbo import Elbo
+from bara.data.text_task import TextTask
+from bara.errors import BaraError
+from bara.evaluation.abstention import Threshold, load_threshold, read_thresholds
+from bara.finetuning.load import load_adapter, read_task
+from bara.language.tasks import Task
+from bara.serving.problems import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+TASKS = ("classification", "regression", "causal-lm", "multiple-choice")
+"""What a server answers for."""
+
+
+@dataclass(eq=False)
+class Served:
+    """An adapter under the name that requests call it by.
+
+    Attributes:
+        name: of the adapter on this server.
+        folder: where its thresholds are.
+        model, tokenizer, task: what `bara.load_adapter` returned.
+        created: when it was loaded, in seconds since 1970.
+    """
+
+    name: str
+    folder: Path
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a language model."""
+        return not isinstance(self.task, TextTask)
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether its layers have a posterior whose rank can be told."""
+        return Elbo.of(self.model) is not None
+
+    def threshold(self, risk: float, **conditions: Any) -> Threshold:
+        """The calibrated threshold for a risk.
+
+        Raises:
+            Problem: 400: there is none that was calibrated like this.
+        """
+        try:
+            return load_threshold(self.folder, risk, **conditions)
+        except BaraError as error:
+            message = str(error).replace(str(self.folder), self.name)
+            raise Problem(400, message, param="abstain_at_risk") from error
+
+    def described(self) -> dict[str, Any]:
+        """Its entry in the list of models: OpenAI's fields, and what it is for."""
+        task = self.task
+        entry = {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "bara",
+            "task": task.task,
+            "has_rank": self.has_rank,
+        }
+        if isinstance(task, TextTask):
+            entry |= {"classes": list(task.label_names), "pairs": task.text_pair_column is not None}
+        else:
+            entry["chat"] = bool(self.tokenizer.chat_template)
+        return entry
+
+
+def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> list[Served]:
+    """Loads adapters, and the parameters that their base models have in common once.
+
+    Args:
+        adapters: folders, or NAME=FOLDER; the name is the folder's own by default.
+        base_model: where the base model of all of them is now.
+
+    Raises:
+        BaraError: two adapters of one name, one of another task, or one that cannot be loaded.
+    """
+    folders: dict[str, Path] = {}
+    for given in adapters:
+        name, separator, rest = given.partition("=")
+        folder = Path(given)
+        if separator and not folder.is_dir():
+            folder = Path(rest)
+        else:
+            name = folder.resolve().name
+        if name in folders:
+            raise BaraError(f"two adapters are called {name!r}: call one NAME={folder}")
+        folders[name] = folder
+    served: list[Served] = []
+    for name, folder in folders.items():
+        if (task := read_task(folder).task) not in TASKS:
+            raise BaraError(f"{folder} is for {task}, which a server does not answer for")
+        read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
+        one = Served(name, folder, *load_adapter(folder, base_model=base_model))
+        for other in served:
+            share_parameters(one.model, other.model)
+        served.append(one)
+    return served
+
+
+def share_parameters(model: nn.Module, other: nn.Module) -> int:
+    """Makes what two models have in common one memory: equal frozen parameters of one name.
+
+    Returns:
+        How many numbers the model does not hold on its own any more.
+    """
+    theirs, saved = dict(other.named_parameters()), 0
+    for name, parameter in model.named_parameters():
+        same = theirs.get(name)
+        if same is None or "lora_" in name or "modules_to_save" in name:
+            continue
+        if same.data_ptr() != parameter.data_ptr() and _equal(same.data, parameter.data):
+            parameter.data = same.data
+            saved += parameter.numel()
+    return saved
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(one, other)

@@ -1,0 +1,88 @@
+"""Adapters to serve, and servers of the tests' own on loopback."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from datasets import Dataset
+from transformers import BertForSequenceClassification
+
+from bara.finetuning.finetune import finetune
+from bara.finetuning.load import load_adapter
+from bara.methods.recipe import TrainRecipe
+from conftest import tiny_bert_config
+from helpers import stir
+from language_models import tiny_lm, word_tokenizer, words
+
+CHAT = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w9 {% endif %}"
+)
+TEXTS = ["good film", "a bad plot , poor food", "it was not great !", "the cold was awful ."]
+TABLES: dict[str, dict[str, list[Any]]] = {
+    "reviews": {"text": TEXTS * 3, "label": ["yes", "no", "no"] * 4},
+    "pairs": {"text": TEXTS * 3, "text_pair": TEXTS[::-1] * 3, "label": ["a", "b", "c"] * 4},
+    "stars": {"text": TEXTS * 3, "label": [0.5, 1.5, 2.5, 4.0] * 3},
+    "words": {"prompt": [words(i, 5) + " " for i in range(10, 22)], "completion": [words(6)] * 12},
+}
+
+
+def make_adapter(base: Path, folder: Path, kind: str, method: str = "bara", **options: Any) -> Path:
+    """A trained adapter's folder, its parameters moved so that draws make a difference."""
+    recipe = TrainRecipe(
+        model=str(base),
+        output=str(folder),
+        method=method,
+        method_options={"r": 2} | ({"weight_noise": 1.0} if method == "bara" else {}) | options,
+        **({"task": "causal-lm"} if kind == "words" else {}),
+        training={"max_steps": 1, "save_strategy": "no", "use_cpu": True},
+    )
+    finetune(recipe, Dataset.from_dict(TABLES[kind]))
+    if method == "bara":
+        model, _, _ = load_adapter(folder)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        stir(model, seed=len(kind)).save_pretrained(folder)
+    return folder
+
+
+def tiny_bert_folder(folder: Path, tokenizer: Any) -> Path:
+    """A base classifier and its tokeniser; its weights are large, so that texts differ."""
+    torch.manual_seed(0)
+    config = tiny_bert_config(num_labels=3, initializer_range=0.3)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_lm_folder(folder: Path) -> Path:
+    """A base language model and its tokeniser, with a chat template."""
+    tiny_lm("llama").save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The address of a server on loopback, which ends with the context."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
