@@ -138,7 +138,7 @@ def test_what_cannot_be_is_refused(tmp_path, adapter, data):
 
 
 def test_the_command(tmp_path, adapter, data, run, failing):
-    given = ["predict", adapter, "--data", data, "--output", tmp_path / "out", "-n", 2]
+    given = ["predict", adapter, "--data", data, "--output", tmp_path / "out", "--num-draws", 2]
     given += ["--executor", "local", "--output-format", "jsonl", "--keep-column", "id"]
     assert "3 files written" in run(*given)
     assert "0 files written, 3 were there" in run(*given)
@@ -153,9 +153,9 @@ def test_workers_on_ray_one_of_them_killed(tmp_path, adapter):
     psutil = pytest.importorskip("psutil")
     folder, out = tmp_path / "data", tmp_path / "out"
     folder.mkdir()
-    for number in range(8):
-        write_jsonl(folder / f"{number}.jsonl", rows(number, 300))
-    here = {"num_draws": 20, "batch_size": 64}
+    for number in range(6):
+        write_jsonl(folder / f"{number}.jsonl", rows(number, 100))
+    here = {"num_draws": 10, "batch_size": 64}
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ray.init(
         num_cpus=2,
@@ -182,9 +182,9 @@ def test_workers_on_ray_one_of_them_killed(tmp_path, adapter):
     finally:
         ray.shutdown()
     assert killed
-    assert killed[0] < 8
-    assert (len(done.written), done.rows) == (8, 2400)
-    assert (again.written, len(again.skipped)) == ([], 8)
+    assert killed[0] < 6
+    assert (len(done.written), done.rows) == (6, 600)
+    assert (again.written, len(again.skipped)) == ([], 6)
     shutil.move(out, tmp_path / "by_ray")
     predict_dataset(adapter, folder, out, **here)
     assert contents(out) == contents(tmp_path / "by_ray")
