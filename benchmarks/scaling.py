@@ -214,7 +214,7 @@ def growth_table(cells: list[dict[str, Any]]) -> list[str]:
         def times(method: str, key: str, found: Any = found, ends: Any = (first, last)) -> str:
             return f"× {found[method, ends[1]][key] / found[method, ends[0]][key]:.2f}"
 
-        lora = "none" if name == "draws" else times("lora", "ms")
+        lora = "has none" if name == "draws" else times("lora", "ms")
         numbers = [found["bara", value]["adapter_parameters"][1] for value in (first, last)]
         lines.append(
             f"| {name} | {first}, {last} | {times('bara', 'counted')} | {times('bara', 'ms')} | "

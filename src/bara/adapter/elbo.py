@@ -31,7 +31,6 @@ from bara.adapter.call_outputs import tensors_of, with_loss
 from bara.adapter.forward_pass import ForwardPass, Observer
 from bara.draws.context import PerContext, PerThread
 from bara.draws.draws import Draws, DrawSource
-from bara.draws.processes import own_seed
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.posterior import Posterior
@@ -168,7 +167,7 @@ class Elbo(DrawSource):
             fuse=self.fuse,
         )
         if self.fuse and forward.draws is None and model.training:
-            forward.seed = own_seed()
+            forward.draw_seed()
         if training:
             for adapter in self.adapters.values():
                 adapter.resolved.held = self._part_of_warmup(adapter.config) == 0

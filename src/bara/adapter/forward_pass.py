@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bara.draws.draws import Draws, FixedNoise, FreshNoise, Noise
+from bara.draws.processes import own_seed
 from bara.posteriors.fused import FusedLayer
 from bara.posteriors.posterior import Kl, Posterior
 from bara.posteriors.rank_space import RankSpace, SharedInput
@@ -132,6 +133,10 @@ class ForwardPass:
     fuse: bool = False
     seed: int | None = None
     fused: dict[tuple[object, ...], dict[str, FusedLayer]] = field(default_factory=dict)
+
+    def draw_seed(self) -> None:
+        """Takes a seed for fresh noise from torch's global generator."""
+        self.seed = own_seed()
 
     def input_of(self, x: Tensor, layer: str) -> SharedInput:
         """A layer's input, shared by the layers of one module that read the same (q, k, v).

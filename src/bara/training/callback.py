@@ -65,8 +65,8 @@ class BayesianCallback(TrainerCallback):
     weights, adds the KL to a loss that the trainer computes itself (label smoothing, a
     `compute_loss` of one's own, TRL's trainers), and `kl_global`, `kl_local`, `effective_rank`,
     `s_bar` and `effective_rank/q_proj` and so on to the logs, also to those of the trackers of
-    `report_to`. Where several processes train
-    together N is that of all of them, and the logs have the terms of the first one's last batch.
+    `report_to`. Where several processes train together N is that of all of them, and the logs have
+    the terms of the first one's last batch.
 
     Args:
         num_observations: N, if it should not be counted: for a stream that repeats a smaller data
