@@ -17,6 +17,7 @@ from bara.evaluation.trainer_metrics import compute_metrics
 from bara.export.export_lora import export_lora
 from bara.finetuning.bayesianize import Bayesianized, bayesianize
 from bara.finetuning.load import load_adapter
+from bara.finetuning.predict_dataset import predict_dataset
 from bara.language.answer import Generation
 from bara.language.generation import generate
 from bara.language.multiple_choice import multiple_choice
@@ -97,6 +98,7 @@ __all__ = [
     "load_images",
     "multiple_choice",
     "predict",
+    "predict_dataset",
     "predict_preferences",
     "prune",
     "question_windows",

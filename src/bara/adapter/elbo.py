@@ -167,7 +167,7 @@ class Elbo(DrawSource):
             fuse=self.fuse,
         )
         if self.fuse and forward.draws is None and model.training:
-            forward.seed = int(torch.randint(2**31, ()))
+            forward.draw_seed()
         if training:
             for adapter in self.adapters.values():
                 adapter.resolved.held = self._part_of_warmup(adapter.config) == 0

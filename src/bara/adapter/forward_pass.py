@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bara.draws.draws import Draws, FixedNoise, FreshNoise, Noise
+from bara.draws.processes import own_seed
 from bara.posteriors.fused import FusedLayer
 from bara.posteriors.posterior import Kl, Posterior
 from bara.posteriors.rank_space import RankSpace, SharedInput
@@ -132,6 +134,10 @@ class ForwardPass:
     seed: int | None = None
     fused: dict[tuple[object, ...], dict[str, FusedLayer]] = field(default_factory=dict)
 
+    def draw_seed(self) -> None:
+        """Takes a seed for fresh noise from torch's global generator."""
+        self.seed = own_seed()
+
     def input_of(self, x: Tensor, layer: str) -> SharedInput:
         """A layer's input, shared by the layers of one module that read the same (q, k, v).
 
@@ -198,6 +204,8 @@ class ForwardPass:
             return
         self.asked = True
         if parts:  # else a family without KL
+            if dist.is_available() and dist.is_initialized():
+                parts = {name: _kept(part) for name, part in parts.items()}
             terms = self.terms.setdefault(adapter, KlTerms())
             terms.latest = LayerUse(posterior, parts, kl, terms.latest)
 
@@ -241,3 +249,10 @@ class ForwardPass:
     def for_recomputation(self) -> ForwardPass:
         """What a layer needs when it runs again in the backward pass, without the graph."""
         return replace(self, open=False, terms={}, kl=None)
+
+
+def _kept(part: Tensor) -> Tensor:
+    """What a KL is made of, copied where it is a parameter or a view of one: FSDP takes these away
+    after the layer, and the KL is computed when the pass is over."""
+    owner = part if part._base is None else part._base
+    return part.clone() if owner.is_leaf else part

@@ -118,6 +118,7 @@ def _is_plain(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and layer.bias is None
         and type(layer.weight) is nn.Parameter
+        and layer.weight.shape == (layer.out_features, layer.in_features)
         and not _is_hooked(layer)
     )
 

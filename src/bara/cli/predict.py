@@ -21,6 +21,14 @@ from bara.cli.options import (
     Split,
     probability,
 )
+from bara.cli.predict_files import (
+    Executor,
+    KeepColumn,
+    OutputFormat,
+    Workers,
+    predict_files,
+    refuse_without_executor,
+)
 from bara.schema import json_text
 
 CHUNK = 64
@@ -48,8 +56,29 @@ def predict(
         ),
     ] = None,
     base_model: BaseModel = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    output_format: OutputFormat = None,
+    keep_column: KeepColumn = None,
 ) -> None:
     """Write one JSON object per text, question or image: the prediction and how uncertain it is."""
+    if executor is not None:
+        refused = {"--split": split, "--abstain-at-risk": abstain_at_risk, "--coverage": coverage}
+        common = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
+        predict_files(
+            adapter,
+            data,
+            output,
+            refused=refused,
+            executor=executor,
+            workers=workers or 1,
+            output_format=output_format,
+            keep_columns=keep_column or (),
+            base_model=base_model,
+            **common,
+        )
+        return
+    refuse_without_executor(workers, output_format, keep_column)
     from tqdm.auto import tqdm
 
     from bara.cli.terminal import row_count, say_next

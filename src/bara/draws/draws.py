@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.draws.blocks import Blocks
+from bara.draws.processes import mixed, own_generator
 from bara.errors import BaraError
 
 
@@ -28,23 +29,31 @@ class FreshNoise:
     """Noise drawn anew for every input from torch's global generator: what training uses.
 
     The global generator is what `torch.utils.checkpoint` replays and what `Trainer` saves, so that
-    recomputed and resumed steps see the same numbers.
+    recomputed and resumed steps see the same numbers. Where several processes train together it
+    seeds a generator of each process's own.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
         self.device = device
+        self.generator = own_generator(device)
 
     def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(self.batch_size, *shape, device=self.device)
+        return self.shared((self.batch_size, *shape))
 
     def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(self.batch_size, *shape, device=self.device)
+        size = (self.batch_size, *shape)
+        return torch.rand(size, device=self.device, generator=self.generator)
 
     def sign(self, shape: tuple[int, ...]) -> Tensor:
         """Random signs, -1.0 or 1.0, (B, *shape)."""
-        bits = torch.randint(2, (self.batch_size, *shape), device=self.device)
+        size = (self.batch_size, *shape)
+        bits = torch.randint(2, size, device=self.device, generator=self.generator)
         return (2 * bits - 1).float()
+
+    def shared(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers that all inputs share."""
+        return torch.randn(shape, device=self.device, generator=self.generator)
 
 
 class Draws:
@@ -140,17 +149,6 @@ def draw_source(model: nn.Module) -> DrawSource | None:
 def generator(*entropy: int) -> torch.Generator:
     """A generator on the CPU whose state mixes all the given numbers."""
     return torch.Generator().manual_seed(mixed(*entropy))
-
-
-def mixed(*entropy: int) -> int:
-    """A seed that all the given numbers have a part in."""
-    state = 0
-    for number in entropy:  # SplitMix64's mixing, so that neighbouring seeds are unrelated
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state & 0x7FFFFFFFFFFFFFFF
 
 
 class FixedNoise:

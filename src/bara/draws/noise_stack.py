@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bara.draws.draws import Draws, mixed
+from bara.draws.draws import Draws
+from bara.draws.processes import mixed
 
 
 class NoiseStack(Protocol):

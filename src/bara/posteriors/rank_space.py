@@ -148,8 +148,9 @@ class RankSpace:
             return self.project(x, std * noise.normal(name, shape))
         signs = noise.sign((x.shape[channel],))
         inputs = signs.unsqueeze(1) if channel == -1 else trailing(signs, x.dim())
-        shared = std * torch.randn(shape, device=x.device)
-        return self.project(x * inputs, shared) * noise.sign((shape[0],)).unsqueeze(1)
+        return self.project(x * inputs, std * noise.shared(shape)) * noise.sign(
+            (shape[0],)
+        ).unsqueeze(1)
 
     def with_relative_noise(self, variance: Tensor | float, noise: Noise) -> Tensor:
         """A x with noise on A, where an element a of A has variance `variance` * a^2.

@@ -7,14 +7,18 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bara.adapter.call_inputs import predicts_next_token
 from bara.adapter.elbo import Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
+from bara.draws.processes import several_processes
 from bara.errors import BaraError
 from bara.training.kl_mixin import add_kl, calling_trainer
 from bara.training.loss import kl_terms, rank_terms
@@ -61,7 +65,8 @@ class BayesianCallback(TrainerCallback):
     weights, adds the KL to a loss that the trainer computes itself (label smoothing, a
     `compute_loss` of one's own, TRL's trainers), and `kl_global`, `kl_local`, `effective_rank`,
     `s_bar` and `effective_rank/q_proj` and so on to the logs, also to those of the trackers of
-    `report_to`.
+    `report_to`. Where several processes train together N is that of all of them, and the logs have
+    the terms of the first one's last batch.
 
     Args:
         num_observations: N, if it should not be counted: for a stream that repeats a smaller data
@@ -81,6 +86,7 @@ class BayesianCallback(TrainerCallback):
                 "torch.nn.DataParallel runs the model in several threads, where the KL of a step "
                 "cannot be told apart. Start one process per GPU instead (torchrun, accelerate)."
             )
+        _refuse_split_inputs(args, model)
         n = self.num_observations
         if n is None:
             n = count_observations(kwargs["train_dataloader"], model, state.max_steps, args)
@@ -107,7 +113,9 @@ class BayesianCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._set_progress(elbo_of(kwargs["model"]), state)
+        elbo = elbo_of(kwargs["model"])
+        self._set_progress(elbo, state)
+        _average_schedules(elbo)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,14 +173,17 @@ def count_observations(
         return _count_stream(dataloader, model, max_steps, args, per_token)
     if not per_token:
         return len(dataset)
-    count, rows = _count_labels(dataloader, model)
-    if PartialState().num_processes == 1:
-        return count  # also where a row is packed with several examples
-    return round(count * len(dataset) / rows)
+    state = PartialState()
+    if state.num_processes == 1:
+        return _count_labels(dataloader, model)[0]
+    # not its own loader, which fills the last batch with rows that others have too
+    part = range(state.process_index, len(dataset), state.num_processes)
+    own = DataLoader(Subset(dataset, part), args.train_batch_size, collate_fn=dataloader.collate_fn)
+    return sum(gather_object([_count_labels(own, model)[0]]))
 
 
 def _count_labels(batches: Iterable[Any], model: nn.Module) -> tuple[int, int]:
-    """Label tokens that count, and rows, of this process's batches."""
+    """Label tokens that count, and rows, of some batches."""
     shift = predicts_next_token(adapted_root(model))
     count, rows = 0, 0
     for batch in batches:
@@ -193,8 +204,8 @@ def _count_stream(
     rows = max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     n = rows
     if per_token:
-        count, counted = _count_labels(islice(dataloader, STREAM_BATCHES), model)
-        n = round(rows * count / counted)
+        counted = gather_object([_count_labels(islice(dataloader, STREAM_BATCHES), model)])
+        n = round(rows * sum(count for count, _ in counted) / sum(seen for _, seen in counted))
     what = "label tokens" if per_token else "examples"
     warnings.warn(
         f"The training data has no length, so N is what {max_steps} steps take: {n} {what}. If "
@@ -203,3 +214,28 @@ def _count_stream(
         stacklevel=2,
     )
     return n
+
+
+def _average_schedules(elbo: Elbo) -> None:
+    """The data loss that a schedule follows is the mean over the processes: one weight for all."""
+    if several_processes():
+        for schedule in (adapter.schedule for adapter in elbo.adapters.values()):
+            if schedule is not None:
+                states = gather_object([schedule.get_extra_state()])
+                schedule.set_extra_state(torch.stack(states).mean(0))
+
+
+def _refuse_split_inputs(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuses what would give the processes of one input draws that differ, or parts of weights."""
+    parallel = args.parallelism_config
+    sizes = [getattr(parallel, f"{kind}_size", 1) for kind in ("tp", "cp", "sp")]
+    if max(getattr(adapted_root(model), "_tp_size", None) or 1, *sizes) > 1:
+        raise BaraError(
+            "Tensor, context and sequence parallelism share an input between processes, and each "
+            "process draws noise of its own: train with DDP or FSDP2 (fully_shard)."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise BaraError(
+            "DeepSpeed ZeRO-3 takes a layer's weights away as soon as it has been called, and a "
+            "posterior reads them: use ZeRO-1 or 2, DDP or FSDP2 (fully_shard)."
+        )

@@ -1,0 +1,75 @@
+"""`bara predict --executor`: files and folders of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from bara.errors import BaraError
+
+
+class Executors(StrEnum):
+    """Who predicts the files of a folder."""
+
+    local = "local"
+    ray = "ray"
+
+
+class Formats(StrEnum):
+    """Of files of predictions."""
+
+    csv = "csv"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+Executor = Annotated[
+    Executors | None,
+    Option(
+        help="Predict a file or a folder of tables file by file, here or by Ray's workers; "
+        "--output is a folder, and a second run goes on with what is missing."
+    ),
+]
+Workers = Annotated[int | None, Option(min=1, help="Workers of --executor ray; 1 by default.")]
+OutputFormat = Annotated[
+    Formats | None, Option(help="Of the files of --executor; that of each table by default.")
+]
+KeepColumn = Annotated[
+    list[str] | None,
+    Option(help="Column of the tables that the files of --executor repeat. Repeatable."),
+]
+
+
+def predict_files(
+    adapter: Path, data: str, output: str, *, refused: Mapping[str, Any], **options: Any
+) -> None:
+    """Predicts the files and says how many there were."""
+    from bara.finetuning.predict_dataset import predict_dataset
+    from bara.machine import quieten_libraries
+
+    for name, value in refused.items():
+        if value is not None:
+            raise BaraError(f"{name} does not go with --executor")
+    if "-" in (data, output):
+        raise BaraError("--executor reads and writes files: give --data and --output")
+    quieten_libraries()
+    done = predict_dataset(adapter, data, output, **options)
+    typer.echo(
+        f"{len(done.written)} files written, {len(done.skipped)} were there; "
+        f"{done.rows:,} predictions"
+    )
+
+
+def refuse_without_executor(
+    workers: int | None, output_format: str | None, keep_column: list[str] | None
+) -> None:
+    """Refuses options that only --executor has."""
+    given = {"--workers": workers, "--output-format": output_format, "--keep-column": keep_column}
+    for name, value in given.items():
+        if value:
+            raise BaraError(f"{name} is for --executor local or ray")

@@ -1,0 +1,304 @@
+"""Predictions for a file or a folder of tables, in this process or by workers on a Ray cluster."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from bara.data.tables import FILE_SUFFIXES
+from bara.errors import BaraError
+from bara.files import atomic_write_bytes, atomic_write_text, only_writer
+from bara.finetuning.load import load_adapter, read_task
+from bara.finetuning.task_inputs import predict_table, read_table
+from bara.schema import json_text
+
+Executor = Literal["local", "ray"]
+Format = Literal["csv", "jsonl", "parquet"]
+SETTINGS_FILE = ".bara-predictions.json"
+"""What the files of an output folder were predicted with."""
+LOCK_FILE = ".bara-predictions.lock"
+CHUNK = 1024
+"""Texts that are predicted at a time: the same for any number of workers, and so the batches."""
+
+
+class PredictedFiles(NamedTuple):
+    """What a run did.
+
+    Attributes:
+        written: files that it wrote.
+        skipped: files that an earlier run had written.
+        rows: predictions in `written`.
+    """
+
+    written: list[Path]
+    skipped: list[Path]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """How every file is predicted; each worker makes its own model of it."""
+
+    adapter: str
+    base_model: str | None
+    num_draws: int
+    seed: int
+    batch_size: int
+    keep_columns: tuple[str, ...]
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any, Any]:
+        return load_adapter(self.adapter, base_model=self.base_model)
+
+    def run(self, source: str, target: str) -> dict[str, Any]:
+        """Predicts one file; its output appears when it is whole. An error belongs to the file."""
+        try:
+            records = list(self._records(source))
+            atomic_write_bytes(target, _encoded(records, Path(target).suffix))
+        except BaraError as error:
+            return {"source": source, "rows": 0, "error": str(error)}
+        return {"source": source, "rows": len(records), "error": ""}
+
+    def _records(self, source: str) -> Iterator[dict[str, Any]]:
+        model, tokenizer, task = self.loaded
+        table = read_table(source, task)
+        if missing := [name for name in self.keep_columns if name not in table.column_names]:
+            raise BaraError(f"there is no column {missing[0]!r} to keep")
+        for first in range(0, len(table), CHUNK):
+            part = table.select(range(first, min(first + CHUNK, len(table))))
+            predictive = predict_table(
+                model,
+                tokenizer,
+                task,
+                part,
+                labels=False,
+                first_row=first + 1,
+                num_draws=self.num_draws,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                progress=False,
+            )
+            kept = part.select_columns(list(self.keep_columns)).to_list()
+            for row, record in zip(kept or [{}] * len(part), predictive.to_records(), strict=True):
+                if twice := sorted(row.keys() & record.keys()):
+                    raise BaraError(
+                        f"a prediction has a {twice[0]!r} too; rename the column to keep"
+                    )
+                yield row | record
+
+
+def predict_dataset(
+    adapter: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    executor: Executor = "local",
+    workers: int = 1,
+    output_format: Format | None = None,
+    keep_columns: Sequence[str] = (),
+    num_draws: int = 10,
+    seed: int = 0,
+    batch_size: int = 256,
+    base_model: str | None = None,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    ray_address: str | None = None,
+) -> PredictedFiles:
+    """Predict a file or a folder of tables, file by file, and write a folder of predictions.
+
+    A file of predictions is written whole or not at all, and has one row for each row of the table,
+    in order. A run that was interrupted is started again: files that are there already, and are not
+    older than their tables, are skipped. The numbers do not depend on the executor, nor on the
+    number of workers, as long as each has as many threads.
+
+    Args:
+        adapter: folder that `bara train` wrote.
+        data: a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` file, or a folder of them, searched
+            with its subfolders. Each file has to fit a worker's memory.
+        output: folder for the predictions, each file under its table's name; not inside `data`.
+        executor: `local`, this process; or `ray`, a Ray Data pipeline with one model per worker,
+            whose lost workers are replaced. All nodes have to see the three paths.
+        workers: of `ray`.
+        output_format: `csv` (probabilities in columns of their own), `jsonl` or `parquet`; None
+            takes each table's own.
+        keep_columns: columns of the tables that their predictions repeat, such as an identifier.
+        num_draws, seed, batch_size: see `bara.predict`.
+        base_model: where the base model is now.
+        num_cpus, num_gpus: what a worker of `ray` takes.
+        ray_address: of the cluster; None joins the one that the environment names, or starts one
+            here.
+
+    Raises:
+        BaraError: there is nothing to read, the output folder was predicted with something else or
+            is in use, Ray is missing, or files could not be predicted (the others have been).
+    """
+    if executor not in get_args(Executor):
+        raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
+    if workers < 1 or (executor == "local" and workers > 1):
+        raise BaraError("give one worker or more with executor='ray'; 'local' has one")
+    read_task(adapter)
+    folder = Path(output)
+    targets = _targets(Path(data), folder, output_format)
+    job = Job(
+        str(adapter), base_model, num_draws, seed, batch_size, tuple(dict.fromkeys(keep_columns))
+    )
+    refusal = f"another process writes predictions into {folder}; wait for its end"
+    with only_writer(folder / LOCK_FILE, refusal):
+        _require_same_settings(folder, job)
+        for left in folder.rglob(".*.tmp"):  # by a process that was killed
+            left.unlink()
+        done = [source for source in targets if _is_finished(source, targets[source])]
+        pending = {str(s): str(t) for s, t in targets.items() if s not in done}
+        if executor == "local":
+            results = [job.run(source, target) for source, target in pending.items()]
+        else:
+            options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "concurrency": workers}
+            results = _run_ray(job, pending, ray_address, options) if pending else []
+    if failed := [result for result in results if result["error"]]:
+        raise BaraError(
+            f"{len(failed)} of {len(targets)} files could not be predicted, the others are in "
+            f"{folder}; the first is {failed[0]['source']}: {failed[0]['error']}"
+        )
+    return PredictedFiles(
+        [Path(target) for target in pending.values()],
+        [targets[source] for source in done],
+        sum(result["rows"] for result in results),
+    )
+
+
+def _targets(data: Path, folder: Path, output_format: Format | None) -> dict[Path, Path]:
+    """Where the predictions of each table go."""
+    if output_format is not None and output_format not in get_args(Format):
+        raise BaraError(f"output_format must be csv, jsonl or parquet, not {output_format!r}")
+    if folder.exists() and not folder.is_dir():
+        raise BaraError(f"{folder} is a file; give a folder for the predictions")
+    if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise BaraError(f"{folder} is inside {data}, whose files are read; give another folder")
+    found = sorted(data.rglob("*")) if data.is_dir() else [data]
+    sources = [p for p in found if p.is_file() and p.suffix.lower() in FILE_SUFFIXES]
+    if not sources:
+        raise BaraError(f"there is no table at {data} ({', '.join(FILE_SUFFIXES)})")
+    root = data if data.is_dir() else data.parent
+    targets: dict[Path, Path] = {}
+    for source in sources:
+        own = {".tsv": ".csv", ".json": ".jsonl"}.get(source.suffix.lower(), source.suffix.lower())
+        suffix = f".{output_format}" if output_format else own
+        target = folder / source.relative_to(root).with_suffix(suffix)
+        if target in targets.values():
+            raise BaraError(f"two tables would be predicted into {target}; rename {source}")
+        targets[source] = target
+    return targets
+
+
+def _is_finished(source: Path, target: Path) -> bool:
+    return target.is_file() and target.stat().st_mtime >= source.stat().st_mtime
+
+
+def _require_same_settings(folder: Path, job: Job) -> None:
+    """Keeps predictions that were made with something else out of one folder.
+
+    Raises:
+        BaraError: the folder has some.
+    """
+    digest = hashlib.sha256()
+    root = Path(job.adapter)
+    weights = [p for p in root.rglob("*.safetensors") if "checkpoints" not in p.parts]
+    for path in sorted([*weights, *root.glob("temperature.json")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    unnamed = {"adapter": digest.hexdigest(), "base_model": None}
+    settings = json_text(asdict(job) | unnamed) + "\n"
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        atomic_write_text(path, settings)
+    elif path.read_text("utf-8") != settings:
+        raise BaraError(
+            f"the predictions in {folder} are of another adapter, other draws, seed, batch size or "
+            "columns: give another folder"
+        )
+
+
+def _encoded(records: list[dict[str, Any]], suffix: str) -> bytes:
+    """The content of a file of predictions."""
+    if suffix == ".jsonl":
+        lines = (json_text(record, ensure_ascii=False) + "\n" for record in records)
+        return "".join(lines).encode("utf-8", errors="replace")
+    if suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        buffer = io.BytesIO()
+        parquet.write_table(pa.Table.from_pylist(records), buffer)
+        return buffer.getvalue()
+    rows = [_flat(record) for record in records]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", errors="replace")
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose cells are no objects: `probabilities.good`; lists become JSON."""
+    cells: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            cells |= {f"{name}.{key}": part for key, part in _flat(value).items()}
+        else:
+            cells[name] = json.dumps(value) if isinstance(value, list) else value
+    return cells
+
+
+class _Worker:
+    """One model on a Ray cluster, for one file at a time."""
+
+    def __init__(self, job: Job) -> None:
+        from bara.machine import quieten_libraries
+
+        quieten_libraries()
+        self.job = job
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        pairs = zip(batch["source"], batch["target"], strict=True)
+        results = [self.job.run(str(source), str(target)) for source, target in pairs]
+        return {name: [result[name] for result in results] for name in results[0]}
+
+
+def _run_ray(
+    job: Job, pending: dict[str, str], address: str | None, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise BaraError('Ray is missing; run `pip install "bara-peft[ray]"`') from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BaraError(f"cannot reach the Ray cluster: {error}") from error
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    # nodes may have other working directories
+    files = [
+        {"source": str(Path(source).absolute()), "target": str(Path(target).absolute())}
+        for source, target in pending.items()
+    ]
+    table = ray.data.from_items(files, override_num_blocks=len(files))
+    done = table.map_batches(
+        _Worker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy", **options
+    )
+    try:
+        results: list[dict[str, Any]] = done.take_all()
+    except ray.exceptions.RayError as error:
+        raise BaraError(
+            f"the Ray cluster stopped: {str(error).strip().splitlines()[-1]}; start again, finished"
+            " files are kept"
+        ) from error
+    return results
