@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,15 @@ from bara.data.examples import load_sentiment
 from bara.evaluation.metrics import Evaluation
 from bara.finetuning.load import load_adapter
 from bara.prediction.predictive import ClassificationPredictive
-from bara.quickstart import TINY, TOO_SMALL, Size, choose_examples, estimate_seconds
+from bara.quickstart import (
+    LEAST_EPOCHS,
+    TINY,
+    TOO_SMALL,
+    Pace,
+    Size,
+    choose_examples,
+    measure_pace,
+)
 
 
 def test_quickstart_writes_its_folder(tmp_path, capsys):
@@ -96,7 +105,19 @@ def test_the_estimate_is_the_steps_and_the_predictions(monkeypatch):
     # 3 steps and what is around them: 7 readings later; a prediction of 30 texts by 2 draws: 1
     once, step, text = 7 - 3, 1, 1 / 60
     expected = 3 * once + 2 * 5 * step + (2 * 40 + 2 * 40 + 30 + 64) * text
-    assert estimate_seconds(data.train, data.test, size) == pytest.approx(expected)
+    pace = measure_pace(data.train, data.test)
+    assert pace.seconds(size) == pytest.approx(expected)
+
+
+def test_a_slow_machine_does_less():
+    size = Size()
+    pace = Pace(once=5.0, step=1.0, text=0.01, batch=32)
+    assert pace.shortened(size, pace.seconds(size)) == size
+    shorter = pace.shortened(size, 300)
+    assert pace.seconds(shorter) <= 300 < pace.seconds(replace(shorter, epochs=shorter.epochs + 1))
+    assert (shorter.num_train, shorter.num_test, shorter.num_ood) == (300, 400, 200)
+    assert pace.shortened(size, 1).epochs == LEAST_EPOCHS
+    assert not shorter.judges
 
 
 def test_tiny_is_small_and_says_so(monkeypatch, capsys):
@@ -104,8 +125,9 @@ def test_tiny_is_small_and_says_so(monkeypatch, capsys):
 
     def run(output, size, **options):
         asked.append(size)
-        options["announce"](200.0)
-        return {"rows": [], "examples": {}}
+        options["announce"](200.0, size)
+        assert options["minutes"] == (5 if size == Size() else None)
+        return {"rows": [], "examples": {}, "shortened": False}
 
     monkeypatch.setattr("bara.quickstart.run_quickstart", run)
     assert main(["quickstart", "--tiny", "--num-draws", "3"]) == 0

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -45,7 +45,7 @@ MAX_LENGTH = 64
 BATCH_SIZE = 320
 METHODS = {"probe": "probe", "lora": "LoRA", "bara": "BaRA"}
 MEASURED_STEPS, MEASURED_TEXTS = 3, 64
-"""What `estimate_seconds` does of the work."""
+"""What `measure_pace` does of the work."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class Size:
 
 
 TINY = Size(num_train=64, num_test=60, num_ood=30, epochs=2, num_draws=4)
+LEAST_EPOCHS = 8
+SHORTENED = (
+    "This machine is slow, so that the run was made shorter (--minutes): its numbers are not those "
+    "of the README's table, which has 20 epochs."
+)
 TOO_SMALL = "This run is too small to judge methods by: it shows what there is, and that it works."
 
 
@@ -172,12 +177,46 @@ class _StepTimes(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def estimate_seconds(train: Dataset, test: Dataset, size: Size, seed: int = 0) -> float:
-    """How long `run_quickstart` is going to take here, from first steps and some predictions.
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine is, in seconds.
 
-    They are BaRA's, and LoRA is counted as it: it is the slower one. A probe takes no steps, but
-    reads the training texts once.
+    Attributes:
+        once: around the steps of a training.
+        step: a step of BaRA's, which is slower than LoRA's.
+        text: one text predicted by one draw.
+        batch: texts of a step.
     """
+
+    once: float
+    step: float
+    text: float
+    batch: int
+
+    def seconds(self, size: Size) -> float:
+        """How long `run_quickstart` is going to take here: LoRA is counted as BaRA. A probe takes
+        no steps, but reads the training texts once."""
+        trained = [name for name in METHODS if parse_method(name)[0].by_steps]
+        steps = math.ceil(math.ceil(size.num_train / self.batch) * size.epochs)
+        # by the probe and LoRA once, by every draw of BaRA, and for its ranks
+        tested = size.num_test + size.num_ood
+        texts = tested * (2 + size.num_draws) + size.num_test + size.num_train
+        return len(METHODS) * self.once + len(trained) * steps * self.step + texts * self.text
+
+    def shortened(self, size: Size, seconds: float) -> Size:
+        """A size that takes no longer, with at least `LEAST_EPOCHS`: first a third less to test on,
+        which widens the table's errors by a fifth, then fewer epochs."""
+        if self.seconds(size) <= seconds:
+            return size
+        size = replace(size, num_test=size.num_test * 2 // 3, num_ood=size.num_ood * 2 // 3)
+        rest = self.seconds(replace(size, epochs=0))
+        epoch = self.seconds(replace(size, epochs=1)) - rest
+        fitting = max(LEAST_EPOCHS, math.floor((seconds - rest) / epoch))
+        return replace(size, epochs=min(size.epochs, fitting))
+
+
+def measure_pace(train: Dataset, test: Dataset, seed: int = 0) -> Pace:
+    """The machine's pace, from first steps of BaRA and some predictions."""
     times = _StepTimes()
     start = time.perf_counter()
     with TemporaryDirectory(prefix="bara-") as folder:
@@ -191,15 +230,9 @@ def estimate_seconds(train: Dataset, test: Dataset, size: Size, seed: int = 0) -
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         predict(model, inputs, num_draws=2, batch_size=BATCH_SIZE, progress=False)
     text = (time.perf_counter() - start) / (2 * len(texts))
-    batches = math.ceil(size.num_train / recipe.training["per_device_train_batch_size"])
-    steps = math.ceil(batches * size.epochs)
-    # by the probe and LoRA once, by every draw of BaRA, and for its ranks
-    tested = size.num_test + size.num_ood
-    predicted = tested * (2 + size.num_draws) + size.num_test + size.num_train
-    trained = [name for name in METHODS if parse_method(name)[0].by_steps]
     # the first step warms up, and has the longest texts
-    seconds = len(trained) * steps * mean(times.seconds[1:])
-    return len(METHODS) * once + seconds + predicted * text
+    step = mean(times.seconds[1:])
+    return Pace(once, step, text, recipe.training["per_device_train_batch_size"])
 
 
 def run_quickstart(
@@ -207,7 +240,8 @@ def run_quickstart(
     size: Size | None = None,
     *,
     seed: int = 0,
-    announce: Callable[[float], None] | None = None,
+    minutes: float | None = None,
+    announce: Callable[[float, Size], None] | None = None,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Trains a probe, LoRA and BaRA on the same texts and writes the folder that the README shows.
@@ -216,7 +250,9 @@ def run_quickstart(
         output: the folder.
         size: what the README shows by default; `TINY` takes less than a minute.
         seed: of the data, the training and the draws.
-        announce: called before training with the seconds that the run is going to take here.
+        minutes: a machine on which the run would take longer does less (`Pace.shortened`).
+        announce: called before training with the seconds that the run is going to take here, and
+            its size.
         progress: see `bara.predict`.
 
     Returns:
@@ -229,8 +265,15 @@ def run_quickstart(
     size = size or Size()
     data = load_sentiment(size.num_train, size.num_test, num_validation=0, seed=seed)
     ood = load_news(size.num_ood, seed=seed)
-    if announce is not None:
-        announce(estimate_seconds(data.train, data.test, size, seed))
+    whole = size
+    if announce is not None or minutes is not None:
+        pace = measure_pace(data.train, data.test, seed)
+        if minutes is not None:
+            size = pace.shortened(size, 60 * minutes)
+            test, ood = data.test.select(range(size.num_test)), ood.select(range(size.num_ood))
+            data = data._replace(test=test)
+        if announce is not None:
+            announce(pace.seconds(size), size)
     trained = {
         method: run_method(
             method,
@@ -258,7 +301,9 @@ def run_quickstart(
         f"epochs, seed {seed}; BaRA predicts with {size.num_draws} draws. The probe is logistic "
         "regression on the frozen model's mean-pooled features, with no adapter.",
     ]
-    if not size.judges:
+    if size != whole:
+        notes.insert(0, SHORTENED)
+    elif not size.judges:
         notes.insert(0, TOO_SMALL)
     pictures = {
         "reliability": reliability_diagram(evaluations),
@@ -288,6 +333,7 @@ def run_quickstart(
         },
         "settings": {**asdict(size), "seed": seed},
         "judges": size.judges,
+        "shortened": size != whole,
         "versions": versions(),
     }
     atomic_write_text(output / "results.json", json.dumps(results, indent=2) + "\n")

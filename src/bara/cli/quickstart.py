@@ -11,6 +11,8 @@ from typer import Option
 from bara.cli.terminal import console
 from bara.schema import MAX_DRAWS, SEEDS
 
+MINUTES = 5.0
+"""A run that is asked for nothing takes no longer, after the installation."""
 COLUMNS = {
     "accuracy": ("acc", "{:.3f}"),
     "nll": ("NLL", "{:.3f}"),
@@ -40,6 +42,10 @@ def quickstart(
     num_draws: Annotated[
         int | None, Option(min=1, max=MAX_DRAWS, help="Posterior draws in prediction; 10.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        Option(min=0.1, max=1e6, help="A slow machine does less, to take so long; 5."),
+    ] = None,
     seed: Annotated[
         int, Option(min=0, max=SEEDS - 1, help="Seed of the data, the training and the draws.")
     ] = 0,
@@ -49,7 +55,7 @@ def quickstart(
 
     from bara.data.examples import minilm_path
     from bara.machine import quieten_libraries
-    from bara.quickstart import TINY, TOO_SMALL, Size, run_quickstart
+    from bara.quickstart import SHORTENED, TINY, TOO_SMALL, Size, run_quickstart
 
     quieten_libraries()
     terminal = console()
@@ -67,12 +73,23 @@ def quickstart(
         f"BaRA, and testing them on {size.num_test} tweets and {size.num_ood} news texts."
     )
 
-    def announce(seconds: float) -> None:
-        terminal.print(f"That takes about {duration(seconds)} here, by the first steps.")
+    if minutes is None and not given:
+        minutes = MINUTES
 
-    results = run_quickstart(output, size, seed=seed, announce=announce)
+    def announce(seconds: float, fitted: Size) -> None:
+        terminal.print(f"That takes about {duration(seconds)} here, by the first steps.")
+        if fitted != size:
+            terminal.print(
+                f"So long with {fitted.epochs:g} of {size.epochs:g} epochs and {fitted.num_test} "
+                f"of {size.num_test} tweets to test on: --minutes sets the time.",
+                style="yellow",
+            )
+
+    results = run_quickstart(output, size, seed=seed, minutes=minutes, announce=announce)
     _print_table(terminal, results["rows"])
-    if not size.judges:
+    if results["shortened"]:
+        terminal.print(SHORTENED, style="yellow")
+    elif not size.judges:
         terminal.print(TOO_SMALL, style="yellow")
     _print_examples(terminal, results["examples"])
     terminal.print(f"{output / 'report.html'} shows the pictures. Next:", soft_wrap=True)
