@@ -120,7 +120,7 @@ def write_table(cells: list[dict[str, Any]], epochs: float) -> None:
     for key, name in METHODS.items():
         row = " | ".join(cell(values(key, metric)) for metric in METRICS)
         lines.append(f"| {name} | {row} |")
-    summary = lines[-4:]
+    summary = lines[-2 - len(METHODS) :]
     nll = 1 - mean(values("bara", "nll")) / mean(values("lora", "nll"))
     ece = mean(values("bara", "ece")) / mean(values("lora", "ece"))
     gained = [
