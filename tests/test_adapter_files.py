@@ -76,7 +76,7 @@ def change(path: Path, **fields: object) -> None:
         ("text_task.json", {"target_mean": "1e999"}, "target_mean must be a finite number"),
         ("text_task.json", {"label_names": "negpos"}, "label_names must be a list, not 'negpos'"),
         ("text_task.json", {"label_names": ["a", 1]}, "label_names must be text"),
-        ("text_task.json", {"label_names": []}, "label_names must be two classes or more"),
+        ("text_task.json", {"label_names": []}, "label_names must be 2 classes or more"),
         ("text_task.json", {"label_names": ["a", "b", "a"]}, "label_names has a class twice"),
         ("text_task.json", {"max_length": 12.5}, "max_length must be a whole number, not 12.5"),
         ("text_task.json", {"max_length": 0}, "max_length must be at least 1"),

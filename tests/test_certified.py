@@ -408,7 +408,7 @@ def test_only_certified_classifiers(tmp_path, tiny_model_dir, table, capsys):
     assert main(["certify", str(other), "--data", str(table)]) == 1
     assert "point estimates" in capsys.readouterr().err
     assert main(["train", *options, "--output", str(other), "--prior-fraction", "0.5"]) == 1
-    assert "prior_fraction" in capsys.readouterr().err
+    assert "--prior-fraction" in capsys.readouterr().err
     lone = [json.loads(row) for row in table.read_text().splitlines()]
     lone.append({"text": "the food", "label": "odd"})
     sole = write_jsonl(tmp_path / "lone.jsonl", lone)

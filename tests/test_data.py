@@ -129,7 +129,11 @@ def test_regression_is_inferred_and_standardised(table: Dataset) -> None:
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({}, {"text_column": "texts"}, r"no column 'texts'; the columns are 'text', 'label'"),
+        (
+            {},
+            {"text_column": "texts"},
+            r"no column 'texts' \(--text-column\); the columns are 'text', 'label'",
+        ),
         ({}, {"label_column": "y"}, r"no column 'y'"),
         ({}, {"text_pair_column": "other"}, r"no column 'other'"),
         ({}, {"task": "ranking"}, r"task must be"),

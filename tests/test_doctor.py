@@ -7,7 +7,7 @@ import torch
 
 from bara import doctor
 from bara.doctor import Check, Package, packages, self_test
-from bara.draws.draws import FixedNoise
+from bara.draws.noise_stack import FixedNoiseStack
 from bara.machine import bfloat16_speed
 from bara.posteriors import distributions
 
@@ -43,7 +43,7 @@ def off(factor):
             {"gates, share open", "gates, mean"},
         ),
         (
-            FixedNoise,
+            FixedNoiseStack,
             "normal",
             off(1.1),
             {"BaRA, variance of draws", "BaLoRA, variance of draws"},

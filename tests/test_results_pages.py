@@ -49,6 +49,10 @@ def test_the_reading_comes_first(kind, page):
     text = (ROOT / "docs" / page).read_text("utf-8")
     assert len(text.splitlines()) <= MOST_LINES
     behind = {path.stem for path in (ROOT / "docs" / "results" / kind).glob("*.md")}
-    assert {path.stem for path in (ROOT / "benchmarks" / kind).glob("*.yaml")} <= behind
+    planned = (ROOT / "benchmarks" / kind).glob("*.yaml")
+    results = ROOT / "benchmarks" / "results" / kind
+    run = {path.stem for path in planned if finished(Benchmark.load(path), results)}
+    assert len(run) > 3
+    assert run <= behind
     for name in behind:
         assert f"](results/{kind}/{name}.md)" in text

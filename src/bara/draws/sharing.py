@@ -3,9 +3,9 @@ where a draw changes the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, RLock
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -23,6 +23,13 @@ def lock_of(model: nn.Module) -> Any:
     """The lock (reentrant) of what only one thread at a time may do with a model."""
     with _REGISTER:
         return _LOCKS.setdefault(model, RLock())
+
+
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that does nothing in other threads, with whatever they call it: torch enters a hook
+    before it notes that the hook takes keyword arguments."""
+    thread = get_ident()
+    return lambda *given: hook(*given) if get_ident() == thread else None
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, draw_source
-from bara.draws.sharing import decoding, evaluating
+from bara.draws.sharing import decoding, evaluating, of_this_thread
 from bara.errors import BaraError, first_line
 from bara.language.answer import Generation
 from bara.language.inputs import Inputs, Prompts, read_prompts
@@ -283,29 +282,27 @@ class DrawSampler:
         root = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         blocks = Blocks(self.draws.num_draws)
         count, steps = blocks.num_draws, list[Step]()
-        thread = get_ident()  # other threads may predict with the model meanwhile
         decoder_ids = "decoder_input_ids" if self.encodes else "input_ids"
         inside = False  # a call of the whole model, whose inputs are repeated already
 
-        def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        @of_this_thread  # other threads may predict with the model meanwhile
+        def repeat(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             nonlocal inside
-            if get_ident() != thread:
-                return None
             inside = True
             encoded = {k: kwargs[k] for k in ("encoder_outputs",) if k in kwargs}
             return args, blocks.repeat(kwargs, kwargs[decoder_ids].shape[0]) | encoded
 
+        @of_this_thread
         def repeat_source(
             _: Any, args: Any, kwargs: dict[str, Any]
         ) -> tuple[Any, dict[str, Any]] | None:
-            if inside or get_ident() != thread:
+            if inside:
                 return None
             return args, blocks.repeat(kwargs, kwargs[root.main_input_name].shape[0])
 
+        @of_this_thread
         def mix(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             nonlocal inside
-            if get_ident() != thread:
-                return
             inside = False
             draws = blocks.split(require_finite(output.logits.float().log_softmax(-1)))
             output.logits = draws.logsumexp(0) - math.log(count)
