@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
 from bara.data.tables import load_table
+from bara.data.task_file import TaskFile
 from bara.data.text_task import Column, TextTask
 from bara.errors import BaraError, first_line
-from bara.schema import STRICT, read_json, shown
+from bara.schema import STRICT, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +26,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
-class ImageTask:
+class ImageTask(TaskFile):
     """What to learn from images.
 
     Attributes:
@@ -69,21 +69,6 @@ class ImageTask:
         """
         text = TextTask(label_column=self.label_column, label_names=self.label_names)
         return [int(label) for label in text.encode_labels(table, first_row=first_row)]
-
-    def save(self, path: Path) -> None:
-        """Write the description as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> ImageTask:
-        """Read what `save` wrote.
-
-        Raises:
-            BaraError: the file is missing or does not describe such a task.
-        """
-        mend = "it does not describe a task as `bara train` writes it; restore the file"
-        task: ImageTask = read_json(path, cls, mend)
-        return task
 
 
 def load_images(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from bara.data.questions import QuestionWindows, question_windows
+from bara.data.task_file import TaskFile
 from bara.data.text_task import Column, find_column
 from bara.errors import BaraError
-from bara.schema import STRICT, read_json
+from bara.schema import STRICT
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class QuestionTask:
+class QuestionTask(TaskFile):
     """What to learn from a table in the form of SQuAD.
 
     Attributes:
@@ -114,18 +113,3 @@ class QuestionTask:
             columns=columns,
             first_row=first_row,
         )
-
-    def save(self, path: Path) -> None:
-        """Write the description as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> QuestionTask:
-        """Read what `save` wrote.
-
-        Raises:
-            BaraError: the file is missing or does not describe a task; the message names the field.
-        """
-        mend = "it does not describe a task as `bara train` writes it; restore the file"
-        task: QuestionTask = read_json(path, cls, mend)
-        return task

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from bara.data.multi_label_task import class_names, refuse_unseen
+from bara.data.task_file import TaskFile
 from bara.data.text_task import Column, find_column, label_name
 from bara.errors import BaraError
-from bara.schema import STRICT, read_json, shown
+from bara.schema import STRICT, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,7 +23,7 @@ TAG_COLUMNS = ("tags", "ner_tags", "pos_tags", "labels")
 
 
 @dataclass(frozen=True)
-class TagTask:
+class TagTask(TaskFile):
     """What to learn from a table whose rows are lists of words and of their tags.
 
     Attributes:
@@ -182,22 +181,10 @@ class TagTask:
             )
         return rows
 
-    def save(self, path: Path) -> None:
-        """Write the description as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> TagTask:
-        """Read what `save` wrote.
-
-        Raises:
-            BaraError: the file is missing or does not describe a task; the message names the field.
-        """
-        mend = "it does not describe a task as `bara train` writes it; restore the file"
-        task: TagTask = read_json(path, cls, mend)
-        if len(set(task.label_names)) < max(2, len(task.label_names)):
-            raise BaraError(f"{path}: label_names must be two tags or more, each once; {mend}")
-        return task
+    def wrong(self) -> str | None:
+        if len(set(self.label_names)) < max(2, len(self.label_names)):
+            return "label_names must be two tags or more, each once"
+        return None
 
 
 def _is_word(value: Any) -> bool:

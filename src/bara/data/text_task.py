@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import ConfigDict, Field
 
+from bara.data.task_file import TaskFile
 from bara.errors import BaraError
-from bara.schema import STRICT, read_json, shown
+from bara.schema import STRICT, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +29,7 @@ Column = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(TaskFile):
     """What to learn from a table: its columns, and how its labels are encoded.
 
     Attributes:
@@ -160,25 +159,13 @@ class TextTask:
         """
         return [_texts(dataset, column, first_row) for column in self.text_columns]
 
-    def save(self, path: Path) -> None:
-        """Write the description as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> TextTask:
-        """Read what `save` wrote.
-
-        Raises:
-            BaraError: the file is missing or does not describe a task; the message names the field.
-        """
-        mend = "it does not describe a text task as `bara train` writes it; restore the file"
-        task: TextTask = read_json(path, cls, mend)
-        fewest = {"classification": 2, "multi-label": 1}.get(task.task, 0)
-        if len(set(task.label_names)) < fewest:
-            raise BaraError(f"{path}: label_names must be {fewest} classes or more; {mend}")
-        if len(set(task.label_names)) < len(task.label_names):
-            raise BaraError(f"{path}: label_names has a class twice; {mend}")
-        return task
+    def wrong(self) -> str | None:
+        fewest = {"classification": 2, "multi-label": 1}.get(self.task, 0)
+        if len(set(self.label_names)) < fewest:
+            return f"label_names must be {fewest} classes or more"
+        if len(set(self.label_names)) < len(self.label_names):
+            return "label_names has a class twice"
+        return None
 
 
 def tokenise(

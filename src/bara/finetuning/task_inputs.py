@@ -13,6 +13,7 @@ from bara.data.images import IMAGE_TASK, ImageTask, image_inputs, image_table
 from bara.data.multi_label_task import MultiLabelTask
 from bara.data.tables import load_table
 from bara.data.tag_task import TagTask
+from bara.data.task_file import MEND
 from bara.data.tasks import TABLE_TASKS
 from bara.data.text_task import TextTask, tokenise
 from bara.errors import BaraError
@@ -45,16 +46,14 @@ def load_task(folder: Path) -> Task:
         BaraError: the file is missing or does not describe a task.
     """
     path = folder / TASK_FILE
-    mend = "it does not describe a task as `bara train` writes it; restore the file"
-    name = read_json(path, _Named, mend).get("task")
+    name = read_json(path, _Named, MEND).get("task")
     if name in LANGUAGE_TASKS:
-        language: LanguageTask = read_json(path, LanguageTask, mend)
-        return language
+        return LanguageTask.load(path)
     if name == IMAGE_TASK:
         return ImageTask.load(path)
     if not isinstance(name, str) or name not in TABLE_TASKS:
         known = ", ".join((*TABLE_TASKS, *LANGUAGE_TASKS, IMAGE_TASK))
-        raise BaraError(f"{path}: task must be {known}, not {shown(name)}; {mend}")
+        raise BaraError(f"{path}: task must be {known}, not {shown(name)}; {MEND}")
     return TABLE_TASKS[name].load(path)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import ConfigDict
 
 from bara.data.images import ImageTask
+from bara.data.task_file import TaskFile
 from bara.data.tasks import TableTask
 from bara.errors import BaraError
 from bara.language.prompts import (
@@ -33,7 +32,7 @@ GENERATING_TASKS = ("causal-lm", "seq2seq")
 
 
 @dataclass(frozen=True)
-class LanguageTask:
+class LanguageTask(TaskFile):
     """What a language model learns from a table.
 
     Attributes:
@@ -63,10 +62,6 @@ class LanguageTask:
                 f"row {number} has {length} tokens, more than max_length, {self.max_length}; "
                 "raise it (--max-length, as far as the model's context goes) or shorten the row"
             )
-
-    def save(self, path: Path) -> None:
-        """Write the description as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
 
 def is_multiple_choice(task: object) -> TypeGuard[LanguageTask]:
