@@ -207,7 +207,7 @@ def test_task_survives_a_file(tmp_path: Path, table: Dataset) -> None:
     task.save(tmp_path / "task.json")
     assert TextTask.load(tmp_path / "task.json") == task
     (tmp_path / "task.json").write_text("{}")
-    with pytest.raises(BaraError, match="does not describe a text task"):
+    with pytest.raises(BaraError, match="does not describe a task"):
         TextTask.load(tmp_path / "task.json")
 
 
