@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertForSequenceClassification
@@ -359,6 +360,11 @@ def refusals():
                     torch.ones(module.out_features).double()
                 )
 
+    def offload(model):
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                add_hook_to_module(module.lora_A["default"], ModelHook())
+
     def hook(model):
         for module in model.modules():
             if hasattr(module, "lora_A"):
@@ -374,7 +380,13 @@ def refusals():
             if isinstance(module, BaraPosterior):
                 module.__class__ = Halved
 
-    return {"dropout": dropout, "bias": bias, "hook": hook, "subclass": subclass}
+    return {
+        "dropout": dropout,
+        "bias": bias,
+        "offload": offload,
+        "hook": hook,
+        "subclass": subclass,
+    }
 
 
 @pytest.mark.parametrize("name", refusals())

@@ -113,19 +113,22 @@ def _can_fuse(module: LoraLayer, adapter: str, posterior: Posterior, forward: Fo
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a module is x W^T and nothing else, with a weight that is whole in memory."""
+    """Whether a module is x W^T and nothing else, with a weight that is whole in memory: one that is
+    sharded is of another type, one that is offloaded is nowhere outside of its layer's call."""
     return (
         type(layer) is nn.Linear
         and layer.bias is None
         and type(layer.weight) is nn.Parameter
+        and not layer.weight.is_meta
         and layer.weight.shape == (layer.out_features, layer.in_features)
         and not _is_hooked(layer)
     )
 
 
 def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class says; accelerate replaces `forward`."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    return any(hooks) or bool(module._backward_pre_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks) or "forward" in vars(module)
 
 
 @cache

@@ -125,10 +125,12 @@ class RankSpaceVariant(LoraVariant):
         self, module: LoraLayer, adapter: str, posterior: Posterior, forward: ForwardPass
     ) -> bool:
         """Whether this use of the layer trains, and so pays its KL."""
-        trainable = any(
-            parameter.requires_grad
-            for part in (module.lora_A[adapter], module.lora_B[adapter], posterior)
-            for parameter in part.parameters()
+        a, b = (getattr(module, part)[adapter].weight for part in ("lora_A", "lora_B"))
+        # a look at A's weight is enough in nearly every layer, and walking modules takes time
+        trainable = (
+            a.requires_grad
+            or b.requires_grad
+            or any(parameter.requires_grad for parameter in posterior.parameters())
         )
         if trainable and torch.is_grad_enabled():
             forward.trainable = True
