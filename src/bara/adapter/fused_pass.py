@@ -113,8 +113,8 @@ def _can_fuse(module: LoraLayer, adapter: str, posterior: Posterior, forward: Fo
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a module is x W^T and nothing else, with a weight that is whole in memory: one that is
-    sharded is of another type, one that is offloaded is nowhere outside of its layer's call."""
+    """Whether a module is x W^T and nothing else, with a weight that is whole in memory: a sharded
+    one is of another type, an offloaded one is nowhere outside of its layer's call."""
     return (
         type(layer) is nn.Linear
         and layer.bias is None
