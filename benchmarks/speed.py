@@ -256,7 +256,8 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         f"for nothing, so that a number can be too low. Prediction is {NUM_DRAWS} draws, against "
         f"{NUM_DRAWS} passes of LoRA and against {NUM_DRAWS} passes of the method's own mean mode.",
         "",
-        f"{first['machine']}, {first['precision']}, torch {first['torch']}.",
+        f"{first['machine']}, {first['precision']}. A row says with which bara and torch it was "
+        "measured: those of 0.1 are of before the [fused step](training.md#what-a-step-costs).",
     ]
     for model in MODELS:
         pairs = {
@@ -276,13 +277,15 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
             f"of every method; {NUM_PREDICT[model]} tweets are predicted.",
             "",
             "| | step, ms | step / LoRA | memory, MiB | memory / LoRA | prediction, s | "
-            "/ LoRA's passes | / own passes |",
-            "|---|---|---|---|---|---|---|---|",
+            "/ LoRA's passes | / own passes | bara, torch |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {method} | {row['step_ms']:.0f} | {row['step_ratio']:.2f} | "
             f"{row['memory_mib']:.0f} | {row['memory_ratio']:.2f} | {row['draws_s']:.2f} | "
-            f"{row['draws_ratio_lora_forwards']:.2f} | {row['draws_ratio_own_forwards']:.2f} |"
+            f"{row['draws_ratio_lora_forwards']:.2f} | {row['draws_ratio_own_forwards']:.2f} | "
+            f"{pairs[method][-1]['versions']['bara-peft']}, "
+            f"{pairs[method][-1]['versions']['torch']} |"
             for method, row in ((method, summary(mine)) for method, mine in pairs.items())
         ]
     atomic_write_text(page, "\n".join(lines) + "\n" + operations_section())
