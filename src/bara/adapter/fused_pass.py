@@ -39,8 +39,13 @@ def fused_layer(
         dtype: of the layers' projections.
     """
     together = forward.fuse and not forward.observers and forward.adapter_names is None
+    noise = forward.draws is not None or forward.seed is not None
     # a compiler fuses by itself, and functions of functions need more than a written gradient
-    if not together or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if (
+        not (together and noise)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return None
     key = adapter, dtype, torch.is_grad_enabled()
     if key not in forward.fused:
@@ -102,9 +107,8 @@ def _can_fuse(module: LoraLayer, adapter: str, posterior: Posterior, forward: Fo
     """Whether a layer is what its fused step takes it for."""
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     family: Any = type(posterior)
-    noise = forward.draws is not None or (posterior.training and forward.seed is not None)
     return (
-        noise
+        (forward.draws is not None or posterior.training)
         and list(module.active_adapters) == [adapter]
         and all(_is_plain(part) for part in (a, b))
         and not _is_hooked(posterior)
