@@ -8,8 +8,11 @@ import platform
 import time
 import warnings
 from importlib.metadata import version
+from typing import Any
 
 import torch
+
+from bara.errors import BaraError
 
 # PEFT imports bitsandbytes where it is installed, which on some processors then says, with every
 # command, that it found no faster kernel for 4-bit weights.
@@ -77,3 +80,26 @@ def bfloat16_speed(size: int = 1024, repeats: int = 3) -> float:
         return min(times[1:])
 
     return seconds(torch.float32) / seconds(torch.bfloat16)
+
+
+def ray_cluster(address: str | None) -> Any:
+    """The package `ray`, connected to a cluster.
+
+    Args:
+        address: of the cluster; None joins the one that the environment names, or starts a local
+            one.
+
+    Raises:
+        BaraError: Ray is missing, or the cluster cannot be reached.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise BaraError('Ray is missing; run `pip install "bara-peft[ray]"`') from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BaraError(f"cannot reach the Ray cluster: {error}") from error
+    return ray

@@ -14,7 +14,7 @@ from typing import Any
 
 from bara.bench.results import Row
 from bara.bench.spec import Cell
-from bara.errors import BaraError
+from bara.machine import ray_cluster
 
 LOG_LENGTH = 4000
 """Characters that are kept of what a failed cell printed."""
@@ -111,15 +111,7 @@ def run_ray(cells: Sequence[Cell], *, address: str | None = None, **options: Any
     Raises:
         BaraError: Ray is missing, or the cluster cannot be reached.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise BaraError('Ray is missing; run `pip install "bara-peft[ray]"`') from error
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise BaraError(f"cannot reach the Ray cluster: {error}") from error
+    ray = ray_cluster(address)
     # max_calls: a process of its own for each cell, as `run_local` gives it.
     remote = ray.remote(**{"num_cpus": 1, "max_calls": 1, "max_retries": 0, **options})(_run_here)
     start = time.perf_counter()

@@ -17,6 +17,7 @@ from bara.errors import BaraError
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
 from bara.finetuning.task_inputs import predict_table, read_table
+from bara.machine import ray_cluster
 from bara.schema import json_text
 
 Executor = Literal["local", "ray"]
@@ -274,16 +275,7 @@ class _Worker:
 def _run_ray(
     job: Job, pending: dict[str, str], address: str | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise BaraError('Ray is missing; run `pip install "bara-peft[ray]"`') from error
-    if not ray.is_initialized():
-        try:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise BaraError(f"cannot reach the Ray cluster: {error}") from error
+    ray = ray_cluster(address)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # nodes may have other working directories
     files = [
