@@ -12,6 +12,8 @@ WRITTEN = json.loads(FILE.read_text("utf-8"))
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.05, "method": 2e-3}
 """Relative to the largest number of a list: processors round differently, and training amplifies
 that. On one machine the difference is 0 (`BARA_EXACT=1`)."""
+FLOOR = 1e-6
+"""Absolute: an epistemic uncertainty is the difference of two entropies near 1, in float32."""
 
 
 def test_every_record_is_compared():
@@ -34,5 +36,5 @@ def test_numbers_are_as_written(case):
         else:
             largest = float(before.abs().max()) if len(before) else 0.0
             torch.testing.assert_close(
-                now, before, rtol=0, atol=TOLERANCE[kind] * largest + 1e-7, msg=what
+                now, before, rtol=0, atol=TOLERANCE[kind] * largest + FLOOR, msg=what
             )

@@ -1,5 +1,7 @@
 """Bayesian low-rank adaptation with adaptive rank, as PEFT methods."""
 
+from importlib.metadata import version
+
 import bara.machine  # noqa: F401  (before what imports PEFT)
 from bara.adapter.peft_model import BayesianLoraModel
 from bara.certificates.certificate import Certificate, certify
@@ -43,8 +45,11 @@ from bara.ranks.pruning import prune
 from bara.ranks.recommendation import RankRecommendation, recommend_ranks
 from bara.reports.measured_card import write_model_card
 from bara.training.callback import BayesianCallback, set_progress
+from bara.training.head import scale_head
 from bara.training.kl_mixin import KLMixin
 from bara.training.loss import elbo_loss, kl_loss, kl_terms
+
+__version__ = version("bara-peft")
 
 __all__ = [
     "BaloraConfig",
@@ -106,6 +111,7 @@ __all__ = [
     "recommend_ranks",
     "review",
     "sampling",
+    "scale_head",
     "select",
     "set_progress",
     "write_model_card",

@@ -6,22 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from sklearn.model_selection import KFold
 from torch import Tensor
 from torch.nn import functional as F
 
 from bara.errors import BaraError
 from bara.methods.weight_draws import Factors
+from bara.training.logistic import PATIENCE, logistic_weights
 
 VARIANCES = [float(10 ** (power / 2)) for power in range(-8, 7)]
 """Prior variances of a weight that are tried, for features with a mean square of 1."""
 SHARPENING = [float(10 ** (power / 2)) for power in range(9)]
 """Multiples of the prior's precision that are tried for the covariance."""
-PATIENCE = 2
-"""Variances in a row that have to be worse than the best for the search to stop."""
 NUM_DRAWS = 10
 """Of the posterior, where its predictions are cross-validated."""
 
@@ -95,17 +93,7 @@ def logistic_posterior(x: Tensor, y: Tensor, variance: float, num_classes: int) 
         variance: of the prior of each of the K d weights.
         num_classes: K; the prior decides on a class without a text.
     """
-    # a text of no weight for each class: scikit-learn knows no other classes
-    rows = np.concatenate([x.numpy(), np.zeros((num_classes, x.shape[1]))])
-    classes = np.concatenate([y.numpy(), np.arange(num_classes)])
-    weight = np.concatenate([np.ones(len(y)), np.zeros(num_classes)])
-    binary = num_classes == 2  # has one row of weights there, the difference of ours
-    model = LogisticRegression(
-        C=2 * variance if binary else variance, fit_intercept=False, max_iter=2000, tol=1e-3
-    )
-    mean = torch.from_numpy(model.fit(rows, classes, sample_weight=weight).coef_)
-    if binary:
-        mean = torch.cat([-mean / 2, mean / 2])
+    mean = logistic_weights(x, y, variance, num_classes)
     p = (x @ mean.T).softmax(1)
     trace = 1 - p.square().sum(1)
     over_classes, left = torch.linalg.eigh((torch.diag(p.sum(0)) - p.T @ p) / trace.sum())

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.trainer_utils import TrainOutput
 
 from bara.draws.draws import attach_draws
-from bara.draws.sharing import evaluating
 from bara.errors import BaraError
 from bara.methods.linear import (
     Fit,
@@ -23,8 +22,9 @@ from bara.methods.linear import (
     ridge_posterior,
 )
 from bara.methods.weight_draws import Factors, WeightDraws
-from bara.prediction.batches import batches, to_device
+from bara.prediction.batches import batches
 from bara.prediction.temperature import output_layer
+from bara.training.head import head_inputs
 from bara.training.trainer import AdapterTrainer
 
 
@@ -71,7 +71,9 @@ class ProbeTrainer(AdapterTrainer):
         self.control = callbacks.on_train_begin(self.args, self.state, self.control)
         model: Any = self.trained
         head = output_layer(model)
-        x, y = _features(model, head, self.train_dataset, self.args.eval_batch_size)
+        data = batches(self.train_dataset, model, self.args.eval_batch_size, progress=False)
+        x, y = head_inputs(model, head, (batch for batch, _ in data))
+        assert y is not None
         scale = Standardised.of(x)
         posterior = self._fit(scale(x), y, head.out_features)
         weights, covariance = scale.undo(posterior)
@@ -149,22 +151,3 @@ class Standardised:
         return mean.float(), Factors(
             scale.float(), None if left is None else left.float(), right.float()
         )
-
-
-@torch.no_grad()
-def _features(
-    model: nn.Module, head: nn.Module, data: Any, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    """What the model gives its head, (n, d), float64, and the labels, (n,); on the CPU."""
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    device = next(model.parameters()).device
-    hook = head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].double().cpu()))
-    try:
-        with evaluating(model):
-            for batch, _ in batches(data, model, batch_size, progress=False):
-                labels.append(batch.pop("labels").cpu())
-                model(**to_device(batch, device))
-    finally:
-        hook.remove()
-    return torch.cat(rows), torch.cat(labels)

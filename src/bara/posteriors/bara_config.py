@@ -141,6 +141,15 @@ class BaraConfig(BayesianConfig):
             "overfitting; None for no prior."
         },
     )
+    head_input_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "How quickly a new head of one row of logits per input learns: as if its input "
+            "had this standard deviation (bara.BayesianCallback sees to it, or bara.scale_head in "
+            "a loop of your own). >= 0; 0 leaves the head as PEFT trains it. None finds it, "
+            "from 0.2 to 1, by what a linear head makes of the frozen features."
+        },
+    )
     init_local_logit: float | None = field(
         default=None,
         metadata={

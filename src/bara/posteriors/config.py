@@ -23,6 +23,7 @@ TRAINING_ONLY = {
         "local_kl_weight",
         "strength",
         "warmup",
+        "head_input_std",
         "resolved",
         "needs",
     ),
@@ -162,6 +163,14 @@ class BayesianConfig(LoraConfig):
             "either the weight is full at once."
         },
     )
+    head_input_std: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "How quickly a new head of one row of logits per input learns: as if its input "
+            "had this standard deviation (bara.BayesianCallback sees to it, or bara.scale_head in "
+            "a loop of your own). >= 0; 0 leaves the head as PEFT trains it."
+        },
+    )
     granularity: Literal["auto", "sequence", "token"] = field(
         default="auto",
         metadata={
@@ -204,6 +213,7 @@ class BayesianConfig(LoraConfig):
         for name in ("kl_weight", "local_kl_weight"):
             self._require_real(name, low=0, optional=getattr(type(self), name) is None)
         self._require_real("warmup", low=0, high=1)
+        self._require_real("head_input_std", low=0, optional=True)
         for name in ("strength", *self.POSITIVE):
             self._require_real(name, low=0, strict=True)
         self._require(

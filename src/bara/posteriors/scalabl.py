@@ -54,6 +54,9 @@ class ScalablPosterior(Posterior):
             raise BaraError(f"ScalaBL: r = {self.rank} exceeds a layer's {matrix.shape[1]} inputs.")
         _, singular_values, vectors = torch.linalg.svd(matrix, full_matrices=False)
         with torch.no_grad():
+            # machines differ in the signs: the largest element of a vector is to be positive
+            largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+            vectors = vectors * largest.sign()
             setup.a.copy_(vectors.reshape(setup.a.shape))
         self.log_mean = nn.Parameter(singular_values.log())
         self.log_std = nn.Parameter(
