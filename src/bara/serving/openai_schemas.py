@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from bara.schema import Seed
-from bara.serving.schemas import Draws, Messages, Risk, Text, with_examples
+from bara.serving.schemas import Draws, Messages, Share, Text, with_examples
 
 One = Annotated[int, Field(ge=1, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -49,7 +49,7 @@ class GenerationRequest(BaseModel):
     user: str | None = None
     num_draws: Draws = 8
     deterministic: bool = False
-    abstain_at_risk: Risk | None = None
+    abstain_at_risk: Share | None = None
 
     @property
     def stops(self) -> list[str]:

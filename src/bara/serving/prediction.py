@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bara.data.text_task import TextTask, encode_texts
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold
+from bara.evaluation.conformal import Conformal
 from bara.language.prompts import encode_prompt, require_room
 from bara.prediction.predict import predict
-from bara.prediction.predictive import ClassificationPredictive, Predictive
 from bara.ranks.effective_rank import effective_rank
 from bara.serving.batcher import Job
 from bara.serving.limits import Limits
@@ -19,6 +20,23 @@ from bara.serving.metrics import Metrics
 from bara.serving.problems import Problem
 from bara.serving.schemas import PredictRequest, RankRequest, TextsRequest
 from bara.serving.served import Served
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for predictions with what its answer takes.
+
+    Attributes:
+        request: as it came.
+        texts: to predict for, each a list of one or of two.
+        threshold: above which it wants to abstain.
+        conformal: calibration of the sets or intervals that it wants.
+    """
+
+    request: PredictRequest
+    texts: list[list[str]]
+    threshold: Threshold | None
+    conformal: Conformal | None
 
 
 class Predictor:
@@ -41,18 +59,20 @@ class Predictor:
         """The work of a request.
 
         Raises:
-            Problem: 400: the texts do not fit the task, or are too many; 404 for language models.
+            Problem: 400: the texts do not fit the task, or are too many; this is a language model;
+                or nothing was calibrated under the request's options.
         """
         texts = self._texts(request)
         self.limits.require("num_draws", request.num_draws, self.limits.draws)
+        asked = Asked(request, texts, self._threshold(request), self._conformal(request))
         settings = (request.num_draws, request.seed, request.deterministic)
         draws = 1 if request.deterministic else request.num_draws
-        return Job(self.run, settings, len(texts) * draws, texts, self._deadline())
+        return Job(self.run, settings, len(texts) * draws, asked, self._deadline())
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Predicts the texts of all jobs; each is given its own `Predictive`."""
+        """Predicts the texts of all jobs, and gives each its answer."""
         num_draws, seed, deterministic = jobs[0].settings
-        rows = self._rows([text for job in jobs for text in job.payload])
+        rows = self._rows([text for job in jobs for text in job.payload.texts])
         predictive = predict(
             self.served.model,
             rows,
@@ -64,42 +84,51 @@ class Predictor:
         )
         start = 0
         for job in jobs:
-            end = start + len(job.payload)
-            job.finish(predictive.select(slice(start, end)))
+            end = start + len(job.payload.texts)
+            job.finish(self._answer(job.payload, predictive.select(slice(start, end))))
             start = end
 
-    def threshold(self, request: PredictRequest) -> Threshold | None:
-        """The threshold that a request wants to abstain with; None if it does not.
-
-        Raises:
-            Problem: 400: there is none that was calibrated under the request's options.
-        """
+    def _threshold(self, request: PredictRequest) -> Threshold | None:
+        """The threshold that a request wants to abstain with; None if it does not."""
         if request.abstain_at_risk is None:
             return None
-        if self.served.task.task != "classification":
-            raise Problem(400, "abstain_at_risk is for classification", param="abstain_at_risk")
-        if request.deterministic:
-            raise Problem(400, "abstain_at_risk needs draws", param="deterministic")
+        if self.served.task.task == "regression":
+            raise Problem(400, "abstain_at_risk is not for regression", param="abstain_at_risk")
         return self.served.threshold(
             request.abstain_at_risk,
             measure="predictions",
-            num_draws=request.num_draws,
-            seed=request.seed,
+            **self._conditions(request, "abstain_at_risk"),
         )
 
-    def answer(
-        self, request: PredictRequest, predictive: Predictive, threshold: Threshold | None
-    ) -> dict[str, Any]:
+    def _conformal(self, request: PredictRequest) -> Conformal | None:
+        """The calibration of the sets or intervals that a request wants; None if it does not."""
+        if request.coverage is None:
+            return None
+        if self.served.task.task not in ("classification", "regression"):
+            raise Problem(400, "coverage is for classification and regression", param="coverage")
+        return self.served.conformal(request.coverage, **self._conditions(request, "coverage"))
+
+    @staticmethod
+    def _conditions(request: PredictRequest, name: str) -> dict[str, Any]:
+        """What a calibration must have been made under to serve a request."""
+        if request.deterministic:
+            raise Problem(400, f"{name} needs draws", param="deterministic")
+        return {"num_draws": request.num_draws, "seed": request.seed}
+
+    def _answer(self, asked: Asked, predictive: Any) -> dict[str, Any]:
         """What a request is answered: with a threshold, what is too uncertain has no prediction."""
-        served = self.served
+        served, request = self.served, asked.request
         records = predictive.to_records()
-        if threshold is not None:
-            assert isinstance(predictive, ClassificationPredictive)
-            declined = threshold.abstains(1 - predictive.probs.amax(-1)).tolist()
+        if asked.threshold is not None:
+            declined = asked.threshold.abstains(1 - predictive.confidence).tolist()
             for record, abstained in zip(records, declined, strict=True):
                 record["abstained"] = abstained
                 if abstained:
                     record["prediction"] = None
+        if asked.conformal is not None and request.coverage is not None:
+            sets = asked.conformal.to_records(predictive, request.coverage)
+            for record, more in zip(records, sets, strict=True):
+                record |= more
         for record in records:
             self.metrics.told_answer(
                 served.name, record["epistemic"], record.get("abstained", False)

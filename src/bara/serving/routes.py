@@ -82,12 +82,10 @@ def routes(
         The probabilities are those of `bara.predict` with this number of draws and this seed.
         Uncertainties of classes are in nats, those of numbers are variances.
         """
-        predictor = predictors[name_of(body.model)]
-        job = predictor.job(body)
-        threshold = predictor.threshold(body)
+        job = predictors[name_of(body.model)].job(body)
         batcher.submit([job])
-        (predictive,) = await results(request, [job])
-        return predictor.answer(body, predictive, threshold)
+        (answer,) = await results(request, [job])
+        return dict(answer)
 
     @router.post("/v1/rank", responses=example("The rank in use of every layer.", RANKED))
     async def rank(body: RankRequest, request: Request) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def with_examples(*examples: dict[str, Any]) -> ConfigDict:
 
 Text = Annotated[str, Field(min_length=1)]
 Draws = Annotated[int, Field(ge=1)]
-Risk = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
@@ -43,12 +43,14 @@ class PredictRequest(TextsRequest):
     model_config = with_examples(
         {"model": "tweets", "texts": ["What a day!", "Not again."], "num_draws": 10, "seed": 0},
         {"pairs": [["A dog runs.", "An animal moves."]], "abstain_at_risk": 0.1},
+        {"texts": ["What a day!"], "coverage": 0.9},
     )
 
     num_draws: Draws = 10
     seed: Seed = 0
     deterministic: bool = False
-    abstain_at_risk: Risk | None = None
+    abstain_at_risk: Share | None = None
+    coverage: Share | None = None
 
 
 class RankRequest(TextsRequest):

@@ -15,6 +15,8 @@ from bara.adapter.elbo import Elbo
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, load_threshold, read_thresholds
+from bara.evaluation.conformal import FILE as CONFORMAL_FILE
+from bara.evaluation.conformal import Conformal, load_conformal
 from bara.finetuning.load import load_adapter, read_task
 from bara.language.tasks import Task
 from bara.serving.problems import Problem
@@ -64,8 +66,24 @@ class Served:
         try:
             return load_threshold(self.folder, risk, **conditions)
         except BaraError as error:
-            message = str(error).replace(str(self.folder), self.name)
-            raise Problem(400, message, param="abstain_at_risk") from error
+            raise Problem(400, self.without_folder(error), param="abstain_at_risk") from error
+
+    def conformal(self, coverage: float, **conditions: Any) -> Conformal:
+        """The calibration of prediction sets or intervals.
+
+        Raises:
+            Problem: 400: there is none that was made like this, or too small a one.
+        """
+        try:
+            found = load_conformal(self.folder, **conditions)
+            found.check(coverage)
+        except BaraError as error:
+            raise Problem(400, self.without_folder(error), param="coverage") from error
+        return found
+
+    def without_folder(self, error: BaraError) -> str:
+        """A message about the adapter by its name."""
+        return str(error).replace(str(self.folder), self.name)
 
     def described(self) -> dict[str, Any]:
         """Its entry in the list of models: OpenAI's fields, and what it is for."""
@@ -111,6 +129,8 @@ def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> li
         if (task := read_task(folder).task) not in TASKS:
             raise BaraError(f"{folder} is for {task}, which a server does not answer for")
         read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
+        if (folder / CONFORMAL_FILE).is_file():
+            load_conformal(folder)
         one = Served(name, folder, *load_adapter(folder, base_model=base_model))
         for other in served:
             share_parameters(one.model, other.model)
