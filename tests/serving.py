@@ -18,7 +18,7 @@ from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from conftest import tiny_bert_config
-from helpers import stir
+from helpers import CONFIGS, stir
 from language_models import tiny_lm, word_tokenizer, words
 
 CHAT = (
@@ -45,7 +45,7 @@ def make_adapter(base: Path, folder: Path, kind: str, method: str = "bara", **op
         training={"max_steps": 1, "save_strategy": "no", "use_cpu": True},
     )
     finetune(recipe, Dataset.from_dict(TABLES[kind]))
-    if method == "bara":
+    if method in CONFIGS:
         model, _, _ = load_adapter(folder)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)

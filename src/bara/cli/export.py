@@ -33,7 +33,9 @@ def export(
     ] = None,
     load_into: Annotated[
         str | None,
-        Option(metavar="URL", help="Load the draws into the vLLM server there, up to /v1."),
+        Option(
+            metavar="URL", help="Load the draws into the server there, vLLM or bara, up to /v1."
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None, Option(help="File with the key of that server.", dir_okay=False, exists=True)
@@ -54,7 +56,7 @@ def export(
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
-    from bara.methods.table import TEMPERED
+    from bara.methods.table import TEMPERED, parse_method
     from bara.prediction.temperature import save_temperature
 
     quieten_libraries()
@@ -71,6 +73,9 @@ def export(
     if data is not None:
         fit, measure = calibration_inputs(data, held_out, tokenizer, task)
     recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    method, _ = parse_method(recipe.method)
+    if method.trainer.weight_noise:  # which the files of an export have no more
+        recipe = replace(recipe, method="lora", method_options={})
     recipe = replace(recipe, method=recipe.method.lower().removesuffix(TEMPERED))
 
     def beside(folder: Path) -> None:

@@ -19,6 +19,7 @@ class Limits:
         queue: requests that wait; each prompt of a request counts.
         rows: texts times draws in one pass of a model, or prompts times draws.
         seconds: from the arrival of a request to its answer.
+        adapters: that clients have loaded.
     """
 
     body: int = 2**20
@@ -28,6 +29,7 @@ class Limits:
     queue: int = 128
     rows: int = 256
     seconds: float = 60.0
+    adapters: int = 64
 
     def require(self, name: str, value: int, most: int) -> None:
         """Raises Problem 400 if a number of a request is above its bound."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -59,6 +59,27 @@ class RankRequest(TextsRequest):
     model_config = with_examples({"model": "tweets", "texts": ["What a day!"]})
 
     messages: Messages | None = None
+
+
+AdapterName = Annotated[str, Field(pattern=r"^[\w.:@+-]{1,200}$")]
+
+
+class UnloadRequest(BaseModel):
+    """An adapter that was loaded, by its name."""
+
+    model_config = with_examples({"lora_name": "draw-0"})
+
+    lora_name: AdapterName
+
+
+class LoadRequest(UnloadRequest):
+    """An adapter to load; the fields are vLLM's. The path is one of the server's machine, and may
+    be relative to the folder that the server loads from."""
+
+    model_config = with_examples({"lora_name": "draw-0", "lora_path": "writer-draws/draw-0"})
+
+    lora_path: Text
+    load_inplace: Literal[False] = False
 
 
 PREDICTED = {

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from bara.adapter.elbo import Elbo
+from bara.cards.adapter_files import CONFIG_FILE
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, load_threshold, read_thresholds
 from bara.evaluation.conformal import FILE as CONFORMAL_FILE
 from bara.evaluation.conformal import Conformal, load_conformal
-from bara.finetuning.load import load_adapter, read_task
+from bara.finetuning.load import load_adapter, read_config, read_task
 from bara.language.tasks import Task
 from bara.serving.problems import Problem
 
@@ -126,16 +127,38 @@ def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> li
         folders[name] = folder
     served: list[Served] = []
     for name, folder in folders.items():
-        if (task := read_task(folder).task) not in TASKS:
-            raise BaraError(f"{folder} is for {task}, which a server does not answer for")
-        read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
-        if (folder / CONFORMAL_FILE).is_file():
-            load_conformal(folder)
-        one = Served(name, folder, *load_adapter(folder, base_model=base_model))
-        for other in served:
-            share_parameters(one.model, other.model)
-        served.append(one)
+        served.append(load_one(name, folder, served, base_model=base_model))
     return served
+
+
+def load_one(
+    name: str, folder: Path, others: Sequence[Served], *, base_model: str | None = None
+) -> Served:
+    """Loads an adapter beside others, whose memory it shares as far as their bases are the same.
+
+    Raises:
+        BaraError: it is for another task, or cannot be loaded.
+    """
+    if (task := read_task(folder).task) not in TASKS:
+        raise BaraError(f"{folder} is for {task}, which a server does not answer for")
+    read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
+    if (folder / CONFORMAL_FILE).is_file():
+        load_conformal(folder)
+    one = Served(name, folder, *load_adapter(folder, base_model=base_model))
+    for other in others:
+        share_parameters(one.model, other.model)
+    return one
+
+
+def base_of(folder: Path) -> str | None:
+    """The name of an adapter's base model; None for a whole model.
+
+    Raises:
+        BaraError: the configuration is damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    return read_config(folder).base_model_name_or_path
 
 
 def share_parameters(model: nn.Module, other: nn.Module) -> int:
