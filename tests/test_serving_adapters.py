@@ -1,6 +1,7 @@
 """`bara serve --load-from`: adapters that clients load, as into vLLM, and unload."""
 
 import json
+import math
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 
 import bara
 from bara.export.client import Ensemble
+from bara.language.likelihood import continuation_log_probs
 from bara.serving import prediction
 from bara.serving.app import create_app
 from bara.serving.limits import Limits
@@ -203,7 +205,10 @@ def test_draws_are_loaded_by_the_command(method, served_folders, root, run, tmp_
         command = ["export", folder, "--mode", "draws", "--num-draws", 3, "--seed", 1]
         command += ["--output", out, "--load-into", url, "--api-key-file", tmp_path / "key"]
         assert f"Loaded 3 draws into {url}" in run(*command)
-        answer = Ensemble.from_folder(out, url=url, api_key=KEY).ask(words(4, 5), top=20)
+        ensemble = Ensemble.from_folder(out, url=url, api_key=KEY)
+        answer = ensemble.ask(words(4, 5), top=20)
+        endings = [f" {words(*numbers)}" for numbers in ((6, 7, 9), (12,), (3, 4))]
+        scored = ensemble.score(words(4, 5), endings)
     model, tokenizer, _ = bara.load_adapter(folder)
     ids = tokenizer(words(4, 5), return_tensors="pt")["input_ids"]
     draws = []
@@ -217,3 +222,13 @@ def test_draws_are_loaded_by_the_command(method, served_folders, root, run, tmp_
         listed = [float(d[token]) for d in draws if d[token] >= d.topk(20).values[-1]]
         assert found == pytest.approx(sum(listed) / 3, rel=1e-3)
     assert answer.rest < 1 - float(mixture.topk(10).values.sum())
+    # whole answers, against bara's own likelihoods and choices
+    pairs = [(ids[0].tolist(), tokenizer(ending)["input_ids"]) for ending in endings]
+    likelihoods, _ = continuation_log_probs(model, pairs, num_draws=3, seed=1)
+    found = [scored.log_likelihoods[ending] for ending in endings]
+    assert found == pytest.approx((likelihoods.logsumexp(0) - math.log(3)).tolist(), rel=1e-4)
+    question = {"prompt": words(4, 5), "choices": [ending[1:] for ending in endings]}
+    choice = bara.multiple_choice(model, tokenizer, [question], num_draws=3, seed=1)
+    found = list(scored.probabilities.values())
+    assert found == pytest.approx(choice.probs[0].tolist(), rel=1e-4, abs=1e-6)
+    assert scored.epistemic == pytest.approx(choice.epistemic_uncertainty.item(), abs=1e-5)

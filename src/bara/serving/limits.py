@@ -14,7 +14,7 @@ class Limits:
     Attributes:
         body: bytes of a request.
         texts: texts of a request, or prompts.
-        tokens: new tokens of an answer.
+        tokens: new tokens of an answer, or tokens of a prompt that is scored.
         draws: posterior draws.
         queue: requests that wait; each prompt of a request counts.
         rows: texts times draws in one pass of a model, or prompts times draws.

@@ -84,16 +84,19 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """Texts to go on from."""
+    """Texts to go on from. `prompt_logprobs`, and `echo` with `logprobs`, tell how probable their
+    own tokens are."""
 
     model_config = with_examples(
-        {"model": "assistant", "prompt": "The sky is blue because", "max_tokens": 40, "logprobs": 3}
+        {"prompt": "The sky is blue because", "max_tokens": 40, "logprobs": 3},
+        {"prompt": "The sky is blue.", "max_tokens": 1, "prompt_logprobs": 0},
     )
 
     prompt: Text | Annotated[list[Text], Field(min_length=1)]
     logprobs: Top | None = None
     best_of: One | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = False
+    prompt_logprobs: Top | None = None
 
 
 UNCERTAINTY = {

@@ -116,7 +116,7 @@ def routes(shelf: Shelf, metrics: Metrics, batcher: Batcher) -> APIRouter:
     async def generate(body: GenerationRequest, prompts: Sequence[Prompt], request: Request) -> Any:
         decoder = shelf.decoder(body.model)
         form = Form(decoder, body)
-        jobs = decoder.jobs(body, prompts, form.wanted, form.top)
+        jobs = decoder.jobs(body, prompts, form.wanted, form.top, form.reads)
         if not body.stream:
             batcher.submit(jobs)
             return form.whole(await results(request, jobs))
