@@ -494,10 +494,10 @@ def test_the_command_serves_and_its_errors_are_one_line(
     assert "anybody who reaches this can ask" in error
     twice = failing("serve", film, film, "--port", port)
     assert "two adapters are called 'film'" in twice
-    other = shutil.copytree(served_folders["reviews"], tmp_path / "other")
+    other = shutil.copytree(served_folders["words"], tmp_path / "other")
     described = json.loads((other / "text_task.json").read_text())
-    (other / "text_task.json").write_text(json.dumps(described | {"task": "multi-label"}))
-    assert "is for multi-label" in failing("serve", other, "--port", port)
+    (other / "text_task.json").write_text(json.dumps(described | {"task": "seq2seq"}))
+    assert "is for seq2seq" in failing("serve", other, "--port", port)
     assert "--api-key-file" in failing("serve", tmp_path, "--api-key-file", tmp_path / "none")
     assert "no adapter folder" in failing("serve", tmp_path / "nothing", "--port", port)
     damaged = shutil.copytree(served_folders["reviews"], tmp_path / "damaged")

@@ -22,8 +22,22 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Messages = Annotated[list[dict[str, Any]], Field(min_length=1)]
 
 
+class Asked(BaseModel):
+    """A question about a context."""
+
+    model_config = STRICT
+
+    question: Text
+    context: Text
+
+
+READS = ("texts", "pairs", "tokens", "questions")
+"""Fields of a request that have what an adapter reads: it reads one of them."""
+
+
 class TextsRequest(BaseModel):
-    """Texts for one adapter, or pairs of texts where it was trained on pairs."""
+    """Texts for one adapter; what it was trained on says whether they are whole ones, pairs, lists
+    of words (`tokens`) or questions with their contexts."""
 
     model_config = STRICT
 
@@ -35,15 +49,21 @@ class TextsRequest(BaseModel):
         ]
         | None
     ) = None
+    tokens: (
+        Annotated[list[Annotated[list[Text], Field(min_length=1)]], Field(min_length=1)] | None
+    ) = None
+    questions: Annotated[list[Asked], Field(min_length=1)] | None = None
 
 
 class PredictRequest(TextsRequest):
-    """Texts to classify, or to predict a number for."""
+    """What classes, labels, tags, answers or numbers are to be predicted for."""
 
     model_config = with_examples(
         {"model": "tweets", "texts": ["What a day!", "Not again."], "num_draws": 10, "seed": 0},
         {"pairs": [["A dog runs.", "An animal moves."]], "abstain_at_risk": 0.1},
         {"texts": ["What a day!"], "coverage": 0.9},
+        {"tokens": [["Ada", "lived", "in", "London"]]},
+        {"questions": [{"question": "Who lived there?", "context": "Ada lived in London."}]},
     )
 
     num_draws: Draws = 10

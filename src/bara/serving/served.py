@@ -13,20 +13,22 @@ from torch import nn
 
 from bara.adapter.elbo import Elbo
 from bara.cards.adapter_files import CONFIG_FILE
+from bara.data.tag_task import TagTask
+from bara.data.tasks import TABLE_TASKS
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, load_threshold, read_thresholds
 from bara.evaluation.conformal import FILE as CONFORMAL_FILE
 from bara.evaluation.conformal import Conformal, load_conformal
 from bara.finetuning.load import load_adapter, read_config, read_task
-from bara.language.tasks import Task
+from bara.language.tasks import LanguageTask, Task
 from bara.serving.problems import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-TASKS = ("classification", "regression", "causal-lm", "multiple-choice")
+TASKS = (*TABLE_TASKS, "causal-lm", "multiple-choice")
 """What a server answers for."""
 
 
@@ -51,7 +53,16 @@ class Served:
     @property
     def generates(self) -> bool:
         """Whether it is a language model."""
-        return not isinstance(self.task, TextTask)
+        return isinstance(self.task, LanguageTask)
+
+    @property
+    def reads(self) -> str | None:
+        """The field of a request that has its inputs; None for a language model."""
+        if isinstance(self.task, TextTask):
+            return "texts" if self.task.text_pair_column is None else "pairs"
+        if self.generates:
+            return None
+        return "tokens" if isinstance(self.task, TagTask) else "questions"
 
     @property
     def has_rank(self) -> bool:
@@ -97,11 +108,10 @@ class Served:
             "task": task.task,
             "has_rank": self.has_rank,
         }
-        if isinstance(task, TextTask):
-            entry |= {"classes": list(task.label_names), "pairs": task.text_pair_column is not None}
-        else:
-            entry["chat"] = bool(self.tokenizer.chat_template)
-        return entry
+        if self.generates:
+            return entry | {"chat": bool(self.tokenizer.chat_template)}
+        names = list(getattr(task, "label_names", ()))
+        return entry | {"reads": self.reads, "classes": names, "pairs": self.reads == "pairs"}
 
 
 def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> list[Served]:
