@@ -274,6 +274,15 @@ def test_bad_predictions_are_the_client_s_fault(client, body, words):
     assert refused(client, words, **body)["type"] == "invalid_request_error"
 
 
+def test_classes_in_the_form_of_vllm_are_for_classes(client):
+    refused(
+        client, "is for classification, not regression", 400, "/classify", model="stars", input="a"
+    )
+    refused(client, "pairs reads pairs, not texts", 400, "/classify", model="pairs", input="a")
+    refused(client, "texts: at most 4 here", 400, "/classify", model="reviews", input=["a"] * 5)
+    refused(client, "input is missing", 400, "/classify", model="reviews")
+
+
 def test_an_unknown_model_is_not_found(client):
     error = refused(client, "there are reviews, pairs", 404, model="x", texts=["a"])
     assert error["type"] == "not_found_error"

@@ -232,3 +232,32 @@ def test_draws_are_loaded_by_the_command(method, served_folders, root, run, tmp_
     found = list(scored.probabilities.values())
     assert found == pytest.approx(choice.probs[0].tolist(), rel=1e-4, abs=1e-6)
     assert scored.epistemic == pytest.approx(choice.epistemic_uncertainty.item(), abs=1e-5)
+
+
+def test_classes_of_draws_are_averaged(served_folders, root, run, tmp_path):
+    """A classifier's draws, asked for by vLLM's `/classify`."""
+    folder = make_adapter(
+        served_folders["reviews"].parent / "bert", tmp_path / "film", "reviews", "blob"
+    )
+    served = load_served([str(served_folders["reviews"])])
+    (tmp_path / "key").write_text(KEY)
+    out, text = root / "film-draws", "a bad plot , poor food"
+    with running(create_app(served, api_key=KEY, load_from=root)) as url:
+        command = ["export", folder, "--mode", "draws", "--num-draws", 4, "--seed", 2]
+        run(*command, "--output", out, "--load-into", url, "--api-key-file", tmp_path / "key")
+        ensemble = Ensemble.from_folder(out, url=url, api_key=KEY)
+        answer = ensemble.classify(text)
+        body = {"model": "draw-1", "input": [text, "good film"]}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        raw = httpx.post(f"{url}/classify", json=body, headers=headers).json()
+    model, tokenizer, _ = bara.load_adapter(folder)
+    expected = bara.predict(model, [dict(tokenizer(text))], num_draws=4, seed=2, progress=False)
+    assert list(answer.probabilities) == ["no", "yes"]
+    found = torch.tensor(list(answer.probabilities.values()))
+    torch.testing.assert_close(found, expected.probs[0], atol=1e-5, rtol=1e-4)
+    assert answer.epistemic == pytest.approx(expected.epistemic_uncertainty.item(), abs=1e-5)
+    assert answer.epistemic > 1e-3
+    assert [one["index"] for one in raw["data"]] == [0, 1]
+    own = expected.log_probs_draws[1, 0].exp()
+    assert raw["data"][0]["probs"] == pytest.approx(own.tolist(), rel=1e-4)
+    assert raw["data"][0]["label"] == ["no", "yes"][own.argmax()]

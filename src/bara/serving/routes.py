@@ -23,8 +23,10 @@ from bara.serving.page import HEADERS, PAGE
 from bara.serving.problems import Problem, error_body
 from bara.serving.prompts import conversation
 from bara.serving.schemas import (
+    CLASSIFIED,
     PREDICTED,
     RANKED,
+    ClassifyRequest,
     LoadRequest,
     PredictRequest,
     RankRequest,
@@ -78,6 +80,19 @@ def routes(shelf: Shelf, metrics: Metrics, batcher: Batcher) -> APIRouter:
         batcher.submit([job])
         (answer,) = await results(request, [job])
         return dict(answer)
+
+    @router.post("/classify", responses=example("Classes of the texts.", CLASSIFIED))
+    async def classify(body: ClassifyRequest, request: Request) -> dict[str, Any]:
+        """Classes in vLLM's form, for the client of an export; `/v1/predict` says more."""
+        if (task := shelf.predictor(body.model).served.task.task) != "classification":
+            raise Problem(400, f"/classify is for classification, not {task}", param="model")
+        answer = await predict(body.prediction(), request)
+        data = []
+        for index, record in enumerate(answer["predictions"]):
+            probs = list(record["probabilities"].values())
+            label = {"index": index, "label": record["prediction"], "probs": probs}
+            data.append(label | {"num_classes": len(probs)})
+        return {"object": "list", "model": answer["model"], "data": data}
 
     @router.post("/v1/rank", responses=example("The rank in use of every layer.", RANKED))
     async def rank(body: RankRequest, request: Request) -> dict[str, Any]:

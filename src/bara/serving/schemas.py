@@ -73,6 +73,24 @@ class PredictRequest(TextsRequest):
     coverage: Share | None = None
 
 
+class ClassifyRequest(BaseModel):
+    """Texts to classify, in vLLM's form."""
+
+    model_config = with_examples({"model": "tweets", "input": "What a day!"})
+
+    model: str | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1)]
+    num_draws: Draws = 10
+    seed: Seed = 0
+    deterministic: bool = False
+
+    def prediction(self) -> PredictRequest:
+        """The same as a request of our own."""
+        fields = self.model_dump(exclude={"input"})
+        texts = [self.input] if isinstance(self.input, str) else self.input
+        return PredictRequest(texts=texts, **fields)
+
+
 class RankRequest(TextsRequest):
     """Texts whose rank in use is asked for; for a language model also a conversation."""
 
@@ -117,6 +135,11 @@ PREDICTED = {
             "epistemic": 0.03,
         }
     ],
+}
+CLASSIFIED = {
+    "object": "list",
+    "model": "tweets",
+    "data": [{"index": 0, "label": "positive", "probs": [0.08, 0.92], "num_classes": 2}],
 }
 RANKED = {
     "object": "ranks",
