@@ -53,6 +53,7 @@ def export(
     from bara.export.client import Ensemble, EnsembleError
     from bara.export.export_lora import check_mode, export_lora
     from bara.finetuning.load import load_adapter
+    from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
@@ -70,7 +71,11 @@ def export(
         raise BaraError("--held-out measures an export: give --data too")
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     fit, measure = (None, None)
-    if data is not None:
+    if data is not None and isinstance(task, LanguageTask):  # no classes to measure a change of
+        if held_out is not None:
+            raise BaraError("--held-out is not for language models: leave it out")
+        fit = model_inputs(read_table(data, task), tokenizer, task)
+    elif data is not None:
         fit, measure = calibration_inputs(data, held_out, tokenizer, task)
     recipe = TrainRecipe.load(adapter / RECIPE_FILE)
     method, _ = parse_method(recipe.method)
