@@ -19,7 +19,10 @@ from bara.language.likelihood import continuation_log_probs
 from bara.serving import prediction
 from bara.serving.app import create_app
 from bara.serving.limits import Limits
+from bara.serving.metrics import Metrics
+from bara.serving.schemas import LoadRequest
 from bara.serving.served import load_served
+from bara.serving.shelf import Shelf
 from conftest import write_jsonl
 from language_models import words
 from serving import make_adapter, running
@@ -114,6 +117,32 @@ def test_requests_under_way_finish_on_an_adapter_that_is_unloaded(client, monkey
         answers = [answer.result(30) for answer in under_way]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert expected in [answer.json() for answer in answers]
+
+
+def test_the_base_is_read_once_and_held_once(served_folders, root):
+    """Loaded language models share every weight of the base with the one that was there."""
+    shutil.copytree(served_folders["words"], root / "words")
+    served = load_served([str(served_folders["words"])])
+    shelf = Shelf(served, Limits(), Metrics(), load_from=root)
+    for name in ("one", "two"):
+        job = shelf.load_job(LoadRequest(lora_name=name, lora_path="words"))
+        job.run([job])
+        shelf.add(job.result.result())
+    assert len(shelf._bases) == 1
+    first, *others = (dict(one.model.named_parameters()) for one in shelf.served)
+    (base,) = shelf._bases.values()
+    places = {parameter.data_ptr() for parameter in base.parameters()}
+    for other in others:
+        shared = {n for n, p in other.items() if p.data_ptr() == first[n].data_ptr()}
+        assert shared == {name for name in first if "lora_" not in name}
+        assert {other[name].data_ptr() for name in shared} == places
+    # and each generates as the adapter from its folder does
+    prompt, options = words(4, 5), {"max_new_tokens": 4, "agreement": False, "num_draws": 3}
+    model, tokenizer, _ = bara.load_adapter(served_folders["words"])
+    (expected,) = bara.generate(model, tokenizer, [prompt], **options)
+    for one in shelf.served:
+        (answer,) = bara.generate(one.model, one.tokenizer, [prompt], **options)
+        torch.testing.assert_close(answer.token_log_probs, expected.token_log_probs)
 
 
 def test_nothing_is_loaded_from_elsewhere(client, root, served_folders, tmp_path):

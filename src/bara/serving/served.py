@@ -25,7 +25,7 @@ from bara.language.tasks import LanguageTask, Task
 from bara.serving.problems import Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 TASKS = (*TABLE_TASKS, "causal-lm", "multiple-choice")
@@ -142,7 +142,11 @@ def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> li
 
 
 def load_one(
-    name: str, folder: Path, others: Sequence[Served], *, base_model: str | None = None
+    name: str,
+    folder: Path,
+    others: Sequence[Served],
+    *,
+    base_model: str | PreTrainedModel | None = None,
 ) -> Served:
     """Loads an adapter beside others, whose memory it shares as far as their bases are the same.
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bara.cards.adapter_files import CONFIG_FILE
+from transformers import PreTrainedModel
+
+from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE
 from bara.errors import BaraError
+from bara.finetuning.load import load_base_of, read_task
+from bara.language.tasks import LanguageTask
+from bara.methods.recipe import TrainRecipe
 from bara.serving.batcher import Job
 from bara.serving.decoding import Decoder
 from bara.serving.limits import Limits
@@ -48,6 +54,7 @@ class Shelf:
         self._predictors: dict[str, Predictor] = {}
         self._decoders: dict[str, Decoder] = {}
         self._loaded: set[str] = set()
+        self._bases: dict[str, PreTrainedModel] = {}
         for one in served:
             self._put(one)
 
@@ -132,10 +139,24 @@ class Shelf:
         for job in jobs:
             name, folder = job.payload
             try:
-                job.finish(load_one(name, folder, self.served, base_model=self.base_model))
+                base = self._base(folder) or self.base_model
+                job.finish(load_one(name, folder, self.served, base_model=base))
             except BaraError as error:
                 message = without_paths(str(error).replace(str(folder), name))
                 raise Problem(400, message, param="lora_path") from error
+
+    def _base(self, folder: Path) -> PreTrainedModel | None:
+        """The base model of a language model's adapter: read once, its weights one memory with
+        those of all adapters on it. None for a classifier, whose base depends on its classes."""
+        if not isinstance(read_task(folder), LanguageTask):
+            return None
+        options = TrainRecipe.load(folder / RECIPE_FILE).model_options
+        key = f"{base_of(folder)} {options}"
+        if key not in self._bases:
+            self._bases[key] = load_base_of(folder, base_model=self.base_model)
+        base = self._bases[key]
+        tensors = (*base.parameters(), *base.buffers())
+        return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
 
     def _require_loading(self) -> None:
         if self.load_from is None:
