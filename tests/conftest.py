@@ -121,3 +121,15 @@ def served_folders(
     return {
         name: make_adapter(llama if name == "words" else bert, root / name, name) for name in TABLES
     }
+
+
+@pytest.fixture(scope="session")
+def task_folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: BertTokenizerFast
+) -> dict[str, Path]:
+    """The same for labels, tags and answers: see `serving.TASK_TABLES`."""
+    from serving import TASK_TABLES, make_adapter, tiny_bert_folder
+
+    root = tmp_path_factory.mktemp("tasks")
+    bert = tiny_bert_folder(root / "bert", tiny_tokenizer)
+    return {name: make_adapter(bert, root / name, name) for name in TASK_TABLES}

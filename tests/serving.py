@@ -18,7 +18,7 @@ from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
 from conftest import tiny_bert_config
-from helpers import stir
+from helpers import CONFIGS, stir
 from language_models import tiny_lm, word_tokenizer, words
 
 CHAT = (
@@ -32,6 +32,26 @@ TABLES: dict[str, dict[str, list[Any]]] = {
     "stars": {"text": TEXTS * 3, "label": [0.5, 1.5, 2.5, 4.0] * 3},
     "words": {"prompt": [words(i, 5) + " " for i in range(10, 22)], "completion": [words(6)] * 12},
 }
+_CONTEXT = "it was cold . the film is {} . it is not warm , not a good plot"
+_ANSWER = {"text": ["great"], "answer_start": [_CONTEXT.index("{}")]}
+TASK_TABLES: dict[str, dict[str, list[Any]]] = {
+    "labels": {"text": TEXTS * 3, "labels": [["praise"], ["film", "praise"], [], ["film"]] * 3},
+    "tags": {
+        "tokens": [text.split() for text in TEXTS] * 3,
+        "tags": [["O", *["B"] * (len(text.split()) - 1)] for text in TEXTS] * 3,
+    },
+    "answers": {
+        "question": ["the film is", "the plot is"] * 6,
+        "context": [_CONTEXT.format("great")] * 12,
+        "answers": [_ANSWER, {"text": [], "answer_start": []}] * 6,
+    },
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "words": {"task": "causal-lm"},
+    "labels": {"task": "multi-label"},
+    "tags": {"task": "token-classification"},
+    "answers": {"task": "question-answering", "max_length": 16, "stride": 4},
+}
 
 
 def make_adapter(base: Path, folder: Path, kind: str, method: str = "bara", **options: Any) -> Path:
@@ -41,11 +61,11 @@ def make_adapter(base: Path, folder: Path, kind: str, method: str = "bara", **op
         output=str(folder),
         method=method,
         method_options={"r": 2} | ({"weight_noise": 1.0} if method == "bara" else {}) | options,
-        **({"task": "causal-lm"} if kind == "words" else {}),
+        **RECIPES.get(kind, {}),
         training={"max_steps": 1, "save_strategy": "no", "use_cpu": True},
     )
-    finetune(recipe, Dataset.from_dict(TABLES[kind]))
-    if method == "bara":
+    finetune(recipe, Dataset.from_dict((TABLES | TASK_TABLES)[kind]))
+    if method in CONFIGS:
         model, _, _ = load_adapter(folder)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)

@@ -356,3 +356,25 @@ def test_other_bad_input_is_one_line(capsys, tmp_path, base, tiny_model_dir):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     gguf[2] = tmp_path / "bad.gguf"
     assert "cannot load the base model" in run(capsys, *gguf, "--output", tmp_path / "o", code=1)
+
+
+def test_gates_of_an_export_are_averaged_over_texts(capsys, base, tmp_path):
+    """What depends on the input needs `--data`, and nothing is measured: there are no classes."""
+    table, out, _ = trained(capsys, base, tmp_path, "causal-lm", TEXTS)
+    command = ["export", out, "--mode", "draws", "-n", 2, "--output", tmp_path / "draws"]
+    assert "depends on the input" in run(capsys, *command, code=1)
+    refused = run(capsys, *command, "--data", table, "--held-out", table, code=1)
+    assert "--held-out is not for language models" in refused
+    run(capsys, *command, "--data", table)
+    manifest = json.loads((tmp_path / "draws" / "manifest.json").read_text())
+    assert (manifest["task"], manifest["difference"]) == ("causal-lm", None)
+    model, tokenizer, task = load_adapter(out)
+    rows = tokenise_language(Dataset.from_list(TEXTS), tokenizer, task)
+    bara.export_lora(model, tmp_path / "again", mode="draws", num_draws=2, data=rows)
+    for draw in ("draw-0", "draw-1"):
+        both = [
+            load_file(tmp_path / name / draw / "adapter_model.safetensors")
+            for name in ("draws", "again")
+        ]
+        for name, tensor in both[0].items():
+            torch.testing.assert_close(tensor, both[1][name])

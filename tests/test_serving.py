@@ -1,6 +1,7 @@
 """`bara serve`: predictions equal `bara.predict`, and every bad request has one clear answer."""
 
 import json
+import math
 import shutil
 import socket
 import threading
@@ -12,10 +13,12 @@ pytest.importorskip("fastapi")
 pytest.importorskip("httpx")
 
 import httpx
+import torch
 
 import bara
 from bara.data.text_task import encode_texts
 from bara.evaluation.abstention import Threshold, save_threshold
+from bara.evaluation.conformal import FILE, Conformal, save_conformal
 from bara.serving import prediction
 from bara.serving.app import create_app
 from bara.serving.limits import Limits
@@ -149,6 +152,42 @@ def test_abstaining_under_a_calibrated_threshold(client, served):
     assert 'bara_abstained_total{model="reviews"} 2.0' in metrics
 
 
+def test_sets_and_intervals_of_a_promised_coverage(client, served):
+    """Against the quantile by its definition: the k-th smallest score, k = ceil((n + 1) 0.8)."""
+    conditions = {"num_draws": 6, "seed": 2}
+    records = expected(served["reviews"], [[text] for text in TEXTS], **conditions)
+    middle = sorted(p for record in records for p in record["probabilities"].values())[3:5]
+    sure = torch.full((12,), 0.9).double()
+    sure[:3] = sum(middle) / 2  # of the label; the third largest 1 - p is the bound
+    probs, labels = torch.stack([1 - sure, sure], 1), torch.ones(12).long()
+    residuals = torch.linspace(-1, 2, 12).double()
+    kinds = {"reviews": Conformal(probs, labels), "stars": Conformal(residuals=residuals)}
+    for name, conformal in kinds.items():
+        save_conformal(served[name].folder, conformal, **conditions)
+    asked = {"texts": TEXTS, "coverage": 0.8, **conditions}
+
+    largest = sorted(1 - sure)[math.ceil(13 * 0.8) - 1]
+    answer = ask(client, model="reviews", **asked)["predictions"]
+    for found, record in zip(answer, records, strict=True):
+        inside = [name for name, p in record["probabilities"].items() if 1 - p <= largest]
+        assert found["prediction_set"] == inside
+    assert len({tuple(found["prediction_set"]) for found in answer}) > 1
+
+    width = sorted(residuals.abs().tolist())[math.ceil(13 * 0.8) - 1]
+    answer = ask(client, model="stars", **asked)["predictions"]
+    records = expected(served["stars"], [[text] for text in TEXTS], **conditions)
+    for found, record in zip(answer, records, strict=True):
+        half = width * math.sqrt(record["total"])
+        ends = [record["prediction"] - half, record["prediction"] + half]
+        assert found["interval"] == pytest.approx(ends, rel=1e-4)
+
+    wrong = asked | {"model": "reviews"}
+    refused(client, "was made with num_draws = 6, not 5", **wrong | {"num_draws": 5})
+    refused(client, "was made with seed = 2, not 3", **wrong | {"seed": 3})
+    error = refused(client, "12 labelled rows cannot promise", **wrong | {"coverage": 0.99})
+    assert error["param"] == "coverage"
+
+
 def test_the_rank_is_that_of_effective_rank(client, served):
     one = served["reviews"]
     answer = ask(client, "/v1/rank", model="reviews", texts=TEXTS)
@@ -222,7 +261,10 @@ BAD = [
     ({"model": "reviews", "texts": ["a"], "seed": -1}, "seed must be at least 0"),
     ({"model": "reviews", "texts": ["a"], "seed": 2**32}, "seed must be below"),
     ({"model": "reviews", "texts": ["a"], "draws": 4}, "draws is not supported here"),
-    ({"model": "stars", "texts": ["a"], "abstain_at_risk": 0.1}, "is for classification"),
+    ({"model": "stars", "texts": ["a"], "abstain_at_risk": 0.1}, "is not for regression"),
+    ({"model": "reviews", "texts": ["a"], "coverage": 1}, "coverage must be"),
+    ({"model": "reviews", "texts": ["a"], "coverage": 0.9, "deterministic": True}, "needs draws"),
+    ({"model": "pairs", "pairs": [["a", "b"]], "coverage": 0.9}, "pairs has no conformal calibr"),
     ({"model": "words", "texts": ["a"]}, "words is a language model"),
 ]
 
@@ -230,6 +272,15 @@ BAD = [
 @pytest.mark.parametrize(("body", "words"), BAD, ids=[words for _, words in BAD])
 def test_bad_predictions_are_the_client_s_fault(client, body, words):
     assert refused(client, words, **body)["type"] == "invalid_request_error"
+
+
+def test_classes_in_the_form_of_vllm_are_for_classes(client):
+    refused(
+        client, "is for classification, not regression", 400, "/classify", model="stars", input="a"
+    )
+    refused(client, "pairs reads pairs, not texts", 400, "/classify", model="pairs", input="a")
+    refused(client, "texts: at most 4 here", 400, "/classify", model="reviews", input=["a"] * 5)
+    refused(client, "input is missing", 400, "/classify", model="reviews")
 
 
 def test_an_unknown_model_is_not_found(client):
@@ -401,7 +452,7 @@ def test_the_documentation_has_examples_that_are_taken(client):
     for number, example in enumerate(schemas["PredictRequest"]["examples"]):
         model = "pairs" if "pairs" in example else "reviews"
         answer = client.post("/v1/predict", json=example | {"model": model})
-        assert answer.status_code == (400 if number else 200)  # the second needs a threshold
+        assert answer.status_code == (400 if number else 200)  # others need a calibration
 
 
 def test_metrics_count_what_was_asked(client):
@@ -452,9 +503,12 @@ def test_the_command_serves_and_its_errors_are_one_line(
     assert "anybody who reaches this can ask" in error
     twice = failing("serve", film, film, "--port", port)
     assert "two adapters are called 'film'" in twice
-    other = shutil.copytree(served_folders["reviews"], tmp_path / "other")
+    other = shutil.copytree(served_folders["words"], tmp_path / "other")
     described = json.loads((other / "text_task.json").read_text())
-    (other / "text_task.json").write_text(json.dumps(described | {"task": "multi-label"}))
-    assert "is for multi-label" in failing("serve", other, "--port", port)
+    (other / "text_task.json").write_text(json.dumps(described | {"task": "seq2seq"}))
+    assert "is for seq2seq" in failing("serve", other, "--port", port)
     assert "--api-key-file" in failing("serve", tmp_path, "--api-key-file", tmp_path / "none")
     assert "no adapter folder" in failing("serve", tmp_path / "nothing", "--port", port)
+    damaged = shutil.copytree(served_folders["reviews"], tmp_path / "damaged")
+    (damaged / FILE).write_bytes(b"no tensors")
+    assert "is damaged" in failing("serve", damaged, "--port", port)

@@ -12,9 +12,12 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
+import torch
+
 import bara
 from bara.evaluation.abstention import Threshold, save_threshold
 from bara.export.client import Ensemble
+from bara.language import likelihood
 from bara.serving import decoding
 from bara.serving.app import create_app
 from bara.serving.limits import Limits
@@ -207,6 +210,81 @@ def test_the_mean_is_one_draw_without_disagreement(client, served):
     assert answer.choices[0].uncertainty["num_draws"] == 1
 
 
+def read(one, text, num_draws, seed):
+    """(T - 1, V) log-probabilities of the mixture at each place, draw by draw."""
+    ids = one.tokenizer(text, return_tensors="pt")["input_ids"]
+    draws = []
+    for draw in range(num_draws):
+        with torch.no_grad(), bara.sampling(one.model, seed=seed, first_draw=draw):
+            draws.append(one.model(input_ids=ids).logits[0, :-1].softmax(-1))
+    return ids[0].tolist(), torch.stack(draws).mean(0).log()
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_the_tokens_of_a_prompt_are_scored(client, served, most):
+    """vLLM's form, with the mixture's numbers; prompts of several lengths in one request."""
+    prompts, draws = [words(4, 5, 60, 7), words(9, 8)], {"num_draws": 5}
+    answer = client.completions.create(
+        model="words",
+        prompt=prompts,
+        max_tokens=2,
+        seed=3,
+        extra_body={"prompt_logprobs": most, **draws},
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        require_same(choice, expected(served, prompt, max_new_tokens=2, seed=3, **draws))
+        ids, log_probs = read(served[0], prompt, seed=3, **draws)
+        first, *places = choice.prompt_logprobs
+        assert first is None
+        assert len(places) == len(ids) - 1
+        for token, place, row in zip(ids[1:], places, log_probs, strict=True):
+            best = row.topk(most).indices.tolist()
+            assert list(place) == list(map(str, dict.fromkeys([token, *best])))
+            for number, found in place.items():
+                value = row[int(number)]
+                assert found["logprob"] == pytest.approx(float(value), rel=1e-3, abs=1e-5)
+                assert found["rank"] == int((row > value).sum()) + 1
+                assert found["decoded_token"] == served[0].tokenizer.decode([int(number)])
+
+
+def test_the_draws_of_a_long_text_take_turns(served, monkeypatch):
+    ids, options = [4, 5, 60, 7], {"num_draws": 5, "seed": 3, "top": 2}
+    together = likelihood.read_tokens(served[0].model, ids, **options)
+    _, log_probs = read(served[0], words(*ids), 5, 3)
+    monkeypatch.setattr(likelihood, "MOST_LOGITS", 2 * len(ids) * 64)  # two draws at a time
+    apart = likelihood.read_tokens(served[0].model, ids, **options)
+    for reading in (together, apart):
+        torch.testing.assert_close(reading.top_log_probs, log_probs.topk(2).values)
+        torch.testing.assert_close(reading.log_probs, log_probs[range(3), ids[1:]])
+    assert torch.equal(together.top, apart.top)
+    with pytest.raises(bara.BaraError, match="no tokens"):
+        likelihood.read_tokens(served[0].model, [])
+
+
+def test_an_echo_scores_the_prompt_as_the_answer_was_scored(client):
+    """Read again with its answer, a prompt has the log-probabilities that the answer had."""
+    asked = {"model": "words", "logprobs": 2, "extra_body": {"num_draws": 5}}
+    said = client.completions.create(prompt=words(4, 5), max_tokens=5, **asked).choices[0]
+    whole = f"{words(4, 5)} {said.text}"
+    (echo,) = client.completions.create(prompt=whole, max_tokens=1, echo=True, **asked).choices
+    tokens, count = echo.logprobs, len(said.logprobs.tokens)
+    assert echo.text.startswith(whole)
+    assert tokens.tokens[: 2 + count] == whole.split()
+    assert tokens.token_logprobs[0] is tokens.top_logprobs[0] is None
+    assert tokens.token_logprobs[2 : 2 + count] == pytest.approx(
+        said.logprobs.token_logprobs, rel=1e-3, abs=1e-5
+    )
+    for again, before in zip(tokens.top_logprobs[2:], said.logprobs.top_logprobs, strict=False):
+        assert again == pytest.approx(before, rel=1e-3)
+    for name, start in zip(tokens.tokens, tokens.text_offset, strict=True):
+        assert echo.text[start:].strip().startswith(name)
+    assert len(tokens.tokens) == len(tokens.top_logprobs) == 3 + count
+    asked.pop("logprobs")
+    (plain,) = client.completions.create(prompt=whole, max_tokens=1, echo=True, **asked).choices
+    assert plain.text == echo.text
+    assert plain.logprobs is None
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_before_a_stop(client, served, stream):
     generation = expected(served, words(4, 5), max_new_tokens=8)
@@ -296,7 +374,17 @@ BAD = [
     ("completions", {"prompt": []}, "prompt"),
     ("completions", {"prompt": ["w4"] * 4}, "prompt: at most 3 here"),
     ("completions", {"prompt": [3, 4]}, "prompt"),
-    ("completions", {"prompt": "w4", "echo": True}, "echo must be False"),
+    ("completions", {"prompt": "w4", "echo": 1}, "echo must be true or false"),
+    ("completions", {"prompt": "w4", "prompt_logprobs": 21}, "prompt_logprobs must be at most 20"),
+    ("completions", {"prompt": "w4", "prompt_logprobs": -1}, "prompt_logprobs must be at least 0"),
+    (
+        "completions",
+        {"prompt": words(*[4] * 31), "prompt_logprobs": 0, "stream": False},
+        "at most 30",
+    ),
+    ("completions", {"prompt": "w4", "prompt_logprobs": 0, "stream": True}, "for a stream"),
+    ("completions", {"prompt": "w4", "echo": True, "stream": True}, "for a stream"),
+    ("chat", {"prompt_logprobs": 0}, "prompt_logprobs is not supported here"),
 ]
 
 
@@ -304,7 +392,7 @@ BAD = [
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_requests_are_the_client_s_fault(client, route, body, message, stream):
     path = "/chat/completions" if route == "chat" else "/completions"
-    given = (CHAT if route == "chat" else {"model": "words"}) | body | {"stream": stream}
+    given = (CHAT if route == "chat" else {"model": "words"}) | {"stream": stream} | body
     with pytest.raises(openai.BadRequestError) as error:
         client.post(path, body=given, cast_to=object)
     assert message in error.value.body["message"]

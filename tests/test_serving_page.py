@@ -4,6 +4,7 @@
 
 import re
 import shutil
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
@@ -96,6 +97,12 @@ def browser():
 @pytest.fixture
 def page(browser, url):
     """The page, opened; what it asks elsewhere or complains of fails the test."""
+    with opened(browser, url) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser, url):
     page = browser.new_page()
     page.set_default_timeout(20_000)
     wrong = []
@@ -208,6 +215,58 @@ def test_pairs_and_numbers_have_their_fields(page):
         "Interval from",
         "Interval to",
     ]
+
+
+def test_labels_words_and_answers_have_their_tables(browser, task_folders):
+    """Every number of the answer is there, and the status says the prediction."""
+    served = load_served([str(folder) for folder in task_folders.values()])
+    with running(create_app(served)) as url, opened(browser, url) as page:
+
+        def asked(model, text, **body):
+            page.get_by_label("Model").select_option(model)
+            page.locator("#text").fill(text)
+            page.get_by_role("button", name="Ask").click()
+            status = done(page)
+            given = {"model": model, "num_draws": 8, "seed": 0} | body
+            (record,) = httpx.post(f"{url}/v1/predict", json=given).json()["predictions"]
+            assert page.locator("#rank-body tr").count() > 0
+            return status, record, cells(page, "classes-body"), cells(page, "parts-body")
+
+        def near(parts):
+            return pytest.approx(
+                [v for p in parts for v in (p["total"], p["aleatoric"], p["epistemic"])], rel=6e-3
+            )
+
+        def values(rows):
+            return [float(value) for row in rows for value in row[1:]]
+
+        status, record, shown, parts = asked("labels", "good film", texts=["good film"])
+        probabilities = {name: label["probability"] for name, label in record["labels"].items()}
+        assert {row[0]: float(row[1]) for row in shown} == pytest.approx(probabilities, abs=6e-4)
+        assert [row[0] for row in parts] == list(probabilities)
+        assert values(parts) == near(record["labels"].values())
+        assert status.startswith(", ".join(record["prediction"]) or "No label")
+
+        tokens = ["a", "bad", "plot"]
+        assert page.get_by_label("Words, with spaces between them").count() == 0
+        status, record, shown, parts = asked("tags", " a  bad plot ", tokens=[tokens])
+        assert page.get_by_label("Words, with spaces between them").count() == 1
+        assert [row[:2] for row in shown] == [
+            list(pair) for pair in zip(tokens, record["prediction"], strict=True)
+        ]
+        assert values(parts) == near(record["words"])
+        assert status.startswith(" ".join(record["prediction"]))
+
+        page.get_by_label("Model").select_option("answers")
+        page.get_by_label("Context").fill("the film was good .")
+        question = {"question": "the film is", "context": "the film was good ."}
+        status, record, shown, parts = asked("answers", "the film is", questions=[question])
+        assert [row[0] for row in shown] == [a["text"] or "(no answer)" for a in record["answers"]]
+        assert [float(row[1]) for row in shown] == pytest.approx(
+            [answer["probability"] for answer in record["answers"]], abs=6e-4
+        )
+        assert values(parts) == near([record])
+        assert status.startswith(record["prediction"] or "No answer")
 
 
 def test_errors_are_told_in_the_status(browser, served):

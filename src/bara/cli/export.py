@@ -33,7 +33,9 @@ def export(
     ] = None,
     load_into: Annotated[
         str | None,
-        Option(metavar="URL", help="Load the draws into the vLLM server there, up to /v1."),
+        Option(
+            metavar="URL", help="Load the draws into the server there, vLLM or bara, up to /v1."
+        ),
     ] = None,
     api_key_file: Annotated[
         Path | None, Option(help="File with the key of that server.", dir_okay=False, exists=True)
@@ -51,10 +53,11 @@ def export(
     from bara.export.client import Ensemble, EnsembleError
     from bara.export.export_lora import check_mode, export_lora
     from bara.finetuning.load import load_adapter
+    from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
-    from bara.methods.table import TEMPERED
+    from bara.methods.table import TEMPERED, parse_method
     from bara.prediction.temperature import save_temperature
 
     quieten_libraries()
@@ -68,9 +71,16 @@ def export(
         raise BaraError("--held-out measures an export: give --data too")
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     fit, measure = (None, None)
-    if data is not None:
+    if data is not None and isinstance(task, LanguageTask):  # no classes to measure a change of
+        if held_out is not None:
+            raise BaraError("--held-out is not for language models: leave it out")
+        fit = model_inputs(read_table(data, task), tokenizer, task)
+    elif data is not None:
         fit, measure = calibration_inputs(data, held_out, tokenizer, task)
     recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    method, _ = parse_method(recipe.method)
+    if method.trainer.weight_noise:  # which the files of an export have no more
+        recipe = replace(recipe, method="lora", method_options={})
     recipe = replace(recipe, method=recipe.method.lower().removesuffix(TEMPERED))
 
     def beside(folder: Path) -> None:

@@ -32,6 +32,15 @@ def serve(
     max_draws: Annotated[int, Option(min=1, help="Draws of a request.")] = 64,
     max_queue: Annotated[int, Option(min=1, help="Requests that wait; others get 503.")] = 128,
     batch_size: Annotated[int, Option(min=1, help="Texts times draws in one pass.")] = 256,
+    load_from: Annotated[
+        Path | None,
+        Option(
+            help="Folder from which clients with the key may load adapters while it runs.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    max_adapters: Annotated[int, Option(min=1, help="Adapters that clients have loaded.")] = 64,
     timeout: Annotated[float, Option(min=0.1, help="Seconds of a request.")] = 60.0,
     base_model: BaseModel = None,
 ) -> None:
@@ -49,12 +58,25 @@ def serve(
 
     quieten_libraries()
     key = None if api_key_file is None else read_key(api_key_file)
-    limits = Limits(max_body, max_texts, max_tokens, max_draws, max_queue, batch_size, timeout)
+    if load_from is not None and key is None:
+        raise BaraError("--load-from lets clients load adapters: give --api-key-file too")
+    limits = Limits(
+        body=max_body,
+        texts=max_texts,
+        tokens=max_tokens,
+        draws=max_draws,
+        queue=max_queue,
+        rows=batch_size,
+        seconds=timeout,
+        adapters=max_adapters,
+    )
     with listen(host, port) as listener:
         served = load_served(adapters, base_model=base_model)
         if host not in LOOPBACK and key is None:
             print("bara: anybody who reaches this can ask: see --api-key-file", file=sys.stderr)
         names = ", ".join(one.name for one in served)
         print(f"bara: {names} on http://{host}:{port}", file=sys.stderr, flush=True)
-        app = create_app(served, limits=limits, api_key=key)
+        app = create_app(
+            served, limits=limits, api_key=key, load_from=load_from, base_model=base_model
+        )
         run(app, listener=listener, limits=limits)

@@ -71,7 +71,7 @@ class Conformal:
         """
         if self.probs is None or not isinstance(predictive, ClassificationPredictive):
             raise BaraError("prediction sets are for classification; a regression has intervals")
-        self._check(coverage)
+        self.check(coverage)
         from mapie.classification import SplitConformalClassifier
 
         assert self.labels is not None
@@ -103,7 +103,7 @@ class Conformal:
         """
         if self.residuals is None or not isinstance(predictive, RegressionPredictive):
             raise BaraError("intervals are for regression; a classification has prediction sets")
-        self._check(coverage)
+        self.check(coverage)
         from mapie.regression import SplitConformalRegressor
 
         zero = torch.zeros(len(self), 1).numpy()  # the point prediction of a residual
@@ -128,7 +128,8 @@ class Conformal:
         names = predictive.label_names or [str(c) for c in range(predictive.num_classes)]
         return [{"prediction_set": list(compress(names, inside))} for inside in sets]
 
-    def _check(self, coverage: float) -> None:
+    def check(self, coverage: float) -> None:
+        """Raises BaraError for a coverage outside (0, 1), or one that needs more calibration."""
         if not 0 < coverage < 1:
             raise BaraError(f"the coverage must lie between 0 and 1, not {coverage!r} (--coverage)")
         needed = math.ceil(max(1 / (1 - coverage), 1 / coverage) - 1e-9)

@@ -100,8 +100,9 @@ class Ensemble:
         """Loads the draws of an export into the running server.
 
         vLLM takes them if it was started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and
-        `--enable-lora --max-loras N --max-lora-rank R`. The folder is read by the server: it has
-        to be there under the same path.
+        `--enable-lora --max-loras N --max-lora-rank R`, `bara serve` with `--load-from FOLDER`,
+        in which they are, and a key. The folder is read by the server: it has to be there under
+        the same path.
 
         Raises:
             EnsembleError: the server refuses one, or already has one of that name.

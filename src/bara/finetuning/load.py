@@ -49,13 +49,17 @@ TRUST = "BARA_TRUST_REMOTE_CODE"
 
 
 def load_adapter(
-    path: str | Path, *, base_model: str | None = None, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    base_model: str | PreTrainedModel | None = None,
+    device: str | torch.device | None = None,
 ) -> tuple[Any, Any, Task]:
     """Load what `bara.finetuning.finetune.finetune` saved, in evaluation mode.
 
     Args:
         path: the adapter's folder.
-        base_model: folder or hub name of the base model, if it is not where it was in training.
+        base_model: folder or hub name of the base model, if it is not where it was in training; or
+            the model that `load_base_of` gave, which the adapter is put on.
         device: where to put the model; a GPU if there is one.
 
     Returns:
@@ -76,10 +80,9 @@ def load_adapter(
     if method.config is None:
         model, tokenizer, task = _load_model(folder)
     else:
-        _refuse_foreign_code(recipe.model_options, folder)
-        model, tokenizer, task = _load_peft(
-            folder, base_model, recipe.model_options, mean_pooled=method.mean_pooled
-        )
+        if base_model is None or isinstance(base_model, str):
+            base_model = load_base_of(folder, base_model=base_model)
+        model, tokenizer, task = _load_peft(folder, base_model)
     if method.ensemble:
         _load_members(model, folder, method.own_options(recipe.method_options).num_members)
     if issubclass(method.trainer, PveraTrainer):
@@ -91,6 +94,24 @@ def load_adapter(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer, task
+
+
+def load_base_of(path: str | Path, *, base_model: str | None = None) -> PreTrainedModel:
+    """The base model of an adapter, as the adapter's task and recipe want it, without the adapter.
+
+    Raises:
+        BaraError: as `load_adapter`.
+    """
+    folder = Path(path)
+    recipe = TrainRecipe.load(folder / RECIPE_FILE)
+    _refuse_foreign_code(recipe.model_options, folder)
+    name = base_model or read_config(folder).base_model_name_or_path
+    if not name:
+        raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
+    method, _ = parse_method(recipe.method)
+    task = load_task(folder)
+    base, _ = load_base(name, task, recipe.model_options, mean_pooled=method.mean_pooled)
+    return base
 
 
 def _refuse_foreign_code(options: Mapping[str, Any], folder: Path) -> None:
@@ -120,17 +141,10 @@ def _require_adapter(folder: Path) -> None:
         read_config(folder)  # says so if this is no adapter at all
 
 
-def _load_peft(
-    folder: Path, base_model: str | None, model_options: Mapping[str, Any], *, mean_pooled: bool
-) -> tuple[PeftModel, Any, Task]:
-    config = read_config(folder)
-    task = load_task(folder)
-    name = base_model or config.base_model_name_or_path
-    if not name:
-        raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
-    base, _ = load_base(name, task, model_options, mean_pooled=mean_pooled)
+def _load_peft(folder: Path, base: PreTrainedModel) -> tuple[PeftModel, Any, Task]:
+    config, task = read_config(folder), load_task(folder)
     tokenizer = _load_reader(folder, base, task)
-    return attach_adapter(base, folder, config, name), tokenizer, task
+    return attach_adapter(base, folder, config, str(base.name_or_path)), tokenizer, task
 
 
 def attach_adapter(base: Any, folder: Path, config: PeftConfig, name: str) -> PeftModel:

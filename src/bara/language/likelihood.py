@@ -1,8 +1,10 @@
-"""How likely texts are: the probability of whole continuations under every draw."""
+"""How likely texts are: whole continuations under every draw, and tokens under the mixture."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from bara.errors import BaraError
 from bara.language.prompts import require_decoder, require_room
 from bara.prediction.batches import progress_bar, to_device
 from bara.prediction.likelihood import require_finite
+
+MOST_LOGITS = 2**27
+"""Numbers that the logits of one pass of `read_tokens` have: half a gigabyte."""
 
 
 def continuation_log_probs(
@@ -85,6 +90,76 @@ def continuation_log_probs(
                 log_probs[:, i] = found.sum(1)
                 greedy[i] = likely.all()
     return log_probs, greedy
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the mixture over draws expects a text's T tokens, each after those before it.
+
+    The first token has nothing before it and is left out. The product over the places is not the
+    mixture's probability of the whole text, for which see `continuation_log_probs`: there a draw
+    keeps its weight from the first token to the last.
+
+    Attributes:
+        log_probs: (T - 1,) log-probability of each token, in nats.
+        ranks: (T - 1,) its place among all tokens, 1 for the most probable.
+        top: (T - 1, k) the most probable tokens.
+        top_log_probs: (T - 1, k) of these.
+    """
+
+    log_probs: Tensor
+    ranks: Tensor
+    top: Tensor
+    top_log_probs: Tensor
+
+
+def read_tokens(
+    model: nn.Module,
+    ids: Sequence[int],
+    *,
+    num_draws: int = 10,
+    seed: int = 0,
+    deterministic: bool = False,
+    top: int = 0,
+    batch_size: int = 64,
+) -> Reading:
+    """Reads one text: what `bara.generate` would have made of each place if it had got there.
+
+    Args:
+        model: a causal language model, with an adapter or without.
+        ids: (T,) the text's tokens.
+        num_draws, seed, deterministic, batch_size: as in `bara.predict`.
+        top: k, how many of the most probable tokens are kept.
+
+    Raises:
+        BaraError: not a causal language model, no tokens or more than the context has, logits that
+            are not finite, num_draws or batch_size < 1.
+    """
+    require_decoder(model, "read_tokens")
+    if num_draws < 1 or batch_size < 1:
+        raise BaraError("num_draws and batch_size must be at least 1.")
+    if not ids:
+        raise BaraError("The text has no tokens.")
+    require_room(model, len(ids))
+    draws = Portions(model, None if deterministic else num_draws, seed)
+    text = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    config: Any = model.config
+    fits = MOST_LOGITS // (len(ids) * config.get_text_config().vocab_size)
+    mixture: list[Tensor] = []
+
+    def run(blocks: Blocks) -> None:
+        logits = require_finite(model(**blocks.repeat(inputs)).logits)
+        every = blocks.split(logits)[:, 0, :-1].float().log_softmax(-1)
+        mixture[:] = [torch.cat([*mixture, every]).logsumexp(0, keepdim=True)]
+
+    with evaluating(model):
+        draws.map(run, 1, max(1, min(batch_size, fits)))
+    log_probs = mixture[0][0] - math.log(draws.num_draws)
+    found = log_probs.gather(-1, text[0, 1:, None])
+    best = log_probs.topk(min(top, log_probs.shape[-1]))
+    ranks = (log_probs > found).sum(-1) + 1
+    return Reading(found[:, 0].cpu(), ranks.cpu(), best.indices.cpu(), best.values.cpu())
 
 
 def _batch(

@@ -121,7 +121,7 @@ PROBLEMS = {
 def _head(task: TableTask | ImageTask) -> dict[str, Any]:
     """What a model's configuration says of its outputs."""
     if isinstance(task, QuestionTask):
-        return {}
+        return {"num_labels": 2}  # start and end, whatever classes the checkpoint's model had
     head: dict[str, Any] = {"num_labels": task.num_labels}
     if task.task in PROBLEMS:
         head["problem_type"] = PROBLEMS[task.task]

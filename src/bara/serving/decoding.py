@@ -15,6 +15,7 @@ from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold
 from bara.language.generation import MAX_NEW_TOKENS, DrawSampler
 from bara.language.inputs import Inputs, read_prompts
+from bara.language.likelihood import Reading, read_tokens
 from bara.language.prompts import Prompt, context, require_room
 from bara.language.streaming import StreamedToken, decode_rows
 from bara.serving.batcher import Job
@@ -63,8 +64,10 @@ class Answer:
         wanted: most new tokens; None for the default.
         stop: where its text ends.
         top: how many tokens are listed at each place.
+        reads: how many tokens are listed at each place of the prompt; None if it is not scored.
         listener: is told of every token in the decoding thread.
-        prompt_tokens: tokens of the prompt.
+        prompt_ids: tokens of the prompt.
+        reading: what the mixture makes of them, if they are scored.
         most: new tokens that it may have.
         tokens: what has been decoded.
         text: what can be shown of it.
@@ -76,8 +79,10 @@ class Answer:
     wanted: int | None
     stop: StopText
     top: int
+    reads: int | None = None
     listener: Callable[[Token], None] | None = None
-    prompt_tokens: int = 0
+    prompt_ids: list[int] = field(default_factory=list)
+    reading: Reading | None = None
     most: int = 0
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
@@ -172,9 +177,14 @@ class Decoder:
         )
 
     def jobs(
-        self, request: GenerationRequest, prompts: Sequence[Prompt], wanted: int | None, top: int
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Prompt],
+        wanted: int | None,
+        top: int,
+        reads: int | None,
     ) -> list[Job]:
-        """The work of a request: a job for each prompt.
+        """The work of a request: a job for each prompt; the last three are those of `Answer`.
 
         Raises:
             Problem: 400: too many prompts, tokens or draws.
@@ -190,10 +200,10 @@ class Decoder:
         settings = (*draws, tuple(options.items()), alone)
         deadline = time.monotonic() + limits.seconds
         rows = 1 if request.deterministic else request.num_draws
-        return [
-            Job(self.run, settings, rows, Answer(p, wanted, StopText(request.stops), top), deadline)
-            for p in prompts
+        answers = [
+            Answer(prompt, wanted, StopText(request.stops), top, reads) for prompt in prompts
         ]
+        return [Job(self.run, settings, rows, answer, deadline) for answer in answers]
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Decodes the answers of all jobs, together if they fit into the context together."""
@@ -217,7 +227,12 @@ class Decoder:
         except BaraError as error:
             job.fail(Problem(400, str(error), param="prompt"))
             return None
-        answer.prompt_tokens = len(asked.rows[0])
+        answer.prompt_ids = asked.rows[0]
+        if answer.reads is not None and asked.longest > self.limits.tokens:
+            most = self.limits.tokens
+            message = f"a prompt of {asked.longest} tokens is not scored here: at most {most}"
+            job.fail(Problem(400, message, param="prompt"))
+            return None
         return asked
 
     def _decode(self, jobs: list[Job], asked: list[Inputs]) -> None:
@@ -245,7 +260,7 @@ class Decoder:
             job.started = True
             answer.num_draws = sampler.draws.num_draws
             if answer.take(
-                token, self._name(token.token), self._top(answer, log_probs), token.token in ends
+                token, self.name(token.token), self._top(answer, log_probs), token.token in ends
             ):
                 self.metrics.tokens.labels(served.name).inc(len(answer.tokens))
                 job.finish(answer)
@@ -254,15 +269,34 @@ class Decoder:
 
         ends = sampler.ends
         inputs = asked[0].stack([row for one in asked for row in one.rows])
+        for job in jobs:
+            self._read(job)
         with decoding(served.model):
             decode_rows(sampler, inputs, seed, take)
+
+    def _read(self, job: Job) -> None:
+        """Scores the tokens of a prompt, if that was asked for."""
+        answer: Answer = job.payload
+        if answer.reads is None or job.over:
+            return
+        num_draws, seed, deterministic, *_ = job.settings
+        answer.reading = read_tokens(
+            self.served.model,
+            answer.prompt_ids,
+            num_draws=num_draws,
+            seed=seed,
+            deterministic=deterministic,
+            top=answer.reads,
+            batch_size=self.limits.rows,
+        )
 
     def _top(self, answer: Answer, log_probs: Tensor) -> tuple[Top, ...]:
         if not answer.top:
             return ()
         values, tokens = log_probs.topk(min(answer.top, len(log_probs)))
         pairs = zip(tokens.tolist(), values.tolist(), strict=True)
-        return tuple(Top(self._name(token), value) for token, value in pairs)
+        return tuple(Top(self.name(token), value) for token, value in pairs)
 
-    def _name(self, token: int) -> str:
+    def name(self, token: int) -> str:
+        """A token as text."""
         return str(self.served.tokenizer.decode([token]))

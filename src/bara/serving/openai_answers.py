@@ -8,8 +8,11 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from bara.language.generation import Pieces
+from bara.language.likelihood import Reading
 from bara.serving.decoding import Answer, Decoder, Token
 from bara.serving.openai_schemas import ChatRequest, GenerationRequest
+from bara.serving.problems import Problem
 
 
 class Form:
@@ -20,7 +23,8 @@ class Form:
         request: a chat request, or one for completions.
 
     Raises:
-        Problem: 400: it wants to abstain at a risk for which there is no threshold.
+        Problem: 400: it wants to abstain at a risk for which there is no threshold, or its prompt
+            in a stream.
 
     Attributes:
         wanted: most new tokens of an answer, if it says so.
@@ -36,12 +40,24 @@ class Form:
         self.created = int(time.time())
         asked = getattr(request, "logprobs", None)
         self.with_logprobs = bool(asked) if self.chat else asked is not None
+        self.echo = bool(getattr(request, "echo", False))
+        self.prompt_top: int | None = getattr(request, "prompt_logprobs", None)
+        for name, wanted in (("echo", self.echo), ("prompt_logprobs", self.prompt_top is not None)):
+            if wanted and request.stream:
+                raise Problem(400, f"{name} is not there for a stream", param=name)
 
     @property
     def top(self) -> int:
         """How many tokens are listed at each place."""
         name = "top_logprobs" if self.chat else "logprobs"
         return int(getattr(self.request, name) or 0) if self.with_logprobs else 0
+
+    @property
+    def reads(self) -> int | None:
+        """How many tokens are listed at each place of the prompt; None if it is not scored."""
+        echoed = self.top if self.echo and self.with_logprobs else None
+        wanted = [number for number in (echoed, self.prompt_top) if number is not None]
+        return max(wanted, default=None)
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The answer to a request that does not stream."""
@@ -98,14 +114,21 @@ class Form:
         uncertainty = self._uncertainty(answer)
         tokens = [{"text": token.text, **numbers(token)} for token in answer.tokens]
         text, refusal, logprobs = answer.text, None, self._logprobs(answer.tokens)
+        if self.echo:
+            text = f"{answer.prompt}{text}"
+            logprobs = logprobs and self._echoed(answer, logprobs)
         if uncertainty.get("abstained"):  # what it would have said is taken back
             text, tokens, logprobs = "", [], None
             refusal = f"too uncertain for a risk of {self.request.abstain_at_risk:g}"
         message = {"role": "assistant", "content": text, "refusal": refusal}
+        scored = {}
+        if self.prompt_top is not None:
+            scored = {"prompt_logprobs": self._prompt_logprobs(answer, self.prompt_top)}
         return {
             "index": index,
             **({"message": message} if self.chat else {"text": text}),
             "logprobs": logprobs,
+            **scored,
             "finish_reason": answer.finish_reason,
             "uncertainty": {**uncertainty, "tokens": tokens},
         }
@@ -151,6 +174,48 @@ class Form:
             "text_offset": offsets,
         }
 
+    def _echoed(self, answer: Answer, logprobs: dict[str, Any]) -> dict[str, Any]:
+        """The log-probabilities of a completion with those of its prompt before them."""
+        assert answer.reading is not None
+        pieces, offsets, at = Pieces(self.decoder.served.tokenizer), [], 0
+        for token in answer.prompt_ids:
+            offsets.append(at)
+            at += len(pieces.add(token))
+        listed = [tops[: self.top] for tops in _tops(answer.reading)]
+        before = {
+            "tokens": [self.decoder.name(token) for token in answer.prompt_ids],
+            "token_logprobs": [None, *answer.reading.log_probs.tolist()],
+            "top_logprobs": [
+                None,
+                *({self.decoder.name(t): value for t, value in reversed(tops)} for tops in listed),
+            ],
+            "text_offset": offsets,
+        }
+        begins = len(str(answer.prompt))
+        after = logprobs | {"text_offset": [begins + at for at in logprobs["text_offset"]]}
+        return {name: before[name] + after[name] for name in before}
+
+    def _prompt_logprobs(self, answer: Answer, most: int) -> list[dict[str, Any] | None]:
+        """vLLM's form: nothing for the first token, then by token's number the token itself and
+        the most probable ones."""
+        assert answer.reading is not None
+        own = zip(
+            answer.prompt_ids[1:],
+            answer.reading.log_probs.tolist(),
+            answer.reading.ranks.tolist(),
+            strict=True,
+        )
+        places: list[dict[str, Any] | None] = [None]
+        for (token, log_prob, rank), tops in zip(own, _tops(answer.reading), strict=True):
+            ranked = [(t, value, place) for place, (t, value) in enumerate(tops[:most], start=1)]
+            places.append(
+                {
+                    str(t): {"logprob": value, "rank": r, "decoded_token": self.decoder.name(t)}
+                    for t, value, r in [(token, log_prob, rank), *ranked]
+                }
+            )
+        return places
+
     @staticmethod
     def _listed_token(token: Token) -> dict[str, Any]:
         return {
@@ -164,6 +229,12 @@ class Form:
         }
 
 
+def _tops(reading: Reading) -> list[list[tuple[int, float]]]:
+    """At each place the most probable tokens, and their log-probabilities."""
+    both = zip(reading.top.tolist(), reading.top_log_probs.tolist(), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in both]
+
+
 def numbers(token: Token) -> dict[str, float]:
     """How sure a token is: nats."""
     return {"log_prob": token.log_prob, "total": token.total, "epistemic": token.epistemic}
@@ -171,7 +242,7 @@ def numbers(token: Token) -> dict[str, float]:
 
 def usage(answers: Sequence[Answer]) -> dict[str, int]:
     """Tokens that were read and written."""
-    read = sum(answer.prompt_tokens for answer in answers)
+    read = sum(len(answer.prompt_ids) for answer in answers)
     written = sum(len(answer.tokens) for answer in answers)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from bara.schema import Seed
-from bara.serving.schemas import Draws, Messages, Risk, Text, with_examples
+from bara.serving.schemas import Draws, Messages, Share, Text, with_examples
 
 One = Annotated[int, Field(ge=1, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -49,7 +49,7 @@ class GenerationRequest(BaseModel):
     user: str | None = None
     num_draws: Draws = 8
     deterministic: bool = False
-    abstain_at_risk: Risk | None = None
+    abstain_at_risk: Share | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -84,16 +84,19 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """Texts to go on from."""
+    """Texts to go on from. `prompt_logprobs`, and `echo` with `logprobs`, tell how probable their
+    own tokens are."""
 
     model_config = with_examples(
-        {"model": "assistant", "prompt": "The sky is blue because", "max_tokens": 40, "logprobs": 3}
+        {"prompt": "The sky is blue because", "max_tokens": 40, "logprobs": 3},
+        {"prompt": "The sky is blue.", "max_tokens": 1, "prompt_logprobs": 0},
     )
 
     prompt: Text | Annotated[list[Text], Field(min_length=1)]
     logprobs: Top | None = None
     best_of: One | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = False
+    prompt_logprobs: Top | None = None
 
 
 UNCERTAINTY = {

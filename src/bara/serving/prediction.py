@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bara.data.text_task import TextTask, encode_texts
-from bara.errors import BaraError
+import torch
+
 from bara.evaluation.abstention import Threshold
-from bara.language.prompts import encode_prompt, require_room
+from bara.evaluation.conformal import Conformal
 from bara.prediction.predict import predict
-from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.words import TokenPredictive
 from bara.ranks.effective_rank import effective_rank
 from bara.serving.batcher import Job
+from bara.serving.inputs import encode, given, owners
 from bara.serving.limits import Limits
 from bara.serving.metrics import Metrics
 from bara.serving.problems import Problem
-from bara.serving.schemas import PredictRequest, RankRequest, TextsRequest
+from bara.serving.schemas import READS, PredictRequest, RankRequest
 from bara.serving.served import Served
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A request for predictions with what its answer takes.
+
+    Attributes:
+        request: as it came.
+        inputs: to predict for, as of `given`.
+        threshold: above which it wants to abstain.
+        conformal: calibration of the sets or intervals that it wants.
+    """
+
+    request: PredictRequest
+    inputs: list[list[str]]
+    threshold: Threshold | None
+    conformal: Conformal | None
 
 
 class Predictor:
@@ -41,68 +61,94 @@ class Predictor:
         """The work of a request.
 
         Raises:
-            Problem: 400: the texts do not fit the task, or are too many; 404 for language models.
+            Problem: 400: the texts do not fit the task, or are too many; this is a language model;
+                or nothing was calibrated under the request's options.
         """
-        texts = self._texts(request)
+        inputs = given(self.served, request, self.limits)
         self.limits.require("num_draws", request.num_draws, self.limits.draws)
+        asked = Prediction(request, inputs, self._threshold(request), self._conformal(request))
         settings = (request.num_draws, request.seed, request.deterministic)
         draws = 1 if request.deterministic else request.num_draws
-        return Job(self.run, settings, len(texts) * draws, texts, self._deadline())
+        return Job(self.run, settings, len(inputs) * draws, asked, self._deadline())
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Predicts the texts of all jobs; each is given its own `Predictive`."""
+        """Predicts the texts of all jobs, and gives each its answer."""
         num_draws, seed, deterministic = jobs[0].settings
-        rows = self._rows([text for job in jobs for text in job.payload])
-        predictive = predict(
+        inputs = [one for job in jobs for one in job.payload.inputs]
+        data = encode(self.served, inputs)
+        self._require_short(data, 1 if deterministic else num_draws)
+        predictive: Any = predict(
             self.served.model,
-            rows,
+            data,
             num_draws=num_draws,
             seed=seed,
             deterministic=deterministic,
             batch_size=self.limits.rows,
             progress=False,
         )
+        if isinstance(predictive, TokenPredictive):
+            predictive = replace(predictive, texts=tuple(map(tuple, inputs)))
         start = 0
         for job in jobs:
-            end = start + len(job.payload)
-            job.finish(predictive.select(slice(start, end)))
+            end = start + len(job.payload.inputs)
+            job.finish(self._answer(job.payload, predictive.select(slice(start, end))))
             start = end
 
-    def threshold(self, request: PredictRequest) -> Threshold | None:
-        """The threshold that a request wants to abstain with; None if it does not.
+    def _require_short(self, data: Any, draws: int) -> None:
+        """Refuses contexts so long that the table of their spans would fill the memory."""
+        most = max(1, self.limits.rows // draws)
+        for question, count in Counter(owners(data)).items():
+            if count > most:
+                message = (
+                    f"questions.{question}: its context makes {count} windows, and with {draws} "
+                    f"draws at most {most} are taken: shorten it, or ask for fewer draws"
+                )
+                raise Problem(400, message, param="questions")
 
-        Raises:
-            Problem: 400: there is none that was calibrated under the request's options.
-        """
+    def _threshold(self, request: PredictRequest) -> Threshold | None:
+        """The threshold that a request wants to abstain with; None if it does not."""
         if request.abstain_at_risk is None:
             return None
-        if self.served.task.task != "classification":
-            raise Problem(400, "abstain_at_risk is for classification", param="abstain_at_risk")
-        if request.deterministic:
-            raise Problem(400, "abstain_at_risk needs draws", param="deterministic")
+        if self.served.task.task == "regression":
+            raise Problem(400, "abstain_at_risk is not for regression", param="abstain_at_risk")
         return self.served.threshold(
             request.abstain_at_risk,
             measure="predictions",
-            num_draws=request.num_draws,
-            seed=request.seed,
+            **self._conditions(request, "abstain_at_risk"),
         )
 
-    def answer(
-        self, request: PredictRequest, predictive: Predictive, threshold: Threshold | None
-    ) -> dict[str, Any]:
+    def _conformal(self, request: PredictRequest) -> Conformal | None:
+        """The calibration of the sets or intervals that a request wants; None if it does not."""
+        if request.coverage is None:
+            return None
+        if self.served.task.task not in ("classification", "regression"):
+            raise Problem(400, "coverage is for classification and regression", param="coverage")
+        return self.served.conformal(request.coverage, **self._conditions(request, "coverage"))
+
+    @staticmethod
+    def _conditions(request: PredictRequest, name: str) -> dict[str, Any]:
+        """What a calibration must have been made under to serve a request."""
+        if request.deterministic:
+            raise Problem(400, f"{name} needs draws", param="deterministic")
+        return {"num_draws": request.num_draws, "seed": request.seed}
+
+    def _answer(self, asked: Prediction, predictive: Any) -> dict[str, Any]:
         """What a request is answered: with a threshold, what is too uncertain has no prediction."""
-        served = self.served
+        served, request = self.served, asked.request
         records = predictive.to_records()
-        if threshold is not None:
-            assert isinstance(predictive, ClassificationPredictive)
-            declined = threshold.abstains(1 - predictive.probs.amax(-1)).tolist()
+        if asked.threshold is not None:
+            declined = asked.threshold.abstains(1 - predictive.confidence).tolist()
             for record, abstained in zip(records, declined, strict=True):
                 record["abstained"] = abstained
                 if abstained:
                     record["prediction"] = None
+        if asked.conformal is not None and request.coverage is not None:
+            sets = asked.conformal.to_records(predictive, request.coverage)
+            for record, more in zip(records, sets, strict=True):
+                record |= more
         for record in records:
             self.metrics.told_answer(
-                served.name, record["epistemic"], record.get("abstained", False)
+                served.name, _epistemic(record), record.get("abstained", False)
             )
         return {
             "object": "predictions",
@@ -126,71 +172,34 @@ class Predictor:
         texts: Any
         if self.served.generates:
             texts = [request.messages] if request.messages else request.texts
-            if not texts or request.pairs:
+            if not texts or any(getattr(request, other) for other in READS if other != "texts"):
                 raise Problem(400, "give texts or messages", param="texts")
             self.limits.require("texts", len(texts), self.limits.texts)
         elif request.messages:
             raise Problem(400, f"{self.served.name} reads texts", param="messages")
         else:
-            texts = self._texts(request)
+            texts = given(self.served, request, self.limits)
         return Job(self.run_ranks, (), len(texts), texts, self._deadline())
 
     def run_ranks(self, jobs: Sequence[Job]) -> None:
         """The rank of every layer for the texts of each job: the layer's name, r, mean in use."""
-        rows = self._rows([text for job in jobs for text in job.payload])
-        found = effective_rank(self.served.model, rows, batch_size=self.limits.rows, progress=False)
-        start = 0
+        data = encode(self.served, [text for job in jobs for text in job.payload])
+        found = effective_rank(self.served.model, data, batch_size=self.limits.rows, progress=False)
+        owner, start = torch.tensor(owners(data)), 0
         for job in jobs:
             end = start + len(job.payload)
-            means = found.soft[:, start:end].mean(1).tolist()
+            mine = (owner >= start) & (owner < end)
+            means = found.soft[:, mine].mean(1).tolist()
             job.finish(list(zip(found.layers, found.max_rank, means, strict=True)))
             start = end
-
-    # -- inputs --------------------------------------------------------------------------------
 
     def _deadline(self) -> float:
         return time.monotonic() + self.limits.seconds
 
-    def _texts(self, request: TextsRequest) -> list[list[str]]:
-        """The texts, each as a list of one or of two."""
-        task = self.served.task
-        if not isinstance(task, TextTask):
-            raise Problem(
-                400,
-                f"{self.served.name} is a language model: use /v1/chat/completions or "
-                "/v1/completions",
-                param="model",
-            )
-        pairs = task.text_pair_column is not None
-        wanted, other = ("pairs", "texts") if pairs else ("texts", "pairs")
-        if getattr(request, other) is not None:
-            raise Problem(400, f"{self.served.name} reads {wanted}, not {other}", param=other)
-        given: list[Any] | None = getattr(request, wanted)
-        if given is None:
-            raise Problem(400, f"{wanted} is missing", param=wanted)
-        self.limits.require(wanted, len(given), self.limits.texts)
-        texts = [text if pairs else [text] for text in given]
-        for number, text in enumerate(texts):
-            if not all(part.strip() for part in text):
-                raise Problem(400, f"{wanted}.{number} is empty", param=wanted)
-        return texts
 
-    def _rows(self, texts: Sequence[Any]) -> list[dict[str, Any]]:
-        """Inputs of the model."""
-        task, tokenizer = self.served.task, self.served.tokenizer
-        if isinstance(task, TextTask):
-            parts = [list(part) for part in zip(*texts, strict=True)]
-            columns = encode_texts(parts, tokenizer, task)
-            return [
-                dict(zip(columns, values, strict=True))
-                for values in zip(*columns.values(), strict=True)
-            ]
-        rows = []
-        for text in texts:
-            try:
-                ids = encode_prompt(tokenizer, text)
-                require_room(self.served.model, len(ids))
-            except BaraError as error:
-                raise Problem(400, str(error), param="texts") from error
-            rows.append({"input_ids": ids, "attention_mask": [1] * len(ids)})
-        return rows
+def _epistemic(record: dict[str, Any]) -> float:
+    """Of a prediction; of several labels or words their mean."""
+    if "epistemic" in record:
+        return float(record["epistemic"])
+    parts = record["words"] if "words" in record else record["labels"].values()
+    return sum(part["epistemic"] for part in parts) / len(parts)

@@ -20,6 +20,7 @@ from bara.schema import WHAT, shown
 
 TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     503: "overloaded_error",

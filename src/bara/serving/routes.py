@@ -6,12 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from bara.language.prompts import Prompt
 from bara.serving.batcher import Batcher
-from bara.serving.decoding import Decoder
-from bara.serving.limits import Limits
 from bara.serving.metrics import Metrics
 from bara.serving.openai_answers import Form, event
 from bara.serving.openai_schemas import (
@@ -22,11 +20,19 @@ from bara.serving.openai_schemas import (
     GenerationRequest,
 )
 from bara.serving.page import HEADERS, PAGE
-from bara.serving.prediction import Predictor
 from bara.serving.problems import Problem, error_body
 from bara.serving.prompts import conversation
-from bara.serving.schemas import PREDICTED, RANKED, PredictRequest, RankRequest
-from bara.serving.served import Served
+from bara.serving.schemas import (
+    CLASSIFIED,
+    PREDICTED,
+    RANKED,
+    ClassifyRequest,
+    LoadRequest,
+    PredictRequest,
+    RankRequest,
+    UnloadRequest,
+)
+from bara.serving.shelf import Shelf
 from bara.serving.waiting import Events, results
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -44,6 +50,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     )
 }
 
+_FORBIDDEN = error_body(403, "this server loads no adapters: start it with --load-from")
+LOADING = ERRORS | {
+    403: {
+        "description": "The server was not started for this.",
+        "content": {"application/json": {"example": _FORBIDDEN}},
+    }
+}
+
 
 def example(description: str, value: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
     """What a route answers, for its documentation."""
@@ -51,29 +65,9 @@ def example(description: str, value: dict[str, Any]) -> dict[int | str, dict[str
     return ERRORS | {200: ok}
 
 
-def routes(
-    served: Sequence[Served], limits: Limits, metrics: Metrics, batcher: Batcher
-) -> APIRouter:
+def routes(shelf: Shelf, metrics: Metrics, batcher: Batcher) -> APIRouter:
     """The routes of a server with these adapters."""
     router = APIRouter()
-    predictors = {one.name: Predictor(one, limits, metrics) for one in served}
-    decoders = {one.name: Decoder(one, limits, metrics) for one in served if one.generates}
-
-    def name_of(model: str | None) -> str:
-        """The adapter that a request is for."""
-        names = ", ".join(predictors)
-        if model is None and len(predictors) > 1:
-            raise Problem(400, f"model is missing: there are {names}", param="model")
-        name = next(iter(predictors)) if model is None else model
-        if name not in predictors:
-            raise Problem(404, f"there is no model {name!r} here: there are {names}", param="model")
-        return name
-
-    def decoder_of(model: str | None) -> Decoder:
-        name = name_of(model)
-        if name not in decoders:
-            raise Problem(400, f"{name} is no language model: use /v1/predict", param="model")
-        return decoders[name]
 
     @router.post("/v1/predict", responses=example("Predictions of the texts.", PREDICTED))
     async def predict(body: PredictRequest, request: Request) -> dict[str, Any]:
@@ -82,17 +76,28 @@ def routes(
         The probabilities are those of `bara.predict` with this number of draws and this seed.
         Uncertainties of classes are in nats, those of numbers are variances.
         """
-        predictor = predictors[name_of(body.model)]
-        job = predictor.job(body)
-        threshold = predictor.threshold(body)
+        job = shelf.predictor(body.model).job(body)
         batcher.submit([job])
-        (predictive,) = await results(request, [job])
-        return predictor.answer(body, predictive, threshold)
+        (answer,) = await results(request, [job])
+        return dict(answer)
+
+    @router.post("/classify", responses=example("Classes of the texts.", CLASSIFIED))
+    async def classify(body: ClassifyRequest, request: Request) -> dict[str, Any]:
+        """Classes in vLLM's form, for the client of an export; `/v1/predict` says more."""
+        if (task := shelf.predictor(body.model).served.task.task) != "classification":
+            raise Problem(400, f"/classify is for classification, not {task}", param="model")
+        answer = await predict(body.prediction(), request)
+        data = []
+        for index, record in enumerate(answer["predictions"]):
+            probs = list(record["probabilities"].values())
+            label = {"index": index, "label": record["prediction"], "probs": probs}
+            data.append(label | {"num_classes": len(probs)})
+        return {"object": "list", "model": answer["model"], "data": data}
 
     @router.post("/v1/rank", responses=example("The rank in use of every layer.", RANKED))
     async def rank(body: RankRequest, request: Request) -> dict[str, Any]:
         """How many factors each layer uses for these texts, in the mean over them."""
-        predictor = predictors[name_of(body.model)]
+        predictor = shelf.predictor(body.model)
         job = predictor.rank_job(body)
         batcher.submit([job])
         (layers,) = await results(request, [job])
@@ -124,9 +129,9 @@ def routes(
         return await generate(body, prompts, request)
 
     async def generate(body: GenerationRequest, prompts: Sequence[Prompt], request: Request) -> Any:
-        decoder = decoder_of(body.model)
+        decoder = shelf.decoder(body.model)
         form = Form(decoder, body)
-        jobs = decoder.jobs(body, prompts, form.wanted, form.top)
+        jobs = decoder.jobs(body, prompts, form.wanted, form.top, form.reads)
         if not body.stream:
             batcher.submit(jobs)
             return form.whole(await results(request, jobs))
@@ -153,12 +158,27 @@ def routes(
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The adapters that requests can name."""
-        return {"object": "list", "data": [one.described() for one in served]}
+        return {"object": "list", "data": [one.described() for one in shelf.served]}
 
     @router.get("/v1/models/{name}", responses={404: ERRORS[404]})
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
-        return predictors[name_of(name)].served.described()
+        return shelf.predictor(name).served.described()
+
+    @router.post("/v1/load_lora_adapter", responses=LOADING, response_class=PlainTextResponse)
+    async def load(body: LoadRequest, request: Request) -> str:
+        """Loads an adapter from the folder that the server allows, as vLLM does."""
+        job = shelf.load_job(body)
+        batcher.submit([job])
+        (one,) = await results(request, [job])
+        shelf.add(one)
+        return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+    @router.post("/v1/unload_lora_adapter", responses=LOADING, response_class=PlainTextResponse)
+    async def unload(body: UnloadRequest) -> str:
+        """Unloads an adapter that was loaded; requests that it has under way finish."""
+        shelf.remove(body.lora_name)
+        return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
     @router.get("/healthz")
     async def health() -> dict[str, str]:

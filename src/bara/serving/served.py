@@ -12,18 +12,23 @@ import torch
 from torch import nn
 
 from bara.adapter.elbo import Elbo
+from bara.cards.adapter_files import CONFIG_FILE
+from bara.data.tag_task import TagTask
+from bara.data.tasks import TABLE_TASKS
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.evaluation.abstention import Threshold, load_threshold, read_thresholds
-from bara.finetuning.load import load_adapter, read_task
-from bara.language.tasks import Task
+from bara.evaluation.conformal import FILE as CONFORMAL_FILE
+from bara.evaluation.conformal import Conformal, load_conformal
+from bara.finetuning.load import load_adapter, read_config, read_task
+from bara.language.tasks import LanguageTask, Task
 from bara.serving.problems import Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-TASKS = ("classification", "regression", "causal-lm", "multiple-choice")
+TASKS = (*TABLE_TASKS, "causal-lm", "multiple-choice")
 """What a server answers for."""
 
 
@@ -48,7 +53,16 @@ class Served:
     @property
     def generates(self) -> bool:
         """Whether it is a language model."""
-        return not isinstance(self.task, TextTask)
+        return isinstance(self.task, LanguageTask)
+
+    @property
+    def reads(self) -> str | None:
+        """The field of a request that has its inputs; None for a language model."""
+        if isinstance(self.task, TextTask):
+            return "texts" if self.task.text_pair_column is None else "pairs"
+        if self.generates:
+            return None
+        return "tokens" if isinstance(self.task, TagTask) else "questions"
 
     @property
     def has_rank(self) -> bool:
@@ -64,8 +78,24 @@ class Served:
         try:
             return load_threshold(self.folder, risk, **conditions)
         except BaraError as error:
-            message = str(error).replace(str(self.folder), self.name)
-            raise Problem(400, message, param="abstain_at_risk") from error
+            raise Problem(400, self.without_folder(error), param="abstain_at_risk") from error
+
+    def conformal(self, coverage: float, **conditions: Any) -> Conformal:
+        """The calibration of prediction sets or intervals.
+
+        Raises:
+            Problem: 400: there is none that was made like this, or too small a one.
+        """
+        try:
+            found = load_conformal(self.folder, **conditions)
+            found.check(coverage)
+        except BaraError as error:
+            raise Problem(400, self.without_folder(error), param="coverage") from error
+        return found
+
+    def without_folder(self, error: BaraError) -> str:
+        """A message about the adapter by its name."""
+        return str(error).replace(str(self.folder), self.name)
 
     def described(self) -> dict[str, Any]:
         """Its entry in the list of models: OpenAI's fields, and what it is for."""
@@ -78,11 +108,10 @@ class Served:
             "task": task.task,
             "has_rank": self.has_rank,
         }
-        if isinstance(task, TextTask):
-            entry |= {"classes": list(task.label_names), "pairs": task.text_pair_column is not None}
-        else:
-            entry["chat"] = bool(self.tokenizer.chat_template)
-        return entry
+        if self.generates:
+            return entry | {"chat": bool(self.tokenizer.chat_template)}
+        names = list(getattr(task, "label_names", ()))
+        return entry | {"reads": self.reads, "classes": names, "pairs": self.reads == "pairs"}
 
 
 def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> list[Served]:
@@ -108,14 +137,42 @@ def load_served(adapters: Sequence[str], *, base_model: str | None = None) -> li
         folders[name] = folder
     served: list[Served] = []
     for name, folder in folders.items():
-        if (task := read_task(folder).task) not in TASKS:
-            raise BaraError(f"{folder} is for {task}, which a server does not answer for")
-        read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
-        one = Served(name, folder, *load_adapter(folder, base_model=base_model))
-        for other in served:
-            share_parameters(one.model, other.model)
-        served.append(one)
+        served.append(load_one(name, folder, served, base_model=base_model))
     return served
+
+
+def load_one(
+    name: str,
+    folder: Path,
+    others: Sequence[Served],
+    *,
+    base_model: str | PreTrainedModel | None = None,
+) -> Served:
+    """Loads an adapter beside others, whose memory it shares as far as their bases are the same.
+
+    Raises:
+        BaraError: it is for another task, or cannot be loaded.
+    """
+    if (task := read_task(folder).task) not in TASKS:
+        raise BaraError(f"{folder} is for {task}, which a server does not answer for")
+    read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
+    if (folder / CONFORMAL_FILE).is_file():
+        load_conformal(folder)
+    one = Served(name, folder, *load_adapter(folder, base_model=base_model))
+    for other in others:
+        share_parameters(one.model, other.model)
+    return one
+
+
+def base_of(folder: Path) -> str | None:
+    """The name of an adapter's base model; None for a whole model.
+
+    Raises:
+        BaraError: the configuration is damaged.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    return read_config(folder).base_model_name_or_path
 
 
 def share_parameters(model: nn.Module, other: nn.Module) -> int:
