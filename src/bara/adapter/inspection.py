@@ -47,6 +47,16 @@ def one_adapter(model: nn.Module, what_for: str) -> str:
     return active[0]
 
 
+def frozen_nll(model: nn.Module) -> float | None:
+    """What a linear head on the frozen model lost in cross-validation when this model's adapter was
+    trained, in nats; None where that was not measured."""
+    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+        return None
+    config = model.peft_config[model.active_adapters[0]]
+    resolved = config.resolved if isinstance(config, BayesianConfig) else None
+    return None if resolved is None else resolved.frozen_nll
+
+
 def copy_sharing_base(model: PeftModel) -> PeftModel:
     """A copy of the model that shares the frozen base weights with it: only the adapter is new."""
     shared = {

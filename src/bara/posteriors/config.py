@@ -65,12 +65,15 @@ class Resolved:
         kl_weight: of KL_global / N.
         local_kl_weight: of KL_local.
         strength: multiplies both.
+        frozen_nll: what a linear head on the frozen model loses on training examples that are left
+            out, in nats; None where `bara.scale_head` did not look.
     """
 
     num_observations: int | None = None
     kl_weight: float = 1.0
     local_kl_weight: float = 0.0
     strength: float = 1.0
+    frozen_nll: float | None = None
 
     held = False
     """Whether the KL has no weight yet, so that gates are to stay where they start (no number, and

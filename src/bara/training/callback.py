@@ -63,9 +63,9 @@ class BayesianCallback(TrainerCallback):
     """Gives a Bayesian adapter under `transformers.Trainer` (or TRL) what its ELBO needs.
 
     It counts N (examples, or label tokens for a language model), has a new head learn at a pace
-    that suits its features (`bara.scale_head`), drives the warm-up of the KL weights, adds the KL to a
-    loss that the trainer computes itself (label smoothing, a `compute_loss` of one's own, TRL's
-    trainers), and `kl_global`, `kl_local`, `effective_rank`, `s_bar` and `effective_rank/q_proj`
+    that suits its features (`bara.scale_head`), drives the warm-up of the KL weights, adds the KL
+    to a loss that the trainer computes itself (label smoothing, a `compute_loss` of one's own,
+    TRL's trainers), and `kl_global`, `kl_local`, `effective_rank`, `s_bar`, `effective_rank/q_proj`
     and so on to the logs, also to those of the trackers of `report_to`. Where several processes
     train together N is that of all of them, and the logs have the terms of the first one's last
     batch.
