@@ -43,13 +43,14 @@ from bara.methods.recipe import TRAINING_DEFAULTS
 from bara.prediction.predict import predict
 from bara.ranks.features import adapter_features
 from bara.reports.style import LIGHT, save_figure
+from pages import write_between
 from small_texts import trained
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/active_learning.jsonl"
 PAGE = ROOT / "docs/active-learning-results.md"
 GUIDE = ROOT / "docs/labelling.md"
-OPEN, CLOSE = "<!-- labelling-verdict -->", "<!-- /labelling-verdict -->"
+MARK = "labelling-verdict"
 TITLE = "# Choosing what to label, against chance"
 PICTURE = ROOT / "docs/images/active-learning.png"
 
@@ -147,9 +148,7 @@ def gains(
 
 def write_guide(verdict: str) -> None:
     """Puts the verdict between the marks of the guide."""
-    sentence = f"{verdict}: [the curves](active-learning-results.md)."
-    before, _, after = GUIDE.read_text("utf-8").partition(OPEN)
-    atomic_write_text(GUIDE, f"{before}{OPEN}\n{sentence}\n{CLOSE}{after.partition(CLOSE)[2]}")
+    write_between(GUIDE, MARK, f"{verdict}: [the curves](active-learning-results.md).")
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:

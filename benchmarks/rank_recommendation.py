@@ -32,13 +32,14 @@ from bara.finetuning.task_inputs import model_inputs
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.ranks.effective_rank import effective_rank
 from bara.ranks.recommendation import recommend_ranks
+from pages import write_between
 from small_texts import trained
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/rank_recommendation.jsonl"
 PAGE = ROOT / "docs/rank-recommendation.md"
 GUIDE = ROOT / "docs/ranks-and-export.md"
-START, END = "<!-- recommendation-verdict -->", "<!-- /recommendation-verdict -->"
+MARK = "recommendation-verdict"
 
 TASKS = ("tweet_eval_emotion", "tweet_eval_irony", "tweet-sentiment")
 FIXED = ("4", "8", "16")
@@ -159,8 +160,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         f"**{said}** {where}. {numbers} Every run, and the rule that decides: "
         "[rank-recommendation.md](rank-recommendation.md)."
     )
-    before, _, rest = GUIDE.read_text("utf-8").partition(START)
-    atomic_write_text(GUIDE, f"{before}{START}\n{guide}\n{END}{rest.partition(END)[2]}")
+    write_between(GUIDE, MARK, guide)
     lines = [
         "# Which rank for plain LoRA?",
         "",
