@@ -162,26 +162,28 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         return
     tasks = sorted({task for task, _ in curves})
     seeds = sorted({seed for _, seed in curves})
-    verdicts, table = [], []
+    better, worse, table = [], [], []
     for strategy in strategies[1:]:
         accuracy, nll = (gains(rows, curves, strategy, metric) for metric in ("accuracy", "nll"))
         error = stdev(accuracy) / sqrt(pairs)
-        if mean(accuracy) > 2 * error:
-            verdicts.append(strategy)
-        better = sum(value > 0 for value in accuracy)
+        found = f"{mean(accuracy):+.3f} ± {error:.3f}"
+        group = better if mean(accuracy) > 2 * error else worse
+        group.append(f"`{strategy}` ({found})")
+        above = sum(value > 0 for value in accuracy)
         table.append(
-            f"| {strategy} | {mean(accuracy):+.3f} ± {error:.3f} | {better} of {pairs} | "
+            f"| {strategy} | {found} | {above} of {pairs} | "
             f"{mean(nll):+.3f} ± {stdev(nll) / sqrt(pairs):.3f} |"
         )
-    beats = " and ".join(verdicts)
-    said = (
-        f"**{beats} beat{'s' if len(verdicts) == 1 else ''} chance here**"
-        if verdicts
-        else ("**No strategy beats random choice here**")
-    )
+    if better:
+        said = f"**`bara select` pays here**, by {' and '.join(better)}"
+        said += f", not by {' and '.join(worse)}" if worse else ""
+    else:
+        said = f"**`bara select` does not pay here**, by {' or '.join(worse)}"
     where = f"on {len(tasks)} tasks with {len(seeds)} seeds"
-    rest = "" if not verdicts or len(verdicts) == len(strategies) - 1 else "; the others do not"
-    write_guide(f"{said} {where}{rest}")
+    said += f": accuracy less that of random choice, ± standard error, {where}"
+    if missing := [name for name in STRATEGIES if name not in strategies]:
+        said += f" ({', '.join(missing)} not measured)"
+    write_guide(said)
     step = ROUNDS[1] - ROUNDS[0]
     lines = [
         TITLE,
@@ -190,7 +192,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "`benchmarks/results/active_learning.jsonl`; do not edit. The runs are those of "
         "`python benchmarks/active_learning.py --data FOLDER`.",
         "",
-        f"{said}, by the rule that was written down before the runs: accuracy less that of random "
+        f"{said}. The rule was written down before the runs: accuracy less that of random "
         f"choice, averaged over {', '.join(map(str, ROUNDS[1:]))} labels, must be more than two "
         f"standard errors above 0 over the {pairs} curves (task and seed), which are few.",
         "",
