@@ -336,8 +336,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "model is judged on its own greedy answers. Semantic entropy is over "
         f"{NUM_ANSWERS} answers: LoRA's are sampled at temperature 1, the mixture's are what each "
         "of its draws says. Answers mean the same if they are equal but for case, or if the cosine "
-        f"distance of MiniLM's vectors of their clusters is below {FAR} on average. Seconds are of one "
-        "thread with other work beside it.",
+        f"distance of MiniLM's vectors of their clusters is below {FAR} on average. Seconds are of "
+        "one thread with other work beside it.",
         "",
         "## Every model",
         "",
