@@ -4,7 +4,8 @@
     python benchmarks/active_learning.py --analyse
 
 BaRA is trained on 60 labelled texts; then three times 60 more of a pool are labelled, chosen by a
-strategy of `bara.select` with the model trained so far, or at random, and BaRA is trained anew.
+strategy of `bara.select` with the model trained so far, or at random, and BaRA is trained anew,
+always with the library's default recipe, 20 epochs, so that the steps grow with the labels.
 Strategies share the first 60 texts, the pool and the test texts. FOLDER has `tweet_eval_emotion`
 as `bara bench --data` reads it; the other task comes with a package. Every finished round is
 appended to benchmarks/results/active_learning.jsonl at once; a second run goes on where the first
@@ -22,8 +23,6 @@ more than two standard errors above 0.
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
 from itertools import product
 from math import sqrt
 from pathlib import Path
@@ -35,24 +34,23 @@ from matplotlib.figure import Figure
 
 from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
-from bara.data.examples import minilm_path
 from bara.evaluation.acquisition import FEATURES, select
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
-from bara.finetuning.finetune import finetune
-from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import model_inputs
 from bara.machine import fast_bfloat16, quieten_libraries, versions
-from bara.methods.recipe import TrainRecipe
+from bara.methods.recipe import TRAINING_DEFAULTS
 from bara.prediction.predict import predict
 from bara.ranks.features import adapter_features
 from bara.reports.style import LIGHT, save_figure
+from pages import write_between
+from small_texts import trained
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/active_learning.jsonl"
 PAGE = ROOT / "docs/active-learning-results.md"
 GUIDE = ROOT / "docs/labelling.md"
-OPEN, CLOSE = "<!-- labelling-verdict -->", "<!-- /labelling-verdict -->"
+MARK = "labelling-verdict"
 TITLE = "# Choosing what to label, against chance"
 PICTURE = ROOT / "docs/images/active-learning.png"
 
@@ -61,8 +59,8 @@ RANDOM, DEFAULT = "random", "batch"
 STRATEGIES = (RANDOM, "batch", "bald", "entropy", "diversity")
 START = "start"
 ROUNDS = (60, 120, 180, 240)
-POOL, NUM_TEST, NUM_DRAWS = 360, 400, 4
-STEPS, BATCH_SIZE, MAX_LENGTH, RANK = 40, 16, 32, 8
+POOL, NUM_TEST, NUM_DRAWS = 360, 400, 10
+EPOCHS = TRAINING_DEFAULTS["num_train_epochs"]
 
 
 def run(task: str, seed: int, labelled: list[int], wanted: list[str], data: Path) -> dict[str, Any]:
@@ -72,25 +70,7 @@ def run(task: str, seed: int, labelled: list[int], wanted: list[str], data: Path
         Metrics, and in `next` the chosen rows of each wanted strategy.
     """
     pool, _, test = load_task(task, data).sample(ROUNDS[0] + POOL, 0, NUM_TEST, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = TrainRecipe(
-            model=str(minilm_path()),
-            output=str(Path(folder) / "adapter"),
-            method="bara",
-            method_options={"r": RANK, "lora_alpha": 2 * RANK},
-            training={
-                "max_steps": STEPS,
-                "per_device_train_batch_size": BATCH_SIZE,
-                "save_strategy": "no",
-                "bf16": fast_bfloat16(),
-                "use_cpu": not torch.cuda.is_available(),
-            },
-            max_length=MAX_LENGTH,
-            seed=seed,
-        )
-        start = time.perf_counter()
-        model, tokenizer, kind = load_adapter(finetune(recipe, pool.select(labelled)))
-        seconds = time.perf_counter() - start
+    model, tokenizer, kind, seconds = trained(pool.select(labelled), seed, "bara", {})
     options: dict[str, Any] = {"progress": False, "batch_size": 256}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         rows = model_inputs(test, tokenizer, kind)
@@ -131,7 +111,7 @@ def missing_rounds(strategies: list[str], tasks: list[str], seeds: list[int], da
                 wanted = list(STRATEGIES) if name == START else [strategy]
                 row = key | run(task, seed, labelled, wanted if size < ROUNDS[-1] else [], data)
                 append_row(RESULTS, row)
-                print(key, f"accuracy {row['accuracy']:.3f}", flush=True)
+                print(key, f"accuracy {row['accuracy']:.3f}, {row['seconds']:.0f} s", flush=True)
             if size < ROUNDS[-1]:
                 labelled = labelled + row["next"][strategy]
 
@@ -168,9 +148,7 @@ def gains(
 
 def write_guide(verdict: str) -> None:
     """Puts the verdict between the marks of the guide."""
-    sentence = f"{verdict}: [the curves](active-learning-results.md)."
-    before, _, after = GUIDE.read_text("utf-8").partition(OPEN)
-    atomic_write_text(GUIDE, f"{before}{OPEN}\n{sentence}\n{CLOSE}{after.partition(CLOSE)[2]}")
+    write_between(GUIDE, MARK, f"{verdict}: [the curves](active-learning-results.md).")
 
 
 def write_page(rows: list[dict[str, Any]]) -> None:
@@ -184,26 +162,28 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         return
     tasks = sorted({task for task, _ in curves})
     seeds = sorted({seed for _, seed in curves})
-    verdicts, table = [], []
+    better, worse, table = [], [], []
     for strategy in strategies[1:]:
         accuracy, nll = (gains(rows, curves, strategy, metric) for metric in ("accuracy", "nll"))
         error = stdev(accuracy) / sqrt(pairs)
-        if mean(accuracy) > 2 * error:
-            verdicts.append(strategy)
-        better = sum(value > 0 for value in accuracy)
+        found = f"{mean(accuracy):+.3f} ± {error:.3f}"
+        group = better if mean(accuracy) > 2 * error else worse
+        group.append(f"`{strategy}` ({found})")
+        above = sum(value > 0 for value in accuracy)
         table.append(
-            f"| {strategy} | {mean(accuracy):+.3f} ± {error:.3f} | {better} of {pairs} | "
+            f"| {strategy} | {found} | {above} of {pairs} | "
             f"{mean(nll):+.3f} ± {stdev(nll) / sqrt(pairs):.3f} |"
         )
-    beats = " and ".join(verdicts)
-    said = (
-        f"**{beats} beat{'s' if len(verdicts) == 1 else ''} chance here**"
-        if verdicts
-        else ("**No strategy beats random choice here**")
-    )
+    if better:
+        said = f"**`bara select` pays here**, by {' and '.join(better)}"
+        said += f", not by {' and '.join(worse)}" if worse else ""
+    else:
+        said = f"**`bara select` does not pay here**, by {' or '.join(worse)}"
     where = f"on {len(tasks)} tasks with {len(seeds)} seeds"
-    rest = "" if not verdicts or len(verdicts) == len(strategies) - 1 else "; the others do not"
-    write_guide(f"{said} {where}{rest}")
+    said += f": accuracy less that of random choice, ± standard error, {where}"
+    if missing := [name for name in STRATEGIES if name not in strategies]:
+        said += f" ({', '.join(missing)} not measured)"
+    write_guide(said)
     step = ROUNDS[1] - ROUNDS[0]
     lines = [
         TITLE,
@@ -212,7 +192,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "`benchmarks/results/active_learning.jsonl`; do not edit. The runs are those of "
         "`python benchmarks/active_learning.py --data FOLDER`.",
         "",
-        f"{said}, by the rule that was written down before the runs: accuracy less that of random "
+        f"{said}. The rule was written down before the runs: accuracy less that of random "
         f"choice, averaged over {', '.join(map(str, ROUNDS[1:]))} labels, must be more than two "
         f"standard errors above 0 over the {pairs} curves (task and seed), which are few.",
         "",
@@ -223,10 +203,11 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "",
         "![Accuracy by number of labels](images/active-learning.png)",
         "",
-        f"BaRA on MiniLM-L6, r = {RANK}, {STEPS} steps of {BATCH_SIZE} in every round, trained "
-        f"anew; a pool of {POOL} texts, {step} of them labelled a round; {NUM_DRAWS} draws judge "
-        f"the pool; {rows[0]['num_test']} test texts, posterior mean. Strategies of a task and a "
-        "seed share the first texts, the pool and the test texts.",
+        "BaRA on MiniLM-L6, trained anew in every round with the default recipe of `bara train` "
+        f"({EPOCHS} epochs, so that the steps grow with the labels); a pool of {POOL} texts, "
+        f"{step} of them labelled a round; {NUM_DRAWS} draws judge the pool; "
+        f"{rows[0]['num_test']} test texts, posterior mean. Strategies of a task and a seed share "
+        "the first texts, the pool and the test texts.",
         "",
         "## Every round",
         "",
@@ -273,7 +254,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("."), help="folder of the file tasks")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--analyse", action="store_true", help="write the page; train nothing")
     arguments = parser.parse_args()
     if not arguments.analyse:

@@ -3,9 +3,10 @@
     python benchmarks/first_token.py
 
 `AutoModelForSequenceClassification` on MiniLM with `transformers.Trainer`, 300 texts of two
-development tasks, 20 epochs. The head's input hardly varies, so that the head learns slowly. Does BaRA's
-default pace of the head (`head_input_std`) bring its accuracy and NLL to LoRA's there? Each finished run is written to benchmarks/results/first_token.jsonl at once and not made
-again; the table goes to docs/results/development/first-token.md.
+development tasks, 20 epochs. The head's input hardly varies, so that the head learns slowly. Does
+BaRA's default pace of the head (`head_input_std`) bring its accuracy and NLL to LoRA's there? Each
+finished run is written to benchmarks/results/first_token.jsonl at once and not made again; the
+table goes to docs/results/development/first-token.md.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ that of the best fixed rank. What BaRA's own training costs is not counted; the 
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,22 +26,20 @@ import torch
 
 from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
-from bara.data.examples import minilm_path
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
-from bara.finetuning.finetune import finetune
-from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import model_inputs
 from bara.machine import fast_bfloat16, quieten_libraries, versions
-from bara.methods.recipe import TrainRecipe
 from bara.ranks.effective_rank import effective_rank
 from bara.ranks.recommendation import recommend_ranks
+from pages import write_between
+from small_texts import trained
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/rank_recommendation.jsonl"
 PAGE = ROOT / "docs/rank-recommendation.md"
 GUIDE = ROOT / "docs/ranks-and-export.md"
-START, END = "<!-- recommendation-verdict -->", "<!-- /recommendation-verdict -->"
+MARK = "recommendation-verdict"
 
 TASKS = ("tweet_eval_emotion", "tweet_eval_irony", "tweet-sentiment")
 FIXED = ("4", "8", "16")
@@ -51,32 +47,16 @@ SEARCH = "search"
 RECOMMENDED = "recommended"
 SEARCH_RANK = 16
 SCALING = 2
-NUM_TRAIN, NUM_TEST, MAX_LENGTH, STEPS, BATCH_SIZE = 300, 700, 40, 150, 16
+NUM_TRAIN, NUM_TEST, STEPS, BATCH_SIZE = 300, 700, 150, 16
 TOLERANCE = 0.01
 
 
 def run(task: str, seed: int, ranks: str, data: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Trains one adapter and measures it; the search also measures the effective rank."""
     train, _, test = load_task(task, data).sample(NUM_TRAIN, 0, NUM_TEST, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = TrainRecipe(
-            model=str(minilm_path()),
-            output=str(Path(folder) / "adapter"),
-            method="bara" if ranks == SEARCH else "lora",
-            method_options=options,
-            training={
-                "max_steps": STEPS,
-                "per_device_train_batch_size": BATCH_SIZE,
-                "save_strategy": "no",
-                "bf16": fast_bfloat16(),
-                "use_cpu": not torch.cuda.is_available(),
-            },
-            max_length=MAX_LENGTH,
-            seed=seed,
-        )
-        start = time.perf_counter()
-        model, tokenizer, kind = load_adapter(finetune(recipe, train))
-        seconds = time.perf_counter() - start
+    method = "bara" if ranks == SEARCH else "lora"
+    steps = {"max_steps": STEPS, "per_device_train_batch_size": BATCH_SIZE}
+    model, tokenizer, kind, seconds = trained(train, seed, method, options, **steps)
     result: dict[str, Any] = {"task": task, "seed": seed, "ranks": ranks, "seconds": seconds}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         if ranks == SEARCH:
@@ -180,8 +160,7 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         f"**{said}** {where}. {numbers} Every run, and the rule that decides: "
         "[rank-recommendation.md](rank-recommendation.md)."
     )
-    before, _, rest = GUIDE.read_text("utf-8").partition(START)
-    atomic_write_text(GUIDE, f"{before}{START}\n{guide}\n{END}{rest.partition(END)[2]}")
+    write_between(GUIDE, MARK, guide)
     lines = [
         "# Which rank for plain LoRA?",
         "",

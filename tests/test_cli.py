@@ -291,6 +291,9 @@ def test_wrong_command_lines(failing: Callable[..., str], trained: Path, table: 
     assert "which model?" in failing("train", "--data", table)
     assert "which data?" in failing("train", "--model", "x")
     assert "NAME=VALUE" in failing("train", "--set", "seed")
+    for command in ("predict", "evaluate"):
+        wrong = failing(command, trained, "--data", table, "--split", "test")
+        assert "leave out the split 'test'" in wrong
 
 
 def test_bad_data(

@@ -61,6 +61,14 @@ def test_standard_input_is_jsonl(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_table("-").to_list() == ROWS
 
 
+@pytest.mark.parametrize("source", ["table.jsonl", "-"])
+def test_a_split_of_what_is_here_is_refused(tmp_path: Path, source: str) -> None:
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    name = source if source == "-" else str(tmp_path / source)
+    with pytest.raises(BaraError, match="only those have splits: leave out the split 'test'"):
+        load_table(name, split="test")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

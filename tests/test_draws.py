@@ -44,5 +44,7 @@ def test_no_seed_takes_one_from_the_global_generator():
 def test_bad_numbers_are_refused():
     with pytest.raises(BaraError, match="num_draws must be at least 1, got 0"):
         Draws(0)
+    with pytest.raises(BaraError, match=r"num_draws must be a whole number, got 1000.0"):
+        Draws(1e3)
     with pytest.raises(BaraError, match="7 rows cannot hold 2 draws"):
         Draws(2).rows(7, CPU)

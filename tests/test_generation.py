@@ -281,6 +281,22 @@ def test_mean_mode_is_transformers_own_generation(model, tokenizer):
     assert answer.epistemic_uncertainty.max() < 1e-6
 
 
+def test_the_output_layer_is_given_contiguous_rows(model, tokenizer):
+    """A view has PyTorch copy the layer's weights for each row."""
+    found = []
+    head = model.get_base_model().lm_head
+    handle = head.register_forward_hook(lambda _, args, __: found.append(args[0].is_contiguous()))
+    try:
+        bara.generate(model, tokenizer, PROMPTS, num_draws=DRAWS, max_new_tokens=2)
+        assert found
+        assert all(found)
+        model.generate(input_ids=torch.tensor([IDS[0], IDS[0]]), max_new_tokens=2)
+        assert not all(found)
+    finally:
+        handle.remove()
+    assert not head._forward_pre_hooks
+
+
 def test_a_model_without_adapter_is_one_draw(tokenizer):
     answer = bara.generate(tiny_lm("llama"), tokenizer, PROMPTS[0], max_new_tokens=3)[0]
     assert answer.agreement == 1

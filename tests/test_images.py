@@ -185,6 +185,11 @@ def test_folders_that_make_no_sense(tmp_path, make, match):
         bara.load_images(tmp_path / "folder", tiny_processor())
 
 
+def test_a_folder_has_no_splits(pictures):
+    with pytest.raises(BaraError, match="leave out the split 'test'"):
+        bara.load_images(pictures, tiny_processor(), split="test")
+
+
 def test_a_photograph_is_turned_as_the_camera_noted_and_hidden_files_are_left_out(tmp_path):
     picture = Image.new("RGB", (8, 4))
     picture.putpixel((7, 0), (255, 0, 0))

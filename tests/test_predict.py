@@ -183,6 +183,9 @@ def test_a_family_without_gates_has_full_rank(tiny_bert, method):
 def test_bad_input(model, tiny_bert):
     with pytest.raises(BaraError, match="num_draws must be at least 1, got 0"):
         bara.predict(model, rows(), num_draws=0)
+    for options in ({}, {"deterministic": True}):
+        with pytest.raises(BaraError, match=r"num_draws must be a whole number, got 1000000000.0"):
+            bara.predict(model, rows(), num_draws=1e9, **options)
     with pytest.raises(BaraError, match="empty"):
         bara.predict(model, rows().select([]))
     with pytest.raises(BaraError, match="tokenise it first"):

@@ -19,6 +19,7 @@ from bara.certificates.bounds import (
     pac_bayes_kl_bound,
 )
 from bara.draws.blocks import Blocks
+from bara.draws.draws import check_draws
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
@@ -122,8 +123,7 @@ def certify(
     """
     if not 0 < delta < 1:
         raise BaraError(f"delta must be in (0, 1), got {delta}")
-    if num_draws < 1:
-        raise BaraError(f"num_draws must be at least 1, got {num_draws}")
+    num_draws = check_draws(num_draws)
     layers, _ = fitted(model)
     errors, labels = _errors_of_draws(
         model, data, num_draws, seed, batch_size, collate_fn, progress

@@ -176,9 +176,10 @@ def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> 
 
 def _read(data: str, split: str | None, task: Any, files: ExitStack) -> Iterable[dict[str, Any]]:
     from bara.data.images import ImageTask
-    from bara.data.tables import read_jsonl
+    from bara.data.tables import read_jsonl, refuse_split
     from bara.finetuning.task_inputs import read_table
 
+    refuse_split(data, split)
     if data == "-":
         return read_jsonl(sys.stdin, "standard input")
     if isinstance(task, ImageTask):  # whose files are found from the table's folder

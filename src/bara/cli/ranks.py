@@ -62,7 +62,10 @@ def ranks(
     quieten_libraries()
     require_new(output, force)
     task = read_task(adapter)
-    tables = [read_table(name, task, split=split) for name in (data, against) if name is not None]
+    tables = [read_table(data, task, split=split)]
+    if against is not None:
+        here = Path(against).exists()  # beside a data set of the hub, whose split it is
+        tables.append(read_table(against, task, split=None if here else split))
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     bayesian_adapter(model, "ranks")
     inputs = [model_inputs(table, tokenizer, task, labels=False) for table in tables]

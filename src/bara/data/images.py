@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from bara.data.tables import load_table
+from bara.data.tables import load_table, refuse_split
 from bara.data.task_file import TaskFile
 from bara.data.text_task import Column, TextTask
 from bara.errors import BaraError, first_line
@@ -115,11 +115,13 @@ def image_table(source: str | Path, *, split: str | None = None) -> Dataset:
     """The images of a folder or a table, not yet opened: a column `image`, and the others.
 
     Raises:
-        BaraError: there are no images, or a file that the table names is missing.
+        BaraError: there are no images, a file that the table names is missing, or there is a split
+            of what is here.
     """
     from datasets import Dataset
 
     folder = Path(source)
+    refuse_split(source, split)
     if folder.is_dir():
         return Dataset.from_dict(_listed(folder))
     table = load_table(source, split=split, text_columns=IMAGE_COLUMNS)

@@ -39,15 +39,17 @@ def load_table(
         source: a `.csv`, `.tsv`, `.jsonl`, `.json` (a list of objects) or `.parquet` file in UTF-8,
             `-` for JSONL on standard input, or the name of a hub data set (`NAME` or
             `NAME:CONFIG`).
-        split: the split of a hub data set, `train` by default; files have none.
+        split: the split of a hub data set, `train` by default; only they have splits.
         text_columns: columns of a CSV file that are texts, besides those with the usual names.
             Other columns of it become numbers if all their cells are whole numbers as `str` writes
             them, or are numbers and some are fractions. `01` and `1.0` stay text.
 
     Raises:
-        BaraError: the source is missing, empty, too large or not what its suffix says.
+        BaraError: the source is missing, empty, too large or not what its suffix says, or a file
+            and there is a split.
     """
     path = Path(source)
+    refuse_split(source, split)
     if str(source) == "-":
         dataset = table_from_records(read_jsonl(sys.stdin, "standard input"), "standard input")
     elif path.is_file():
@@ -59,6 +61,19 @@ def load_table(
     if len(dataset) == 0:
         raise BaraError(f"{source} has no rows; give a table with at least one")
     return dataset
+
+
+def refuse_split(source: str | Path, split: str | None) -> None:
+    """Refuses a split of what is here, which would be read whole.
+
+    Raises:
+        BaraError: there is a split, and the source is no data set of the hub.
+    """
+    if split is not None and (str(source) == "-" or Path(source).exists()):
+        raise BaraError(
+            f"{source} is not a data set of the hub, and only those have splits: leave out the "
+            f"split {shown(split)}"
+        )
 
 
 def read_jsonl(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:

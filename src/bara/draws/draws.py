@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,9 +65,7 @@ class Draws:
     """
 
     def __init__(self, num_draws: int = 1, seed: int | None = None, first: int = 0) -> None:
-        if num_draws < 1:
-            raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
-        self.num_draws = num_draws
+        self.num_draws = check_draws(num_draws)
         self.first = first
         self.seed = int(torch.randint(2**31, ()).item()) if seed is None else int(seed)
         self._cache: dict[tuple[str, tuple[int, ...], torch.device], Tensor] = {}
@@ -109,6 +108,21 @@ class Draws:
             numbers = [self.numbers(f"{layer}/{name}", kind, shape, device) for layer in layers]
             self._cache[key] = torch.stack(numbers)
         return self._cache[key]
+
+
+def check_draws(num_draws: int, least: int = 1) -> int:
+    """The number of draws as a Python integer.
+
+    Raises:
+        BaraError: it is no integer (1e3 is a float), or below `least`.
+    """
+    try:
+        number = operator.index(num_draws)
+    except TypeError:
+        raise BaraError(f"num_draws must be a whole number, got {num_draws!r}.") from None
+    if number < least:
+        raise BaraError(f"num_draws must be at least {least}, got {number}.")
+    return number
 
 
 class DrawSource:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from bara.draws.blocks import Blocks
-from bara.draws.draws import Draws, draw_source
-from bara.errors import BaraError
+from bara.draws.draws import Draws, check_draws, draw_source
 
 Result = TypeVar("Result")
 
@@ -32,8 +31,7 @@ class Portions:
     def __init__(
         self, model: nn.Module, num_draws: int | None, seed: int, *, per_input: bool = False
     ) -> None:
-        if num_draws is not None and num_draws < 1:
-            raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
+        num_draws = None if num_draws is None else check_draws(num_draws)
         self.source = source = draw_source(model)
         self.mean = source is None or num_draws is None
         self.num_draws = 1 if source is None or num_draws is None else source.num_draws(num_draws)

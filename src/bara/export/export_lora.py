@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from bara.adapter.inspection import bayesian_adapter, copy_sharing_base, num_bytes, one_adapter
 from bara.cards.adapter_files import WEIGHTS_FILE
-from bara.draws.draws import draw_source
+from bara.draws.draws import check_draws, draw_source
 from bara.errors import BaraError
 from bara.evaluation import abstention
 from bara.evaluation.difference import Difference, difference
@@ -123,8 +123,7 @@ def export_lora(
             the server cannot load.
     """
     check_mode(mode)
-    if num_draws < 1:
-        raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
+    num_draws = check_draws(num_draws)
     asked = None if server is None else check_server(server)
     weight_noise = isinstance(draw_source(model), WeightDraws)
     adapter = (one_adapter if weight_noise else bayesian_adapter)(model, "export")

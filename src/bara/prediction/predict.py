@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.data.questions import QuestionWindows
+from bara.draws.draws import check_draws
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
@@ -69,8 +70,7 @@ def predict(
         BaraError: num_draws < 1, empty or untokenised data, logits that are not finite or of none
             of these shapes.
     """
-    if num_draws < 1:
-        raise BaraError(f"num_draws must be at least 1, got {num_draws}.")
+    num_draws = check_draws(num_draws)
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bara.adapter.elbo import elbo_of
 from bara.adapter.forward_pass import Observer
 from bara.draws.blocks import Blocks
-from bara.draws.draws import Draws, FixedNoise
+from bara.draws.draws import Draws, FixedNoise, check_draws
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
 from bara.language.prompts import is_encoder_decoder
@@ -151,8 +151,7 @@ def effective_rank(
     Raises:
         BaraError: no Bayesian adapter is active, num_draws < 0, or the data cannot be used.
     """
-    if num_draws < 0:
-        raise BaraError(f"num_draws must be at least 0, got {num_draws}.")
+    num_draws = check_draws(num_draws, least=0)
     owners: dict[str, Posterior] = {}
     draws = Draws(num_draws, seed) if num_draws else None
 
