@@ -22,13 +22,13 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel
 
 from bara.adapter.elbo import adapted_root, elbo_of
 from bara.adapter.scaled_head import can_scale, reshard, restore_head, scale_layer
 from bara.draws.processes import several_processes
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError, first_line
+from bara.language.prompts import generates
 from bara.prediction.batches import to_device
 from bara.training.logistic import prior_variance
 
@@ -154,8 +154,7 @@ def _examples(dataloader: DataLoader[Any] | None) -> Iterator[Mapping[str, Any]]
 
 def _head(model: nn.Module, adapter: str) -> tuple[nn.Linear, nn.Module] | None:
     """The last linear layer of an adapter's trained head, and the base model's that it copies."""
-    base: Any = adapted_root(model)
-    if isinstance(base, PreTrainedModel) and base.can_generate():
+    if generates(adapted_root(model)):
         return None  # its head sees each token
     found = None
     for module in model.modules():
