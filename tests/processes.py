@@ -14,11 +14,12 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import bara
 from bara.adapter.elbo import elbo_of
 from bara.draws.draws import FreshNoise
+from conftest import tiny_bert_config
 from helpers import CONFIGS, adapt, gradients, stir, tiny_llama
 
 ROWS = 37
@@ -155,6 +156,25 @@ def fresh(fuse: bool) -> list[list[float]]:
     return gather_object([model(**batch()).logits.flatten()[:20].tolist()])
 
 
+def scale(labels: Tensor) -> float | None:
+    """What a process whose examples have these labels has its head scaled by."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert_config(num_labels=2))
+    model = adapt(model, task_type="SEQ_CLS", target_modules=["query"])
+    ids = torch.randint(5, 20, (40, 7), generator=torch.Generator().manual_seed(3))
+    return bara.scale_head(model, [{"input_ids": ids, "labels": labels}])
+
+
+def told() -> Tensor:
+    """Classes that the frozen features tell apart."""
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(tiny_bert_config(num_labels=2)).eval()
+    ids = torch.randint(5, 20, (40, 7), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        x = model.bert(ids).pooler_output
+    return ((x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0))[2][0] > 0).long()
+
+
 def main(folder: Path) -> None:
     results: dict[str, Any] = {
         case: trained(case, folder / case, dist.get_world_size() if dist.is_initialized() else 2)
@@ -166,6 +186,8 @@ def main(folder: Path) -> None:
     results["noise"] = torch.tensor(gather_object([torch.stack(rows).tolist()]))
     results["states"] = gather_object([torch.get_rng_state()])
     results["fused"], results["alone"] = fresh(True), fresh(False)
+    labels = [told(), torch.arange(40) % 2]  # process 1 alone would have a slower head
+    results["scales"] = gather_object([scale(labels[dist.get_rank()])])
     results["sharded"] = {method: sharded(method, False) for method in CONFIGS}
     results["checkpointed"] = sharded("bara", True)
     if dist.get_rank() == 0:

@@ -1,26 +1,41 @@
 """A new head's pace: `bara.scale_head`, and what files and other models see of it."""
 
+import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.preprocessing import StandardScaler
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
+    BertForMultipleChoice,
+    BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
 
 import bara
-from bara.training.head import ScaledLinear, restore_head
+from bara.adapter.scaled_head import ScaledLinear, restore_head
+from bara.training.head import scale_head_of
 from bara.training.logistic import VARIANCES, prior_variance
 from conftest import VOCABULARY, tiny_bert_config
-from helpers import adapt, tiny_llama
+from helpers import adapt, tiny_llama, train_log
 
 MODULES = ["query", "value"]
 
@@ -140,6 +155,7 @@ def test_a_merged_model_in_the_middle_of_training_is_whole(tiny_bert, batches):
     weight = head_of(model).weight.detach().clone()
     assert bara.scale_head(model, batches) not in (None, 1.0)
     merged = model.merge_and_unload()
+    assert type(merged.classifier) is torch.nn.Linear
     assert torch.equal(merged.state_dict()["classifier.weight"], weight)
 
 
@@ -184,3 +200,289 @@ def test_what_cannot_be_scaled_is_said(tiny_bert):
     plain = get_peft_model(BertModel(tiny_bert_config()), LoraConfig(target_modules=MODULES))
     with pytest.raises(bara.BaraError, match="no Bayesian adapter"):
         bara.scale_head(plain, [])
+
+
+# -- what happens to a model ----------------------------------------------------------------------
+
+
+def rows_of(batch):
+    return [{name: values[i] for name, values in batch.items()} for i in range(10)]
+
+
+def trainer(model, rows, folder, kind=Trainer, n=None, **options):
+    options = {"max_steps": 4, "save_strategy": "no", "per_device_train_batch_size": 5} | options
+    arguments = TrainingArguments(
+        str(folder),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=0.01,
+        **options,
+    )
+    callback = bara.BayesianCallback(n)
+    return kind(model, arguments, train_dataset=rows, callbacks=[callback])
+
+
+def test_a_training_goes_on_as_if_it_had_not_stopped(tiny_bert, batches, tmp_path):
+    models = [adapted(copy.deepcopy(tiny_bert), head_input_std=5.0) for _ in range(2)]
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer(models[0], rows_of(batches[0]), tmp_path, **saving).train()
+    last = trainer(models[1], rows_of(batches[0]), tmp_path / "b")
+    last.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(models[1].state_dict()[name], tensor), name
+
+
+def test_the_best_checkpoint_is_loaded_into_the_scaled_head(tiny_bert, batches, tmp_path):
+    model = adapted(tiny_bert, head_input_std=5.0)
+    metrics = iter([{"good": 1}, {"good": 0}])
+    best = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="good",
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=rows_of(batches[0]),
+        eval_dataset=rows_of(batches[1]),
+        compute_metrics=lambda _: next(metrics),
+        callbacks=[bara.BayesianCallback()],
+    )
+    best.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    weight = next(tensor for name, tensor in saved.items() if "classifier.weight" in name)
+    assert torch.equal(head_of(model).weight, weight)
+
+
+def test_what_is_frozen_stays_frozen(tiny_bert, batches):
+    model = adapted(tiny_bert)
+    for name, parameter in model.named_parameters():
+        if "layer.0" in name or "classifier.modules_to_save.default.bias" in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert bara.scale_head(model, batches)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_weights_and_inputs_of_16_bits_are_not_rounded(tiny_bert, batches):
+    for dtype in (torch.float16, torch.bfloat16):
+        model = adapted(copy.deepcopy(tiny_bert).to(dtype), head_input_std=5.0).eval()
+        weight, before = head_of(model).weight.detach().clone(), model(**batches[0]).logits
+        scale = bara.scale_head(model, batches)
+        assert (scale is None) == (dtype == torch.float16)  # would round the smallest weights
+        assert torch.equal(head_of(model).state_dict()["weight"], weight)
+        assert torch.equal(model(**batches[0]).logits, before)
+    model = adapted(tiny_bert, head_input_std=1e6).eval()
+    assert bara.scale_head(model, batches) > torch.finfo(torch.float16).max
+    with torch.autocast("cpu", torch.float16):
+        assert model(**batches[0]).logits.isfinite().all()
+
+
+def test_compiled_heads(tiny_bert, batches):
+    model = adapted(tiny_bert, head_input_std=5.0).eval()
+    logits = model(**batches[0]).logits
+    expected = bara.scale_head(model, batches)
+    model.base_model.model.classifier.compile(backend="eager")
+    for _ in range(2):
+        assert bara.scale_head(model, batches) == expected
+        torch.testing.assert_close(model(**batches[0]).logits, logits)
+
+
+def test_layers_with_hooks_of_accelerate(tiny_bert, batches, tmp_path):
+    expected = bara.scale_head(adapted(copy.deepcopy(tiny_bert), head_input_std=5.0), batches)
+    places = {"bert.embeddings": "disk", "bert.encoder": "cpu", "bert.pooler": "cpu"}
+    places |= {"dropout": "cpu", "classifier": "cpu"}
+    options = {"main_device": "cpu", "force_hooks": True}
+    base = dispatch_model(tiny_bert, places, offload_dir=tmp_path, **options)
+    model = adapted(base, head_input_std=5.0).eval()
+    before = model(**batches[0]).logits
+    assert bara.scale_head(model, batches) == expected
+    torch.testing.assert_close(model(**batches[0]).logits, before)
+    restore_head(model)
+    torch.testing.assert_close(model(**batches[0]).logits, before)
+
+
+def test_sharded_models(tiny_bert, batches, tmp_path):
+    """What a pass leaves unsharded is a copy; the weight itself has to change."""
+    plain = adapted(copy.deepcopy(tiny_bert), head_input_std=5.0)
+    scale = bara.scale_head(plain, batches)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = adapted(tiny_bert, head_input_std=5.0)
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.base_model.model.bert.encoder.layer:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert bara.scale_head(model, batches) == scale
+        bara.set_progress(model, 0.5, 10)
+        model.train()(**batches[0]).loss.backward()
+        weight = head_of(plain).state_dict()["weight"]
+        assert torch.equal(head_of(model).state_dict()["weight"].full_tensor(), weight)
+        with torch.no_grad():
+            model.eval()(**batches[0])
+        restore_head(model)
+        assert torch.equal(head_of(model).state_dict()["weight"].full_tensor(), weight)
+        assert torch.equal(next(iter(head_of(model).parameters())).full_tensor(), weight)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_heads_of_several_layers_and_of_several_adapters(tiny_bert, batches):
+    config = RobertaConfig(**tiny_bert_config(num_labels=3).to_diff_dict() | {"pad_token_id": 0})
+    roberta = adapted(RobertaForSequenceClassification(config))
+    assert bara.scale_head(roberta, batches)
+    assert type(head_of(roberta).dense) is torch.nn.Linear
+    assert type(head_of(roberta).out_proj) is ScaledLinear
+    two = adapted(tiny_bert)
+    two.add_adapter("b", bara.BaraConfig(task_type="SEQ_CLS", target_modules=MODULES))
+    heads = two.base_model.model.classifier.modules_to_save
+    for name, other in (("b", "default"), ("default", "b")):
+        two.set_adapter(name)
+        assert bara.scale_head(two, batches)
+        assert type(heads[name]) is ScaledLinear
+        assert type(heads[other]) is torch.nn.Linear
+
+
+# -- what happens to the data ----------------------------------------------------------------------
+
+
+def test_a_width_that_labels_do_not_tell(tiny_bert, batches, tmp_path):
+    narrow = [{**b, "labels": torch.rand(10)} for b in batches]
+    one = adapted(BertForSequenceClassification(tiny_bert_config(num_labels=1)))
+    assert bara.scale_head(one, batches) == bara.scale_head(one, narrow)  # whole numbers to predict
+    choices = adapted(BertForMultipleChoice(tiny_bert_config()), modules_to_save=["classifier"])
+    ids = batches[0]["input_ids"][:9].view(3, 3, 7)
+    rows = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": torch.tensor(k)}
+        for k, i in enumerate(ids)
+    ]
+    assert bara.scale_head(choices, DataLoader(rows, 2))
+    assert train_log(choices, rows, tmp_path, max_steps=1, use_cpu=True)
+
+
+def test_features_that_do_not_vary_are_no_measure(tiny_bert, batches):
+    model = adapted(tiny_bert)
+    padded = torch.nn.functional.pad
+    text = {name: batches[0][name][:1] for name in ("input_ids", "attention_mask")}
+    again = [{k: padded(v, (0, n)) for k, v in text.items()} for n in range(5)]
+    assert bara.scale_head(model, again) is None  # they differ by what rounding leaves
+    assert bara.scale_head(model, again[:1]) is None
+    tiny_bert.bert.pooler.dense.weight.data.fill_(math.nan)
+    assert bara.scale_head(model, batches) is None
+
+
+def test_few_labels_do_not_warn_of_a_regression():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+        assert prior_variance(x, torch.arange(24), 24) in VARIANCES
+
+
+def test_batches_that_no_model_takes(tiny_bert):
+    with pytest.raises(bara.BaraError, match="tuple, not a mapping"):
+        bara.scale_head(adapted(tiny_bert), [(1, 2)])
+
+
+def test_a_language_models_trained_head_is_left_alone(batches, tmp_path):
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    model = adapt(
+        T5ForConditionalGeneration(config),
+        task_type="SEQ_2_SEQ_LM",
+        target_modules=["q"],
+        modules_to_save=["lm_head"],
+    )
+    rows = rows_of(batches[0] | {"labels": batches[0]["input_ids"]})
+    assert train_log(model, rows, tmp_path, max_steps=1, use_cpu=True)
+    assert bara.scale_head(model, batches) is None
+
+
+class Stream(IterableDataset):
+    """Rows without numbers; with a length, or to be read but once."""
+
+    def __init__(self, rows, once=False):
+        self.rows, self.once = iter(rows) if once else rows, once
+
+    def __iter__(self):
+        return self if self.once else iter(list(self.rows))
+
+    def __next__(self):
+        return next(self.rows)
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return len(self.rows)
+
+
+class Strict(BertForSequenceClassification):
+    """Takes no column that it does not know, unlike BERT."""
+
+    def forward(self, weight=None, **inputs):
+        if weight is not None:
+            raise TypeError("unexpected keyword argument 'weight'")
+        return super().forward(**inputs)
+
+
+def own_loader(loader):
+    class Own(Trainer):
+        def get_train_dataloader(self):
+            return loader
+
+    return Own
+
+
+class OwnLoss(Trainer):
+    """Takes a column that is not for the model."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = {name: values for name, values in inputs.items() if name != "weight"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_whatever_can_be_trained_on_trains(tiny_bert, batches, tmp_path):
+    """A warning says where the head is left alone, and nowhere else."""
+    rows = rows_of(batches[0])
+    weighted = [{**row, "weight": torch.tensor(1.0)} for row in rows]
+    cases = [
+        (Stream(rows), {}, None),
+        (SizedStream(rows), {}, None),
+        (rows, {"kind": own_loader(DataLoader(batches, batch_size=None))}, None),
+        (rows[:1], {}, None),
+        (Stream(rows, once=True), {"n": 10, "max_steps": 2}, "read only once"),
+        (rows, {"kind": own_loader(batches), "n": 10}, "no data set"),
+        (weighted, {"kind": OwnLoss}, "unexpected keyword argument 'weight'"),
+    ]
+    for data, options, warning in cases:
+        model = Strict(tiny_bert.config)
+        options = {"max_steps": 1, "remove_unused_columns": False} | options
+        made = trainer(adapted(model), data, tmp_path, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made.train()
+        assert made.state.global_step == made.state.max_steps
+        said = [str(w.message) for w in caught if "The head learns as PEFT" in str(w.message)]
+        assert len(said) == (warning is not None)
+        assert warning is None or warning in said[0]
+
+
+def test_deepspeeds_copies_are_not_gone_past(tiny_bert, batches, monkeypatch):
+    """It trains a copy of the weight, made before: dividing the weight would not reach it."""
+
+    class State:
+        distributed_type = "DEEPSPEED"
+
+    monkeypatch.setattr("bara.training.head.PartialState", State)
+    model = adapted(tiny_bert)
+    with pytest.warns(UserWarning, match="DeepSpeed trains copies"):
+        scale_head_of(model, DataLoader(rows_of(batches[0])))
+    assert type(head_of(model)) is torch.nn.Linear

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bara
 from bara import BaraError
+from bara.adapter.layer import adapted_layers
 from bara.cli import main
 from bara.cli.generate import shade
 from bara.finetuning.load import load_adapter
@@ -378,3 +379,28 @@ def test_gates_of_an_export_are_averaged_over_texts(capsys, base, tmp_path):
         ]
         for name, tensor in both[0].items():
             torch.testing.assert_close(tensor, both[1][name])
+
+
+@pytest.mark.parametrize(("task", "rows"), [("causal-lm", TEXTS), ("multiple-choice", QUESTIONS)])
+def test_pruning_is_measured_at_the_labels(capsys, base, tmp_path, task, rows):
+    table, out, _ = trained(capsys, base, tmp_path, task, rows, "--epochs", 1)
+    model, tokenizer, loaded = load_adapter(out)
+    for _, _, posterior in adapted_layers(model, "default"):
+        posterior.global_logit.data[0] = -1.0
+    model.save_pretrained(out)
+    smaller = tmp_path / "smaller"
+    options = ["--data", table, "--held-out", table, "--output", smaller, "--num-draws", 2]
+    assert "factors removed" in run(capsys, "prune", out, *options, "--tolerance", 1)
+    change = json.loads((smaller / "pruning.json").read_text())["change"]["mean"]
+    pruned, _, _ = load_adapter(smaller)
+    distances = []
+    for row in tokenise_language(Dataset.from_list(rows), tokenizer, loaded):
+        ids = torch.tensor([row["input_ids"]])
+        known = torch.tensor(row["labels"][1:]) != -100
+        with torch.no_grad():
+            probs = [m(ids).logits[0, :-1][known].softmax(-1) for m in (model, pruned)]
+        distances.append(0.5 * (probs[0] - probs[1]).abs().sum(-1).mean().item())
+    assert change["num_inputs"] == len(rows)
+    assert change["mean"] == pytest.approx(sum(distances) / len(rows), rel=1e-3)
+    strict = [*options, "--force", "--tolerance", change["mean"] / 2]
+    assert "more than the tolerance" in run(capsys, "prune", out, *strict, code=1)

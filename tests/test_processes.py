@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from bara import BaraError, BayesianCallback
 from bara.draws.draws import FreshNoise
 from helpers import CONFIGS, TinyNet, adapt
-from processes import CASES, adapted, batch, differentiated, texts, trained
+from processes import CASES, adapted, batch, differentiated, scale, texts, told, trained
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -66,6 +66,12 @@ def test_every_process_draws_noise_of_its_own(two):
     for kind in ("fused", "alone"):
         first, second = torch.tensor(two[kind])
         assert (first - second).abs().max() > 1e-3
+
+
+def test_heads_of_all_processes_have_one_scale(two):
+    first, second = scale(told()), scale(torch.arange(40) % 2)
+    assert first != second
+    assert two["scales"] == [first, first]
 
 
 def test_a_lone_process_draws_from_torchs_global_generator():

@@ -13,7 +13,9 @@ from bara import BaraError
 from bara.adapter.inspection import rank_fields
 from bara.adapter.layer import adapted_layers
 from bara.posteriors.distributions import open_logit
+from encoder_decoders import tiny_seq2seq
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
+from language_models import adapted_lm
 
 CLOSED, OPEN = -1.0, 0.2
 """Parameters of a global gate with P(z > 0) below 1e-8, and of 0.99."""
@@ -210,3 +212,81 @@ def test_refusals(bert, batch, tiny_bert):
     ungated = adapt(copy.deepcopy(tiny_bert), global_gate=False, task_type="SEQ_CLS")
     with pytest.raises(BaraError, match="BARA without them"):
         bara.prune(ungated, batch)
+
+
+# -- language models -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts():
+    ids = torch.randint(3, 64, (5, 7), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for number, row in enumerate(ids):
+        text = row[: 7 - number % 3]
+        labels = text.clone()
+        labels[: 1 + number % 2] = -100
+        rows.append({"input_ids": text, "attention_mask": torch.ones_like(text), "labels": labels})
+    return rows
+
+
+def next_token_probs(model, row):
+    """Probabilities where the text has labels, (labels, V), of a text by itself."""
+    shift = model.config.is_encoder_decoder
+    inputs = {name: values.unsqueeze(0) for name, values in row.items()}
+    with torch.no_grad():
+        probs = model.eval()(**inputs).logits.softmax(-1)[0]
+    return probs[row["labels"] != -100] if shift else probs[:-1][row["labels"][1:] != -100]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_language_models_change_by_what_they_expect_next(architecture, texts):
+    if architecture == "t5":
+        options = {"target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}
+        model = stir(adapt(tiny_seq2seq("t5"), **options)).eval()
+    else:
+        model = adapted_lm()
+    close(model, [0, 3])
+    pruning = bara.prune(model, texts, held_out=texts, num_draws=3, batch_size=6)
+    variation, others = [], []
+    for row in texts:
+        before, after = (next_token_probs(m, row) for m in (model, pruning.model))
+        variation.append(0.5 * (before - after).abs().sum(-1).mean().item())
+        others.append(bool((before.argmax(-1) != after.argmax(-1)).any()))
+    mean = pruning.change.mean
+    assert mean.num_inputs == len(texts)
+    assert mean.mean == pytest.approx(sum(variation) / len(texts), rel=1e-3)
+    assert mean.largest == pytest.approx(max(variation), rel=1e-3)
+    assert mean.changed == sum(others) / len(texts)
+    assert 0 < mean.mean < 1
+
+    mixtures = []
+    for which, seed in ((model, 5), (pruning.model, 6), (model, 6)):
+        with bara.sampling(which, 3, seed=seed):
+            rows = [{k: v.repeat(3, 1) for k, v in row.items()} for row in texts]
+            mixtures.append([_mixture(which, row) for row in rows])
+    change = bara.prune(model, texts, held_out=texts, num_draws=3, seed=5).change
+    for found, other in ((change.draws, mixtures[1]), (change.draws_before, mixtures[2])):
+        apart = [
+            0.5 * (a - b).abs().sum(-1).mean().item()
+            for a, b in zip(mixtures[0], other, strict=True)
+        ]
+        assert found.mean == pytest.approx(sum(apart) / len(texts), rel=1e-3)
+
+
+def _mixture(model, rows):
+    """The mean of the draws' probabilities where a text has labels, of a text once for each."""
+    labels = rows["labels"][0] != -100
+    with torch.no_grad():
+        probs = model(**rows).logits.softmax(-1).mean(0)
+    return probs[labels] if model.config.is_encoder_decoder else probs[:-1][labels[1:]]
+
+
+def test_a_language_model_without_labels_is_not_measured(texts):
+    model = close(adapted_lm(), [0])
+    bare = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in texts]
+    with pytest.raises(BaraError, match="measured where its inputs have labels"):
+        bara.prune(model, bare, held_out=bare)
+    empty = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in texts]
+    with pytest.raises(BaraError, match="none of the texts has a label"):
+        bara.prune(model, bare, held_out=empty)
+    assert bara.prune(model, bare).change is None

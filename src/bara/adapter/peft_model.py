@@ -26,6 +26,7 @@ from bara.adapter.layer import (
     posteriors,
     renamed_key,
 )
+from bara.adapter.scaled_head import restore_head
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig
 from bara.posteriors.posterior import LayerSetup
@@ -208,6 +209,7 @@ class BayesianLoraModel(LoraModel):
         # unlike its annotation, PEFT's method returns the model
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         self.elbo.detach(model)
+        restore_head(model)
         return model
 
 

@@ -13,7 +13,7 @@ from bara.schema import MAX_DRAWS, json_text
 
 def prune(
     adapter: Annotated[Path, Argument(help="Folder that `bara train` wrote, of method bara.")],
-    data: Annotated[str, Option(help="Table of texts to fit the gates on; labels are not used.")],
+    data: Annotated[str, Option(help="Table of texts to fit the gates on; classes are not used.")],
     output: Annotated[Path, Option(help="Folder for the smaller adapter.")],
     held_out: HeldOut = None,
     threshold: Annotated[

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bara.draws.portions import Portions
+from bara.draws.sharing import evaluating
 from bara.errors import BaraError
+from bara.language.evaluation import next_tokens
+from bara.prediction.batches import Collate, batches
 from bara.prediction.multi_label import MultiLabelPredictive
+from bara.prediction.outputs import accepted
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.spans import SpanDistribution, SpanPredictive
 from bara.prediction.words import TokenPredictive
@@ -23,9 +30,11 @@ class Difference:
         num_inputs: n.
         mean, largest: mean and largest distance over the inputs. Classification: total variation
             between the class probabilities, in [0, 1]; of an input's words or labels their mean;
-            of spans that between their distributions. Regression: between the predicted means, in
-            the target's unit.
-        changed: share of the inputs whose most probable class is another; None for regression.
+            of a text that between the next tokens' distributions, the mean over its labels; of
+            spans that between their distributions. Regression: between the predicted means, in the
+            target's unit.
+        changed: share of the inputs whose most probable class is another (of a text any token);
+            None for regression.
     """
 
     num_inputs: int
@@ -74,6 +83,51 @@ def difference(first: Predictive, second: Predictive) -> Difference:
         pairs = zip(first.answers, second.answers, strict=True)
         return _difference(distance, torch.tensor([a.spans[0] != b.spans[0] for a, b in pairs]))
     raise BaraError("Predictions of different kinds cannot be compared.")
+
+
+def token_differences(
+    mixtures: Sequence[tuple[nn.Module, Portions]],
+    pairs: Sequence[tuple[int, int]],
+    data: Any,
+    *,
+    batch_size: int = 64,
+    collate_fn: Collate | None = None,
+    progress: bool | None = None,
+) -> list[Difference]:
+    """The distances between what language models expect next, where texts have labels.
+
+    Args:
+        mixtures: models and draws of them.
+        pairs: numbers of the two mixtures of each distance.
+        data: texts with labels, as in `bara.predict`.
+        batch_size, collate_fn, progress: as in `bara.predict`.
+
+    Raises:
+        BaraError: data that cannot be used or has no labels, or logits that are not finite.
+    """
+    sums: list[Tensor] = []  # (pairs, 3, inputs): variation, other tokens, labels
+    takes = accepted(mixtures[0][0])
+    size = max(1, batch_size // max(draws.num_draws for _, draws in mixtures))
+    with ExitStack() as stack:
+        for model in {model for model, _ in mixtures}:
+            stack.enter_context(evaluating(model))
+        for batch, index in batches(data, mixtures[0][0], size, collate_fn, progress):
+            read = {k: v for k, v in batch.items() if takes is None or k in takes}
+            found = [next_tokens(model, draws, read, batch_size) for model, draws in mixtures]
+            for i, j in pairs:
+                first, second = found[i].log_probs, found[j].log_probs
+                variation = 0.5 * (first.exp() - second.exp()).abs().sum(-1)
+                others = (first.argmax(-1) != second.argmax(-1)).float()
+                rows = torch.zeros(3, len(index), device=first.device)
+                values = torch.stack([variation, others, torch.ones_like(others)])
+                sums.append(rows.index_add_(1, found[i].rows, values).cpu())
+    differences = []
+    for number in range(len(pairs)):
+        variation, others, labels = torch.cat(sums[number :: len(pairs)], 1)
+        if not labels.any():
+            raise BaraError("none of the texts has a label to measure at")
+        differences.append(_difference(variation / labels.clamp(min=1), others > 0))
+    return differences
 
 
 def _variation(first: SpanDistribution, second: SpanDistribution) -> float:

@@ -25,7 +25,7 @@ from bara.export.card import write_export_card, write_merged_card
 from bara.export.plain_lora import PlainLora
 from bara.export.servers import VERSIONS, Server, check_server, refusal
 from bara.files import atomic_directory, require_new, require_space
-from bara.language.prompts import is_encoder_decoder
+from bara.language.prompts import generates, is_encoder_decoder
 from bara.language.tasks import GENERATING_TASKS
 from bara.methods.weight_draws import WeightDraws
 from bara.models.sentence import SentenceClassifier, save_sentence_transformer
@@ -225,8 +225,7 @@ def _manifest(
 
 def _task(model: PeftModel) -> tuple[str, list[str] | None]:
     """The task, and the names of its classes or labels."""
-    base: Any = model.get_base_model()
-    if isinstance(base, PreTrainedModel) and base.can_generate():
+    if generates(model):
         return "seq2seq" if is_encoder_decoder(model) else "causal-lm", None
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bara.draws.blocks import Blocks
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
+from bara.errors import BaraError
 from bara.language.generation import generate
 from bara.language.prompts import is_encoder_decoder
 from bara.language.tasks import reference, row_prompt
@@ -46,30 +47,61 @@ def token_metrics(
         BaraError: empty data, or logits that are not finite.
     """
     draws = Portions(model, num_draws, seed)
-    device, encodes = next(model.parameters()).device, is_encoder_decoder(model)
     nll, right, tokens = 0.0, 0, 0
     with evaluating(model):
         size = max(1, batch_size // draws.num_draws)
-        for batch, index in batches(inputs, model, size, None, progress):
-            # a decoder behind an encoder makes its own inputs of the labels
-            labels = batch["labels"] if encodes else batch.pop("labels")[:, 1:]
-            labels = labels.to(device)
-            known = labels.ne(-100)
-            moved = to_device(batch, device)
-
-            def run(blocks: Blocks, moved: Batch = moved, known: Tensor = known) -> Tensor:
-                """Log-probabilities of the next tokens where there is a label, (S, labels, V)."""
-                logits = require_finite(model(**blocks.repeat(moved)).logits)
-                here = blocks.split(logits)[:, :, : known.shape[1]][:, known]
-                return here.float().log_softmax(-1)
-
-            every = torch.cat(draws.map(run, len(index), batch_size))
-            log_probs = every.logsumexp(0) - math.log(draws.num_draws)
-            target = labels[known]
-            nll -= float(log_probs.gather(1, target.unsqueeze(1)).sum())
-            right += int((log_probs.argmax(-1) == target).sum())
-            tokens += len(target)
+        for batch, _ in batches(inputs, model, size, None, progress):
+            found = next_tokens(model, draws, batch, batch_size)
+            nll -= float(found.log_probs.gather(1, found.labels.unsqueeze(1)).sum())
+            right += int((found.log_probs.argmax(-1) == found.labels).sum())
+            tokens += len(found.labels)
     return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "accuracy": right / tokens}
+
+
+class NextTokens(NamedTuple):
+    """The mixture's distributions of the next token at the m places of a batch that have a label.
+
+    Attributes:
+        log_probs: (m, V), in nats.
+        labels: (m,).
+        rows: (m,) the input that each place is in.
+    """
+
+    log_probs: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+def next_tokens(model: nn.Module, draws: Portions, batch: Batch, batch_size: int) -> NextTokens:
+    """What a language model expects, under the mixture over draws, where a batch has labels.
+
+    Args:
+        model: causal, or with an encoder; in evaluation mode.
+        draws: of it.
+        batch: what it is called with, with `labels`, -100 where there is none.
+        batch_size: most rows (inputs times draws) in one forward pass.
+
+    Raises:
+        BaraError: no labels, or logits that are not finite.
+    """
+    if not isinstance(batch.get("labels"), Tensor):
+        raise BaraError(
+            "a language model is measured where its inputs have labels, and these have none: give "
+            "input_ids again as labels, with -100 for padding and prompts"
+        )
+    moved = to_device(batch, next(model.parameters()).device)
+    # a decoder behind an encoder makes its own inputs of the labels
+    labels = moved["labels"] if is_encoder_decoder(model) else moved.pop("labels")[:, 1:]
+    known = labels.ne(-100)
+
+    def run(blocks: Blocks) -> Tensor:
+        logits = require_finite(model(**blocks.repeat(moved)).logits)
+        here = blocks.split(logits)[:, :, : known.shape[1]][:, known]
+        return here.float().log_softmax(-1)
+
+    every = torch.cat(draws.map(run, len(known), batch_size))
+    log_probs = every.logsumexp(0) - math.log(draws.num_draws)
+    return NextTokens(log_probs, labels[known], known.nonzero()[:, 0])
 
 
 def answer_losses(

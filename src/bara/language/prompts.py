@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bara.errors import BaraError
 
@@ -178,6 +179,12 @@ def require_decoder(model: nn.Module, purpose: str) -> None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether an encoder reads the prompt and a decoder writes the answer."""
     return bool(getattr(getattr(_base(model), "config", None), "is_encoder_decoder", False))
+
+
+def generates(model: nn.Module) -> bool:
+    """Whether the model writes texts, of which each next token has a distribution."""
+    base = _base(model)
+    return isinstance(base, PreTrainedModel) and bool(base.can_generate())
 
 
 def _base(model: nn.Module) -> Any:

@@ -22,8 +22,10 @@ from bara.adapter.inspection import (
     trained_heads,
 )
 from bara.adapter.layer import adapted_layers
+from bara.draws.portions import Portions
 from bara.errors import BaraError
-from bara.evaluation.difference import Difference, difference
+from bara.evaluation.difference import Difference, difference, token_differences
+from bara.language.prompts import generates
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.bara_config import BaraConfig
 from bara.posteriors.posterior import Posterior
@@ -143,8 +145,8 @@ def prune(
             Annals of Statistics 32(3)).
         tolerance: largest mean distance (see `Difference`) on `held_out` between the posterior
             means before and after; None for any.
-        held_out: inputs to measure the change on, read several times in the same order; None
-            leaves it unmeasured.
+        held_out: inputs to measure the change on, read several times in the same order (a language
+            model is measured where they have labels); None leaves it unmeasured.
         num_draws, seed: of the draws that are compared.
         batch_size, collate_fn, progress: as in `bara.predict`.
 
@@ -344,21 +346,28 @@ def _update_config(model: PeftModel, adapter: str, removed_layers: bool) -> None
 def _measure(
     before: PeftModel, after: PeftModel, held_out: Any, *, num_draws: int, seed: int, **options: Any
 ) -> Change:
-    means = [predict(m, held_out, deterministic=True, **options) for m in (before, after)]
-    draws = predict(before, held_out, num_draws=num_draws, seed=seed, **options)
-    others = [
-        predict(m, held_out, num_draws=num_draws, seed=seed + 1, **options) for m in (before, after)
+    mixtures = [
+        (before, None, seed),
+        (after, None, seed),
+        (before, num_draws, seed),
+        (before, num_draws, seed + 1),
+        (after, num_draws, seed + 1),
     ]
+    pairs = [(0, 1), (2, 4), (2, 3)]
+    if generates(before):
+        drawn = [(model, Portions(model, count, first)) for model, count, first in mixtures]
+        mean, draws, draws_before = token_differences(drawn, pairs, held_out, **options)
+    else:
+        predicted = [
+            predict(m, held_out, num_draws=n or 1, deterministic=n is None, seed=s, **options)
+            for m, n, s in mixtures
+        ]
+        mean, draws, draws_before = (difference(predicted[i], predicted[j]) for i, j in pairs)
     batch, index = next(
         unlabelled_batches(before, held_out, options["batch_size"], options["collate_fn"], False)
     )
-    return Change(
-        mean=difference(*means),
-        draws=difference(draws, others[1]),
-        draws_before=difference(draws, others[0]),
-        milliseconds=_milliseconds(before, after, batch),
-        rows=len(index),
-    )
+    milliseconds = _milliseconds(before, after, batch)
+    return Change(mean, draws, draws_before, milliseconds, rows=len(index))
 
 
 def _milliseconds(before: PeftModel, after: PeftModel, batch: Batch) -> tuple[float, float]:

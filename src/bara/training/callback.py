@@ -18,9 +18,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from bara.adapter.call_inputs import predicts_next_token
 from bara.adapter.elbo import Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
+from bara.adapter.scaled_head import restore_head
 from bara.draws.processes import several_processes
 from bara.errors import BaraError
-from bara.training.head import restore_head, scale_head_of
+from bara.training.head import scale_head_of
 from bara.training.kl_mixin import add_kl, calling_trainer
 from bara.training.loss import kl_terms, rank_terms
 
@@ -102,7 +103,7 @@ class BayesianCallback(TrainerCallback):
                     stacklevel=2,
                 )
             adapter.resolved.num_observations = n
-        scale_head_of(model, kwargs["train_dataloader"])
+        scale_head_of(model, kwargs.get("train_dataloader"))
         if state.max_steps > 0:
             _set_by_steps(model, elbo, state.max_steps)
         self._set_progress(elbo, state)

@@ -9,19 +9,26 @@ first; where they do not, a quick head learns its few texts by heart.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from bara.adapter.elbo import elbo_of
+from bara.adapter.elbo import adapted_root, elbo_of
+from bara.adapter.scaled_head import can_scale, reshard, restore_head, scale_layer
+from bara.draws.processes import several_processes
 from bara.draws.sharing import evaluating
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
+from bara.language.prompts import generates
 from bara.prediction.batches import to_device
 from bara.training.logistic import prior_variance
 
@@ -31,31 +38,8 @@ EXPONENT = 0.3
 """The default width is C**EXPONENT, of the cross-validated C of a logistic regression."""
 NUM_ROWS = 1000
 """Training examples whose features are looked at."""
-
-
-class ScaledLinear(nn.Linear):
-    """y = V (scale x) + b: what an optimiser sees of a linear layer whose weight is W = scale V.
-
-    Only the parameter is in other units: the state dict has W, and so has every file. `scale` is a
-    power of two, so that nothing is rounded on the way.
-    """
-
-    scale: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x * self.scale, self.weight, self.bias)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = destination[f"{prefix}weight"] * self.scale
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        name = f"{prefix}weight"
-        if name in state_dict:
-            state_dict = {**state_dict, name: state_dict[name] / self.scale}
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+NOISE = 1e-4
+"""Features that vary by less than this part of their size are one text, but for rounding."""
 
 
 def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float | None:
@@ -80,87 +64,122 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
             used.
 
     Returns:
-        The scale; None where there is no such head, no adapter in training, or `head_input_std` is
-        0. Heads that see each token (token classification, questions) are left alone too.
+        The scale; None where there is no such head, no adapter in training, `head_input_std` is 0,
+        all inputs have the same features, or the weight's dtype would round. Heads that see each
+        token (token classification, questions, a decoder's `score`) are left alone too. Where
+        several processes train, all call this and have the first one's scale.
+
+    Raises:
+        BaraError: no Bayesian adapter, no batches, or batches that the model cannot be called with.
     """
     restore_head(model)
-    scale = None
+    given = None
     for name, adapter in elbo_of(model).adapters.items():
         head = _head(model, name)
         if head is None or adapter.config.head_input_std == 0:
             continue
         trained, original = head
-        with _without_adapters(model):
+        with _frozen_model(model):
             x, labels = head_inputs(model, original, batches, NUM_ROWS)
-        std = float((x - x.mean(0)).square().mean().sqrt())
-        if x.dim() != 2 or std == 0:
-            continue
-        wanted = adapter.config.head_input_std
-        if wanted is None:
-            wanted = _default_std(x, labels, trained.out_features)
-        scale = 2.0 ** round(math.log2(wanted / std))
-        _give(trained, scale)
-    return scale
+        scale = _first_process(_scale(x, labels, adapter.config.head_input_std, trained))
+        if scale is not None and scale_layer(trained, scale):
+            given = scale
+    return given
+
+
+def _scale(x: Tensor, labels: Tensor | None, std: float | None, head: nn.Linear) -> float | None:
+    """What brings a head's input to its standard deviation; None where it cannot be told."""
+    if x.dim() != 2:
+        return None
+    found = float((x - x.mean(0)).square().mean().sqrt())
+    if not NOISE * float(x.square().mean().sqrt()) < found < math.inf:
+        return None
+    if std is None:
+        std = _default_std(x, labels, head.out_features)
+    return 2.0 ** round(math.log2(std / found))
 
 
 def _default_std(x: Tensor, labels: Tensor | None, num_classes: int) -> float:
     """How wide a head's input is to be, by what a linear head makes of the frozen features."""
     variance = None
-    if labels is not None and labels.dim() == 1 and not labels.is_floating_point():
-        known = labels != -100
-        variance = prior_variance(x[known], labels[known], num_classes)
+    classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
+    if labels is not None and classes and len(labels) == len(x) and num_classes > 1:
+        known = (labels >= 0) & (labels < num_classes)
+        variance = prior_variance(x[known], labels[known].long(), num_classes)
     if variance is None:
         return NARROWEST
     return min(WIDEST, max(NARROWEST, variance**EXPONENT))
 
 
-def restore_head(model: nn.Module) -> None:
-    """Makes scaled heads plain linear layers again, with the same outputs."""
-    for module in model.modules():
-        if type(module) is ScaledLinear:
-            with torch.no_grad():
-                module.weight.mul_(module.scale)
-            del module.scale
-            _become(module, nn.Linear)
+def _first_process(scale: float | None) -> float | None:
+    """The scale of the first process, whose examples may be others: all have one weight."""
+    values = [scale]
+    if several_processes():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
-def scale_head_of(model: nn.Module, dataloader: DataLoader[Any]) -> None:
-    """`scale_head` with examples from all over a training set, the same for all processes."""
-    dataset: Any = dataloader.dataset
-    if hasattr(dataset, "__len__"):
+def scale_head_of(model: nn.Module, dataloader: DataLoader[Any] | None) -> None:
+    """`scale_head` with examples from all over a training set, the same for all processes.
+
+    A head whose features cannot be read, such as from batches that only the trainer's own loss
+    knows, is left alone with a warning.
+    """
+    try:
+        scale_head(model, _examples(dataloader))
+    except Exception as error:
+        warnings.warn(
+            "The head learns as PEFT trains it, at no pace of its own, because its input could not "
+            f"be looked at before training: {first_line(error)}. head_input_std=0 says that this "
+            "is meant.",
+            stacklevel=3,
+        )
+
+
+def _examples(dataloader: DataLoader[Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Batches from all over a training set; of a stream its first ones."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if dataloader is None or dataset is None:
+        raise BaraError("there is no data set")
+    if PartialState().distributed_type == DistributedType.DEEPSPEED:
+        raise BaraError("DeepSpeed trains copies of the weights")
+    if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         rows = range(0, len(dataset), -(-len(dataset) // NUM_ROWS))
-        batch_size = dataloader.batch_size or 8
-        dataloader = DataLoader(Subset(dataset, rows), batch_size, collate_fn=dataloader.collate_fn)
-    scale_head(model, dataloader)
-
-
-def _give(layer: nn.Linear, scale: float) -> None:
-    with torch.no_grad():
-        layer.weight.div_(scale)
-    _become(layer, ScaledLinear)
-    layer.scale = scale  # type: ignore[assignment]  # it is one now
-
-
-def _become(layer: Any, kind: type[nn.Linear]) -> None:
-    """Changes a layer's class in its place: its parameters stay those that an optimiser has."""
-    layer.__class__ = kind
+        size = None if dataloader.batch_sampler is None else dataloader.batch_size or 8
+        dataloader = DataLoader(Subset(dataset, rows), size, collate_fn=dataloader.collate_fn)
+    elif iter(dataset) is iter(dataset):
+        raise BaraError("the stream can be read only once")
+    yield from dataloader
 
 
 def _head(model: nn.Module, adapter: str) -> tuple[nn.Linear, nn.Module] | None:
     """The last linear layer of an adapter's trained head, and the base model's that it copies."""
+    if generates(adapted_root(model)):
+        return None  # its head sees each token
     found = None
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             for path, layer in module.modules_to_save[adapter].named_modules():
-                if type(layer) is nn.Linear and layer.weight.requires_grad:
+                if can_scale(layer) and layer.weight.requires_grad:
                     found = layer, module.original_module.get_submodule(path)
     return found
 
 
-def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
-    """The frozen model, also where training goes on with an adapter that has learned."""
+@contextmanager
+def _frozen_model(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, also where training goes on with one that has learned.
+
+    PEFT trains all of an adapter when it enables it again: what is frozen stays frozen.
+    """
     peft = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return nullcontext() if peft is None else peft.disable_adapter()
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with nullcontext() if peft is None else peft.disable_adapter():
+            yield
+    finally:
+        reshard(model)
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
 
 
 @torch.no_grad()
@@ -183,19 +202,28 @@ def head_inputs(
         that sees each token the first batch's alone, (B, T, d).
 
     Raises:
-        BaraError: there are no batches.
+        BaraError: there are no batches, one is no mapping, or the model does not call the layer.
     """
     rows: list[Tensor] = []
     labels: list[Tensor] = []
-    device = next(model.parameters()).device
-    hook = layer.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].double().cpu()))
+    # weights that accelerate has offloaded are on the meta device
+    device = next(p.device for p in model.parameters() if not p.is_meta)
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(next(iter((*args, *kwargs.values()))).cpu().double())
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with evaluating(model):
             for batch in batches:
+                if not isinstance(batch, Mapping):
+                    raise BaraError(f"a batch is a {type(batch).__name__}, not a mapping of names")
                 inputs = dict(batch)
-                if (label := inputs.pop("labels", None)) is not None:
+                if isinstance(label := inputs.pop("labels", None), Tensor):
                     labels.append(label.cpu())
                 model(**to_device(inputs, device))
+                if not rows:
+                    raise BaraError("the model does not call its head")
                 if rows[-1].dim() != 2:
                     return rows[-1], None
                 if num_rows is not None and sum(map(len, rows)) >= num_rows:
@@ -204,4 +232,5 @@ def head_inputs(
         hook.remove()
     if not rows:
         raise BaraError("scale_head: there are no batches; give those of the training data.")
-    return torch.cat(rows), torch.cat(labels) if len(labels) == len(rows) else None
+    x = torch.cat(rows)[:num_rows]
+    return x, torch.cat(labels)[:num_rows] if len(labels) == len(rows) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ def logistic_weights(x: Tensor, y: Tensor, variance: float, num_classes: int) ->
     model = LogisticRegression(
         C=2 * variance if binary else variance, fit_intercept=False, max_iter=2000, tol=1e-3
     )
-    mean = torch.from_numpy(model.fit(rows, classes, sample_weight=weight).coef_)
+    with warnings.catch_warnings():  # few texts are no regression problem
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        mean = torch.from_numpy(model.fit(rows, classes, sample_weight=weight).coef_)
     return torch.cat([-mean / 2, mean / 2]) if binary else mean
 
 
