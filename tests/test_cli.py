@@ -109,6 +109,12 @@ def test_train_learns_and_evaluate_and_predict_agree(
     assert metrics["nll"] < math.log(2) / 2
     assert metrics["ood_auroc"] == pytest.approx(0.5)
     assert f"{metrics['nll']:.4f}" in shown
+    saved = json.loads((output / "adapter_config.json").read_text()).get("resolved") or {}
+    frozen = saved.get("frozen_nll")  # only BaRA's default looks
+    assert (method == "bara") == (frozen is not None)
+    if frozen is not None:
+        assert f"a linear head on the frozen model had an nll of {frozen:.4f}" in shown.lower()
+        assert ("no better" in shown) == (metrics["nll"] >= frozen)
 
     lines = run("predict", output, "--data", table).splitlines()
     records = [json.loads(line) for line in lines]

@@ -33,7 +33,7 @@ from transformers import (
 import bara
 from bara.adapter.scaled_head import ScaledLinear, restore_head
 from bara.training.head import scale_head_of
-from bara.training.logistic import VARIANCES, prior_variance
+from bara.training.logistic import VARIANCES, cross_validate
 from conftest import VOCABULARY, tiny_bert_config
 from helpers import adapt, tiny_llama, train_log
 
@@ -88,9 +88,11 @@ def test_the_prior_is_the_one_that_scikit_learn_finds():
             cv=KFold(3, shuffle=True, random_state=0),
         ).fit(rows, y.numpy())
         best = search.best_params_["C"] / (2 if classes == 2 else 1)
-        assert prior_variance(x, y, classes) == pytest.approx(best)
-    assert prior_variance(x[:2], y[:2], 3) is None
-    assert prior_variance(torch.ones(9, 4), y[:9], 3) is None
+        found = cross_validate(x, y, classes)
+        assert found.variance == pytest.approx(best)
+        assert found.nll == pytest.approx(-search.best_score_, rel=0.03)  # ours stops earlier
+    assert cross_validate(x[:2], y[:2], 3) is None
+    assert cross_validate(torch.ones(9, 4), y[:9], 3) is None
 
 
 def test_a_head_is_quicker_where_frozen_features_tell_the_classes_apart(tiny_bert, batches):
@@ -382,7 +384,7 @@ def test_few_labels_do_not_warn_of_a_regression():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
-        assert prior_variance(x, torch.arange(24), 24) in VARIANCES
+        assert cross_validate(x, torch.arange(24), 24).variance in VARIANCES
 
 
 def test_batches_that_no_model_takes(tiny_bert):

@@ -30,7 +30,7 @@ from bara.draws.sharing import evaluating
 from bara.errors import BaraError, first_line
 from bara.language.prompts import generates
 from bara.prediction.batches import to_device
-from bara.training.logistic import prior_variance
+from bara.training.logistic import CrossValidated, cross_validate
 
 NARROWEST, WIDEST = 0.2, 1.0
 """Bounds of the default width of a head's input."""
@@ -81,39 +81,46 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
         trained, original = head
         with _frozen_model(model):
             x, labels = head_inputs(model, original, batches, NUM_ROWS)
-        scale = _first_process(_scale(x, labels, adapter.config.head_input_std, trained))
+        wanted = adapter.config.head_input_std
+        scale, frozen = _of_first_process(_scale(x, labels, wanted, trained.out_features))
+        adapter.resolved.frozen_nll = frozen
         if scale is not None and scale_layer(trained, scale):
             given = scale
     return given
 
 
-def _scale(x: Tensor, labels: Tensor | None, std: float | None, head: nn.Linear) -> float | None:
-    """What brings a head's input to its standard deviation; None where it cannot be told."""
+def _scale(
+    x: Tensor, labels: Tensor | None, std: float | None, num_classes: int
+) -> tuple[float | None, float | None]:
+    """What brings a head's input to its standard deviation, and what a linear head loses on the
+    frozen features where the default had to know; None where it cannot be told."""
     if x.dim() != 2:
-        return None
+        return None, None
     found = float((x - x.mean(0)).square().mean().sqrt())
     if not NOISE * float(x.square().mean().sqrt()) < found < math.inf:
-        return None
+        return None, None
+    nll = None
     if std is None:
-        std = _default_std(x, labels, head.out_features)
-    return 2.0 ** round(math.log2(std / found))
+        best = _linear_head(x, labels, num_classes)
+        std = NARROWEST
+        if best is not None:
+            std = min(WIDEST, max(NARROWEST, best.variance**EXPONENT))
+            nll = best.nll
+    return 2.0 ** round(math.log2(std / found)), nll
 
 
-def _default_std(x: Tensor, labels: Tensor | None, num_classes: int) -> float:
-    """How wide a head's input is to be, by what a linear head makes of the frozen features."""
-    variance = None
+def _linear_head(x: Tensor, labels: Tensor | None, num_classes: int) -> CrossValidated | None:
+    """What a linear head makes of frozen features; None where labels are no single classes."""
     classes = labels is not None and labels.dim() == 1 and not labels.is_floating_point()
-    if labels is not None and classes and len(labels) == len(x) and num_classes > 1:
-        known = (labels >= 0) & (labels < num_classes)
-        variance = prior_variance(x[known], labels[known].long(), num_classes)
-    if variance is None:
-        return NARROWEST
-    return min(WIDEST, max(NARROWEST, variance**EXPONENT))
+    if labels is None or not classes or len(labels) != len(x) or num_classes < 2:
+        return None
+    known = (labels >= 0) & (labels < num_classes)
+    return cross_validate(x[known], labels[known].long(), num_classes)
 
 
-def _first_process(scale: float | None) -> float | None:
-    """The scale of the first process, whose examples may be others: all have one weight."""
-    values = [scale]
+def _of_first_process(found: tuple[float | None, float | None]) -> Any:
+    """What the first process found, whose examples may be others: all have one weight."""
+    values = [found]
     if several_processes():
         dist.broadcast_object_list(values)
     return values[0]

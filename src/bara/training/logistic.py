@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +45,22 @@ def logistic_weights(x: Tensor, y: Tensor, variance: float, num_classes: int) ->
     return torch.cat([-mean / 2, mean / 2]) if binary else mean
 
 
-def prior_variance(x: Tensor, y: Tensor, num_classes: int, num_folds: int = 3) -> float | None:
-    """The prior's variance that predicts texts best that were left out, by cross-validation.
+class CrossValidated(NamedTuple):
+    """The best logistic regression.
+
+    Attributes:
+        variance: of its prior, one of `VARIANCES`.
+        nll: mean negative log-likelihood of examples that were left out, in nats.
+    """
+
+    variance: float
+    nll: float
+
+
+def cross_validate(
+    x: Tensor, y: Tensor, num_classes: int, num_folds: int = 3
+) -> CrossValidated | None:
+    """The prior's variance that predicts examples best that were left out.
 
     Args:
         x: (n, d) features, centred here and scaled to a mean square of 1.
@@ -54,7 +69,7 @@ def prior_variance(x: Tensor, y: Tensor, num_classes: int, num_folds: int = 3) -
         num_folds: at least 2.
 
     Returns:
-        One of `VARIANCES`; None with fewer texts than folds, or features that are all the same.
+        None with fewer examples than folds, or features that are all the same.
     """
     x = x.double() - x.double().mean(0)
     scale = x.square().mean().sqrt()
@@ -73,4 +88,4 @@ def prior_variance(x: Tensor, y: Tensor, num_classes: int, num_folds: int = 3) -
             best, least, worse = variance, loss, 0
         elif (worse := worse + 1) == PATIENCE:
             break
-    return best
+    return CrossValidated(best, least / len(x))
