@@ -47,8 +47,6 @@ RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA, learning rate 3e-3": ({}, 3e-3),
     "BaRA": ({}, 1e-3),
     "BaRA, head as PEFT trains it": ({"head_input_std": 0.0}, 1e-3),
-    "BaRA, warm-up 0.9": ({"warmup": 0.9}, 1e-3),
-    "BaRA, explained 0.2 to 0.5": ({"explained": (0.2, 0.5)}, 1e-3),
     "BaRA, learning rate 3e-3": ({}, 3e-3),
 }
 """Options of the config, and the learning rate."""
