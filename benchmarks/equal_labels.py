@@ -69,7 +69,7 @@ def sentence(tasks: dict[str, dict[str, dict[str, float]]], seeds: list[int]) ->
 
     parts = [f"{1 - nll('bara as it is') / nll(peer):.0%}" for peer in ("lora", "probe")]
     return (
-        f"On equal labels (all that a method gets, with those it chooses by among them; seeds "
+        f"On equal labels (all that a method gets, with those it chooses by among them; seed "
         f"{', '.join(map(str, seeds))}) BaRA's NLL is {parts[0]} below that of a LoRA that chose "
         f"its learning rate and when to stop (above it: {worse('lora')}), and {parts[1]} below the "
         f"probe's (above it: {worse('probe')})."
