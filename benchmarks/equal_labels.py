@@ -79,9 +79,9 @@ def sentence(tasks: dict[str, dict[str, dict[str, float]]], seeds: list[int]) ->
 def main() -> None:
     rows = [r for r in read_lines(RESULTS) if str(r["benchmark"]).startswith("equal-labels")]
     tasks = means(rows)
-    text = f"{sentence(tasks, sorted({row['seed'] for row in rows}))}\n\n{table(tasks)}"
-    for page in ("README.md", "docs/benchmarks.md"):
-        write_between(ROOT / page, "equal labels", f"\n{text}\n")
+    answer = sentence(tasks, sorted({row["seed"] for row in rows}))
+    write_between(ROOT / "README.md", "equal labels", f"\n{answer}\n\n{table(tasks)}\n")
+    write_between(ROOT / "docs/benchmarks.md", "equal labels", answer)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def test_what_is_saved_says_both(tmp_path):
     assert stored["num_observations"] is None
     assert stored["resolved"] == {
         "num_observations": 77,
+        "frozen_nll": None,
         "kl_weight": 3 / 24,
         "local_kl_weight": 0.018 / 24,
         "strength": 1.0,

@@ -78,6 +78,7 @@ def bayesian(method="bara"):
     options = {"task_type": "SEQ_CLS", "warmup": 0.0, "kl_weight": 0.7, "local_kl_weight": 0.1}
     if method == "bara":
         options["weight_noise"] = 4.0  # the default depends on the steps
+        options["head_input_std"] = 0.0  # else a gradient is that of the scaled weight
     return stir(adapt(regression_bert(), method, num_observations=8, **options), 0.1)
 
 

