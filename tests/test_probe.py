@@ -20,8 +20,9 @@ from bara.methods.linear import (
     logistic_posterior,
     ridge_posterior,
 )
-from bara.methods.probe import ProbeOptions, Standardised
+from bara.methods.probe import ProbeOptions, raw_weights
 from bara.methods.recipe import TrainRecipe
+from bara.training.logistic import Standardised
 from test_methods import TABLE, base_dir, train  # noqa: F401  (a fixture)
 
 
@@ -102,7 +103,7 @@ def test_the_layer_on_raw_features_is_the_model_on_scaled_ones(task):
     assert float(scaled[:, 3].square().mean()) == pytest.approx(3)
     classes = task == "classification"
     posterior = logistic_posterior(scaled, y, 1.0, 2) if classes else ridge_posterior(scaled, y, 1)
-    weights, covariance = scale.undo(posterior)
+    weights, covariance = raw_weights(scale, posterior)
     rows = torch.cat([x, torch.ones(len(x), 1)], 1)
     expected = scaled @ posterior.mean.T
     if not classes:

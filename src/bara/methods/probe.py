@@ -25,6 +25,7 @@ from bara.methods.weight_draws import Factors, WeightDraws
 from bara.prediction.batches import batches
 from bara.prediction.temperature import output_layer
 from bara.training.head import head_inputs
+from bara.training.logistic import Standardised
 from bara.training.trainer import AdapterTrainer
 
 
@@ -76,7 +77,7 @@ class ProbeTrainer(AdapterTrainer):
         assert y is not None
         scale = Standardised.of(x)
         posterior = self._fit(scale(x), y, head.out_features)
-        weights, covariance = scale.undo(posterior)
+        weights, covariance = raw_weights(scale, posterior)
         with torch.no_grad():
             head.weight.copy_(weights[:, :-1])
             head.bias.copy_(weights[:, -1])
@@ -99,55 +100,20 @@ class ProbeTrainer(AdapterTrainer):
         return cross_validated(fit, x, y, options.num_folds, options.tolerance, self.args.seed)
 
 
-@dataclass(frozen=True)
-class Standardised:
-    """Features as the linear models take them: centred, with a mean square of 1, and a constant.
+def raw_weights(standardised: Standardised, posterior: LinearPosterior) -> tuple[Tensor, Factors]:
+    """Mean and covariance of a linear layer's weight and bias side by side, (outputs, d + 1).
 
-    Attributes:
-        centre: (d,).
-        scale: root of the mean square of what is left.
+    The second output of a regression is the logarithm of the noise's variance, a constant.
     """
-
-    centre: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Standardised:
-        """That of features (n, d)."""
-        centre = x.mean(0)
-        return cls(centre, (x - centre).square().mean().sqrt().clamp(min=1e-12))
-
-    @property
-    def matrix(self) -> Tensor:
-        """(d + 1, d + 1): what takes (x, 1) to the features.
-
-        The constant is as long as the other features together, so that the prior hardly holds the
-        biases.
-        """
-        d = len(self.centre)
-        matrix = torch.eye(d + 1, dtype=torch.double) / self.scale
-        matrix[:d, d] = -self.centre / self.scale
-        matrix[d, d] = d**0.5
-        return matrix
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(n, d + 1) of (n, d)."""
-        return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) @ self.matrix.T
-
-    def undo(self, posterior: LinearPosterior) -> tuple[Tensor, Factors]:
-        """Mean and covariance of a linear layer's weight and bias side by side, (outputs, d + 1).
-
-        The second output of a regression is the logarithm of the noise's variance, a constant.
-        """
-        mean, factors = posterior.mean @ self.matrix, posterior.covariance
-        scale, left = factors.scale, factors.left
-        if posterior.noise is not None:
-            constant = torch.zeros_like(mean)
-            constant[0, -1] = math.log(posterior.noise)
-            mean, left = torch.cat([mean, constant]), None
-            scale = torch.cat([scale, torch.zeros_like(scale)])
-        assert factors.right is not None
-        right = self.matrix.T @ factors.right
-        return mean.float(), Factors(
-            scale.float(), None if left is None else left.float(), right.float()
-        )
+    mean, factors = posterior.mean @ standardised.matrix, posterior.covariance
+    scale, left = factors.scale, factors.left
+    if posterior.noise is not None:
+        constant = torch.zeros_like(mean)
+        constant[0, -1] = math.log(posterior.noise)
+        mean, left = torch.cat([mean, constant]), None
+        scale = torch.cat([scale, torch.zeros_like(scale)])
+    assert factors.right is not None
+    right = standardised.matrix.T @ factors.right
+    return mean.float(), Factors(
+        scale.float(), None if left is None else left.float(), right.float()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,42 @@ def logistic_weights(x: Tensor, y: Tensor, variance: float, num_classes: int) ->
     return torch.cat([-mean / 2, mean / 2]) if binary else mean
 
 
+@dataclass(frozen=True)
+class Standardised:
+    """Features as linear models take them: centred, with a mean square of 1, and a constant.
+
+    Attributes:
+        centre: (d,).
+        scale: root of the mean square of what is left.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Standardised:
+        """That of features (n, d)."""
+        centre = x.mean(0)
+        return cls(centre, (x - centre).square().mean().sqrt().clamp(min=1e-12))
+
+    @property
+    def matrix(self) -> Tensor:
+        """(d + 1, d + 1): what takes (x, 1) to the features.
+
+        The constant is as long as the other features together, so that the prior hardly holds the
+        biases.
+        """
+        d = len(self.centre)
+        matrix = torch.eye(d + 1, dtype=torch.double) / self.scale
+        matrix[:d, d] = -self.centre / self.scale
+        matrix[d, d] = d**0.5
+        return matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, d + 1) of (n, d)."""
+        return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) @ self.matrix.T
+
+
 class CrossValidated(NamedTuple):
     """The best logistic regression.
 
@@ -71,12 +108,10 @@ def cross_validate(
     Returns:
         None with fewer examples than folds, or features that are all the same.
     """
-    x = x.double() - x.double().mean(0)
-    scale = x.square().mean().sqrt()
-    if len(x) < num_folds or scale == 0:
+    x = x.double()
+    if len(x) < num_folds or not (x - x.mean(0)).any():
         return None
-    # the constant is as long as the other features together: the prior hardly holds the biases
-    x = torch.cat([x / scale, torch.full((len(x), 1), x.shape[1] ** 0.5).double()], 1)
+    x = Standardised.of(x)(x)
     folds = list(KFold(num_folds, shuffle=True, random_state=0).split(x.numpy()))
     best, least, worse = VARIANCES[0], math.inf, 0
     for variance in VARIANCES:
