@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import uvicorn
 from datasets import Dataset
 from transformers import BertForSequenceClassification
 
+import bara
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.methods.recipe import TrainRecipe
+from bara.serving import prediction
 from conftest import tiny_bert_config
 from helpers import CONFIGS, stir
 from language_models import tiny_lm, word_tokenizer, words
@@ -52,6 +55,26 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tags": {"task": "token-classification"},
     "answers": {"task": "question-answering", "max_length": 16, "stride": 4},
 }
+
+
+def held_predictions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[threading.Event, threading.Event, list[int]]:
+    """Has servers wait before they predict.
+
+    Returns:
+        What is set when one has begun, what lets them go on, and the rows of every call so far.
+    """
+    begun, go, sizes = threading.Event(), threading.Event(), []
+
+    def slow(model: Any, rows: Any, **options: Any) -> Any:
+        sizes.append(len(rows))
+        begun.set()
+        assert go.wait(20)
+        return bara.predict(model, rows, **options)
+
+    monkeypatch.setattr(prediction, "predict", slow)
+    return begun, go, sizes
 
 
 def make_adapter(base: Path, folder: Path, kind: str, method: str = "bara", **options: Any) -> Path:

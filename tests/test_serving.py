@@ -24,7 +24,7 @@ from bara.serving.app import create_app
 from bara.serving.limits import Limits
 from bara.serving.served import load_served, share_parameters
 from bara.serving.server import read_key
-from serving import TEXTS, running
+from serving import TEXTS, held_predictions, running
 
 LIMITS = Limits(body=20_000, texts=4, tokens=30, draws=16, seconds=20)
 KEY = "0123456789abcdef0123456789abcdef"
@@ -106,15 +106,7 @@ def test_draws_and_seeds_make_a_difference(client):
 
 def test_requests_together_share_passes_and_answers_do_not_change(client, served, monkeypatch):
     """While a first request is computed, nine wait: those with the same draws become one pass."""
-    begun, go, sizes = threading.Event(), threading.Event(), []
-
-    def slow(model, rows, **options):
-        sizes.append(len(rows))
-        begun.set()
-        assert go.wait(20)
-        return bara.predict(model, rows, **options)
-
-    monkeypatch.setattr(prediction, "predict", slow)
+    begun, go, sizes = held_predictions(monkeypatch)
 
     def call(number):
         texts = TEXTS[number % 4 : number % 4 + 1 + number % 2]
@@ -353,16 +345,7 @@ def test_a_request_that_takes_too_long(served, monkeypatch):
 
 
 def test_a_full_queue_and_clients_that_go(served, monkeypatch):
-    begun, go = threading.Event(), threading.Event()
-    calls = []
-
-    def slow(model, rows, **options):
-        calls.append(len(rows))
-        begun.set()
-        assert go.wait(20)
-        return bara.predict(model, rows, **options)
-
-    monkeypatch.setattr(prediction, "predict", slow)
+    begun, go, calls = held_predictions(monkeypatch)
     app = create_app([served["reviews"]], limits=Limits(queue=2))
     with running(app) as url, ThreadPoolExecutor(3) as pool:
         post = lambda seed: httpx.post(  # noqa: E731
@@ -388,14 +371,7 @@ def test_a_full_queue_and_clients_that_go(served, monkeypatch):
 
 
 def test_stopping_answers_what_was_asked(served, monkeypatch):
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(model, rows, **options):
-        begun.set()
-        assert go.wait(20)
-        return bara.predict(model, rows, **options)
-
-    monkeypatch.setattr(prediction, "predict", slow)
+    begun, go, _ = held_predictions(monkeypatch)
     app = create_app([served["reviews"]])
     with ThreadPoolExecutor(3) as pool:
         with running(app) as url:

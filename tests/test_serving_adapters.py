@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +15,6 @@ import torch
 import bara
 from bara.export.client import Ensemble
 from bara.language.likelihood import continuation_log_probs
-from bara.serving import prediction
 from bara.serving.app import create_app
 from bara.serving.limits import Limits
 from bara.serving.metrics import Metrics
@@ -25,7 +23,7 @@ from bara.serving.served import load_served
 from bara.serving.shelf import Shelf
 from conftest import write_jsonl
 from language_models import words
-from serving import make_adapter, running
+from serving import held_predictions, make_adapter, running
 
 KEY = "0123456789abcdef"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -96,14 +94,7 @@ def test_requests_under_way_finish_on_an_adapter_that_is_unloaded(client, monkey
     load(client, "two", "pairs")
     asked = {"model": "two", "pairs": [["good film", "bad film"]]}
     expected = client.post("/v1/predict", json=asked).json()
-    begun, go = threading.Event(), threading.Event()
-
-    def slow(model, rows, **options):
-        begun.set()
-        assert go.wait(20)
-        return bara.predict(model, rows, **options)
-
-    monkeypatch.setattr(prediction, "predict", slow)
+    begun, go, _ = held_predictions(monkeypatch)
     with ThreadPoolExecutor(2) as pool:
         under_way = [
             pool.submit(client.post, "/v1/predict", json=asked | {"seed": s}) for s in (0, 1)
