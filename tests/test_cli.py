@@ -114,7 +114,7 @@ def test_train_learns_and_evaluate_and_predict_agree(
     assert (method == "bara") == (frozen is not None)
     if frozen is not None:
         assert f"a linear head on the frozen model had an nll of {frozen:.4f}" in shown.lower()
-        assert ("no better" in shown) == (metrics["nll"] >= frozen)
+        assert ("rank 0 is enough" in shown) == (metrics["nll"] >= frozen)
 
     lines = run("predict", output, "--data", table).splitlines()
     records = [json.loads(line) for line in lines]
@@ -123,6 +123,18 @@ def test_train_learns_and_evaluate_and_predict_agree(
     true = [r["probabilities"][row["label"]] for r, row in zip(records, rows, strict=True)]
     nll = -sum(math.log(p) for p in true) / len(true)
     assert nll == pytest.approx(metrics["nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("frozen", "verdict"), [(0.0, "rank 0 is enough"), (99.0, "is better")])
+def test_ranks_say_whether_the_frozen_model_would_do(
+    tmp_path: Path, trained: Path, table: Path, run: Callable[..., str], frozen: float, verdict: str
+) -> None:
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config["resolved"]["frozen_nll"] = frozen
+    (trained / "adapter_config.json").write_text(json.dumps(config))
+    shown = run("ranks", trained, "--data", table, "--output", tmp_path / "ranks")
+    assert verdict in shown
+    assert verdict in json.loads((tmp_path / "ranks" / "ranks.json").read_text())["frozen"]
 
 
 def test_regression_predicts_in_the_units_of_the_data(

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_report_has_numbers_pictures_and_page(tmp_path):
     errors = (torch.arange(30) % 3 == 0).double()
     texts = [HOSTILE, *(f"text {i}" for i in range(1, 30))]
     report = RankReport("test.csv", rank, texts, ("news", random_rank(20, 0.5, 1)), errors)
+    report = replace(report, frozen="Rank 0 would do.")
     write_rank_report(tmp_path / "out", report, notes=[HOSTILE])
     folder = tmp_path / "out"
     names = {"ranks.json", "report.html"}
@@ -131,6 +133,7 @@ def test_report_has_numbers_pictures_and_page(tmp_path):
     assert "script" not in page.tags
     highest = max(range(30), key=lambda i: rank.per_input[i])
     assert texts[highest] in page.words
+    assert "Rank 0 would do." in page.words
     numbers = json.loads((folder / "ranks.json").read_text())
     assert numbers["s_bar"] == pytest.approx(rank.soft.mean().item())
     assert numbers["spearman"] == pytest.approx(spearmanr(rank.soft.mean(0), errors).statistic)

@@ -57,6 +57,23 @@ def frozen_nll(model: nn.Module) -> float | None:
     return None if resolved is None else resolved.frozen_nll
 
 
+def against_frozen(model: nn.Module, nll: float) -> str | None:
+    """Whether the adapter is better than a linear head on the frozen model, whose rank is 0, in
+    words; None where training did not measure that."""
+    frozen = frozen_nll(model)
+    if frozen is None:
+        return None
+    verdict = (
+        "this adapter is better."
+        if nll < frozen
+        else "it does as well, so that rank 0 is enough here (bara train --method probe)."
+    )
+    return (
+        f"A linear head on the frozen model had an nll of {frozen:.4f}, cross-validated on the "
+        f"training's texts: {verdict}"
+    )
+
+
 def copy_sharing_base(model: PeftModel) -> PeftModel:
     """A copy of the model that shares the frozen base weights with it: only the adapter is new."""
     shared = {

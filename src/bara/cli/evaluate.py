@@ -61,7 +61,7 @@ def evaluate(
     """
     from rich.table import Table
 
-    from bara.adapter.inspection import frozen_nll
+    from bara.adapter.inspection import against_frozen
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import console, say_next, update_card
     from bara.data.images import IMAGE_TASK
@@ -106,11 +106,8 @@ def evaluate(
     console().print(view)
     if by_label:
         console().print(_label_view(by_label))
-    if (frozen := frozen_nll(model)) is not None and "nll" in metrics:
-        worse = "no better: bara train --method probe may be enough"
-        verdict = "better" if metrics["nll"] < frozen else worse
-        print(f"A linear head on the frozen model had an nll of {frozen:.4f}, cross-validated on")
-        print(f"the training's texts; this adapter is {verdict}.")
+    if "nll" in metrics and (verdict := against_frozen(model, metrics["nll"])) is not None:
+        console().print(verdict, soft_wrap=True)
     update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
     if calibrate_risk is not None:
         threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)

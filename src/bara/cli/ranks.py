@@ -38,10 +38,11 @@ def ranks(
     """Report the effective rank per layer, type of module and text."""
     from rich.table import Table
 
-    from bara.adapter.inspection import bayesian_adapter
+    from bara.adapter.inspection import against_frozen, bayesian_adapter
     from bara.cli.terminal import console, say_next, update_card
     from bara.data.images import ImageTask
     from bara.data.question_task import QuestionTask
+    from bara.evaluation.metrics import classification_metrics
     from bara.files import require_new
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import model_inputs, read_table
@@ -49,6 +50,7 @@ def ranks(
     from bara.machine import quieten_libraries
     from bara.posteriors.bara_config import BaraConfig
     from bara.prediction.predict import predict
+    from bara.prediction.predictive import ClassificationPredictive
     from bara.ranks.effective_rank import effective_rank
     from bara.ranks.recommendation import recommend_ranks
     from bara.reports.rank_report import (
@@ -73,7 +75,7 @@ def ranks(
         effective_rank(model, part, num_draws=num_draws, seed=seed, batch_size=batch_size)
         for part in inputs
     ]
-    errors = None
+    errors = frozen = None
     if not isinstance(task, LanguageTask | QuestionTask) and (
         task.label_column in tables[0].column_names
     ):
@@ -83,7 +85,10 @@ def ranks(
             "seed": seed,
             "batch_size": batch_size,
         }
-        errors = prediction_errors(predict(model, whole, **draws, deterministic=num_draws == 0))
+        predictive = predict(model, whole, **draws, deterministic=num_draws == 0)
+        errors = prediction_errors(predictive)
+        if isinstance(predictive, ClassificationPredictive):
+            frozen = against_frozen(model, classification_metrics(predictive)["nll"])
     if isinstance(task, ImageTask):
         texts = [str(image) for image in tables[0]["image"]]
     elif isinstance(task, LanguageTask | QuestionTask):
@@ -93,7 +98,7 @@ def ranks(
             " | ".join(_text(row[column]) for column in task.text_columns) for row in tables[0]
         ]
     other = None if against is None else (Path(against).name, measured[1])
-    report = RankReport(Path(data).name, measured[0], texts, other, errors)
+    report = RankReport(Path(data).name, measured[0], texts, other, errors, frozen)
     notes = [
         f"Adapter {adapter}, {len(texts)} texts of {data}, {num_draws} posterior draws, "
         f"seed {seed}."
@@ -110,7 +115,7 @@ def ranks(
     std = measured[0].s_bar_std
     spread = "" if std is None else f" ± {std:.2f} over draws"
     lines = [f"s_bar = {measured[0].s_bar:.2f}{spread}"]
-    lines += filter(None, [report.shift_sentence(), report.error_sentence()])
+    lines += report.sentences()
     lines.append(f"{output / 'report.html'} shows the pictures.")
     for line in lines:
         terminal.print(line, soft_wrap=True)

@@ -33,6 +33,7 @@ class RankReport:
         texts: its n inputs, as a reader would see them.
         against: name of the other data set, and the rank on it.
         errors: of the n inputs, see `prediction_errors`; None without labels.
+        frozen: whether rank 0 would do, see `against_frozen`; None where that is not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class RankReport:
     texts: Sequence[str]
     against: tuple[str, EffectiveRank] | None = None
     errors: Tensor | None = None
+    frozen: str | None = None
 
     @property
     def shift(self) -> RankShift | None:
@@ -105,6 +107,10 @@ class RankReport:
             return None
         return f"Spearman's correlation of effective rank and error is {self.spearman:+.2f}."
 
+    def sentences(self) -> list[str]:
+        """What there is to say of the rank."""
+        return [s for s in (self.shift_sentence(), self.error_sentence(), self.frozen) if s]
+
     def examples(self) -> dict[str, list[dict[str, Any]]]:
         """The inputs with the highest and the lowest rank."""
         order = self.rank.per_input.argsort(descending=True).tolist()
@@ -150,6 +156,7 @@ class RankReport:
                 "auroc": shift.auroc,
             },
             "spearman": self.spearman,
+            "frozen": self.frozen,
         }
 
 
@@ -192,6 +199,7 @@ def write_rank_report(folder: str | Path, report: RankReport, notes: Sequence[st
         },
         shift=[sentence for sentence in [report.shift_sentence()] if sentence],
         error=[sentence for sentence in [report.error_sentence()] if sentence],
+        frozen=report.frozen,
         examples=report.examples(),
         notes=notes,
     )
