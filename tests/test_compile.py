@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import bara
 from bara.adapter.elbo import elbo_of
-from bara.posteriors.fused import LayerStep
+from bara.posteriors.siblings import SiblingStep
 from helpers import CONFIGS, adapt, gradients, stir, tiny_llama, train_log
 
 METHODS = list(CONFIGS)
@@ -70,7 +70,7 @@ def test_a_compiled_step_is_the_eager_one_in_one_graph(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_layers_are_not_fused_besides(method, monkeypatch):
     """A compiler fuses by itself; the graph is one, and every loss is a draw of the same ELBO."""
-    monkeypatch.setattr(LayerStep, "apply", None)
+    monkeypatch.setattr(SiblingStep, "apply", None)
     model = model_of(method)
     elbo_of(model).fuse = True
     found = step(model, torch.compile(model, backend=BACKEND), texts(3, 7))

@@ -16,12 +16,14 @@ from bara.draws.noise_stack import FreshNoiseStack
 from bara.posteriors.balora import BaloraStep
 from bara.posteriors.bara import BaraPosterior
 from bara.posteriors.bara_step import BaraStep
-from bara.posteriors.fused import FusedLayer, LayerStep
+from bara.posteriors.fused import FusedLayer
 from bara.posteriors.rank_functions import Multiplied, Plain, Signed
 from bara.posteriors.rank_space import SharedInput
+from bara.posteriors.siblings import Siblings
 from conftest import tiny_bert_config
 from helpers import CONFIGS, TinyConv, adapt, gradients, stir, tiny_llama
 
+FUSED = [method for method in CONFIGS if method != "clora"]
 FIXED = ("bara", "balora", "scalabl")
 """Families whose fused step serves fixed draws too; the others draw a matrix for each."""
 
@@ -30,13 +32,13 @@ FIXED = ("bara", "balora", "scalabl")
 def steps(monkeypatch):
     """Counts the layers that took the fused step."""
     taken = []
-    apply = LayerStep.apply
+    call = FusedLayer.__call__
 
-    def counted(*args):
-        taken.append(args[0])
-        return apply(*args)
+    def counted(layer, *args):
+        taken.append(layer.siblings.function)
+        return call(layer, *args)
 
-    monkeypatch.setattr(LayerStep, "apply", counted)
+    monkeypatch.setattr(FusedLayer, "__call__", counted)
     return taken
 
 
@@ -158,7 +160,7 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_without(method, scale):
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", FUSED)
 def test_dtypes_come_back_as_they_went_in(method, base, steps):
     torch.manual_seed(0)
     model = adapt(tiny_llama().to(base), method, target_modules="all-linear")
@@ -180,11 +182,11 @@ def test_dtypes_come_back_as_they_went_in(method, base, steps):
 # -- the written derivatives against finite differences ---------------------------------------
 
 
-def tensors_of(function, b, r):
+def tensors_of(function, k, b, r):
     generator = torch.Generator().manual_seed(4)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn((k, *shape), generator=generator, dtype=torch.float64)
 
     if isinstance(function, BaraStep):
         m = normal(b, 1, r)
@@ -211,39 +213,46 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.parametrize("places", [[0], [0, 1], [0, 2], [1]], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_gradients_are_those_of_finite_differences(name, weighted):
+def test_gradients_are_those_of_finite_differences(name, weighted, places):
+    """Of one layer, of siblings that read the same or in part, and of one that reads it alone."""
     function, b, t, d_in, d_out, r = FUNCTIONS[name], 2, 3, 4, 5, 3
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    tensors, constant = tensors_of(function, b, r)
+    siblings = 1 if places == [0] else 3
+    tensors, constant = tensors_of(function, siblings, b, r)
     weights = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).double() if weighted else None
     signs = normal(b, 1, d_in).sign()
     mask = normal(b, 1, d_in).gt(0).double()
-    matrix = normal(r, d_in)
+    matrices = normal(siblings, r, d_in).unbind()
     # BaLoRA's features have no gradient: only what is behind them is compared
     stops = isinstance(function, BaloraStep)
+    noiseless = not (stops or getattr(function, "noise", False))
 
     def layer(x, result, a, b_weight, *differentiable):
-        square = a * a.detach()
-        squares = isinstance(function, BaloraStep) or getattr(function, "noise", False)
-        fused = FusedLayer(
+        signed, squares = isinstance(function, Signed), () if noiseless else (a * a.detach(),)
+        read_together = Siblings(
             function=function,
-            a=a,
-            b=b_weight,
             tensors=(*tensors[:constant], *differentiable),
-            second=square if squares else matrix if isinstance(function, Signed) else None,
-            signs=signs if isinstance(function, Signed) else None,
+            a=a,
+            rank=r,
+            seconds=matrices if signed else squares,
+            signs=(signs,) * siblings if signed else (),
             mask=mask if isinstance(function, Plain) else None,
         )
-        out, parts = fused(SharedInput(x), b, weights, result)
-        return out, *(part for part in parts.values() if part.requires_grad)
+        shared = SharedInput(x)
+        for place in places:
+            fused = FusedLayer(read_together, place, b_weight)
+            result, parts = fused(shared, b, weights, result)
+        return result, *(part for part in parts.values() if part.requires_grad)
 
-    inputs = [normal(b, t, d_in), normal(b, t, d_out), normal(r, d_in), normal(d_out, r)]
+    inputs = [normal(b, t, d_in), normal(b, t, d_out)]
+    inputs += [normal(siblings * r, d_in), normal(d_out, r)]
     inputs = [x.requires_grad_(not (stops and i in (0, 2))) for i, x in enumerate(inputs)]
     inputs += [tensor.clone().requires_grad_() for tensor in tensors[constant:]]
     assert torch.autograd.gradcheck(layer, inputs)
@@ -302,7 +311,7 @@ def test_noise_of_a_matrix_is_what_its_formula_says(method, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", FUSED)
 def test_fresh_noise_differs_by_step_layer_and_input_and_follows_the_seed(method, steps):
     model, batch = classifier(method)
 
@@ -318,7 +327,7 @@ def test_fresh_noise_differs_by_step_layer_and_input_and_follows_the_seed(method
     assert not torch.allclose(logits(0)[0], logits(0)[1])
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", FUSED)
 def test_checkpointed_blocks_compute_the_same(method, steps):
     """With dropout in the base model, whose random numbers a block repeats."""
     model, batch = language_model(method)
@@ -342,6 +351,71 @@ def test_checkpointed_blocks_compute_the_same(method, steps):
     before = len(steps)
     assert_alike(run(), plain, 1e-5)
     assert len(steps) - before == 28
+
+
+# -- layers that read the same input ------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """The number of layers of every node between A and B."""
+    sizes = []
+    call = Siblings.__call__
+
+    def counted(siblings, *args):
+        made = call(siblings, *args)
+        sizes.append(len(made))
+        return made
+
+    monkeypatch.setattr(Siblings, "__call__", counted)
+    return sizes
+
+
+def test_query_key_and_value_are_one_node(nodes):
+    model, batch = classifier("bara")
+    step(model, batch, fuse=True)
+    assert nodes == [3, 1, 1, 1] * 2 + [1]  # and the pooler
+    nodes.clear()
+    model, batch = language_model("balora")
+    step(model, batch, fuse=True)
+    assert nodes == [3, 1, 2, 1] * 2
+
+
+def test_with_dropout_of_its_own_every_layer_reads_for_itself(nodes):
+    model, batch = classifier("bara", lora_dropout=0.1)
+    step(model, batch, fuse=True)
+    assert nodes == [1] * 13
+
+
+class CrossAttention(nn.Module):
+    """Its key and value read what the query does not, and its query is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 5).double() for _ in range(3))
+
+    def forward(self, x, other):
+        y = self.query(x) * self.key(other) + self.value(other) + self.query(x)
+        return {"logits": y, "loss": y.square().mean()}
+
+
+def test_layers_that_read_something_else_compute_it_for_themselves(nodes):
+    torch.manual_seed(0)
+    model = adapt(CrossAttention(), "bara", target_modules=["query", "key", "value"])
+    stir(model.double()).train()
+    batch = {
+        name: torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+        for name in ("x", "other")
+    }
+    draws = Draws(2, seed=5)
+    fused = step(model, batch, fuse=True, draws=draws)
+    assert nodes[:2] == [3, 1]
+    of_inputs = [batch[name].grad.clone() for name in batch]
+    for tensor in batch.values():
+        tensor.grad = None
+    assert_alike(fused, step(model, batch, fuse=False, draws=draws), 1e-6)
+    for found, tensor in zip(of_inputs, batch.values(), strict=True):
+        torch.testing.assert_close(found, tensor.grad)
 
 
 # -- layers that are not what the fused step takes them for ------------------------------------

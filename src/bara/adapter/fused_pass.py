@@ -20,6 +20,23 @@ from bara.posteriors.posterior import Posterior
 Layers = Mapping[str, tuple[LoraLayer, Posterior]]
 """PEFT's layers with their posteriors, by name."""
 Layer = tuple[str, Any, Posterior]
+SIBLINGS = {
+    name: together
+    for together in (
+        ("query", "key", "value"),
+        ("q", "k", "v"),
+        ("q_proj", "k_proj", "v_proj"),
+        ("q_lin", "k_lin", "v_lin"),
+        ("to_q", "to_k", "to_v"),
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+        ("gate_proj", "up_proj"),
+        ("wi_0", "wi_1"),
+        ("w1", "w3"),
+    )
+    for name in together
+}
+"""Layers of a module that read the same input, by the names that transformers gives them: the first
+makes the projections of all. A layer that reads something else after all makes its own."""
 
 
 def fused_layer(
@@ -100,7 +117,31 @@ def _stack(
         noise=noise,
         dtype=dtype,
         with_kl=torch.is_grad_enabled() and layers[0][2].training,
+        siblings=_siblings(adapter, layers),
     )
+
+
+def _siblings(adapter: str, layers: Sequence[Layer]) -> list[list[int]]:
+    """The layers' numbers, those together that read the same input."""
+    found: list[list[int]] = []
+    last: object = None
+    for i, (name, module, _) in enumerate(layers):
+        parent, _, own = name.rpartition(".")
+        kind = parent, SIBLINGS.get(own), module.lora_A[adapter].weight.shape
+        # an inference tensor is nobody else's (`ForwardPass.input_of`)
+        alone = drops_out(module, adapter) or torch.is_inference_mode_enabled()
+        if kind == last and not alone:
+            found[-1].append(i)
+        else:
+            found.append([i])
+        last = None if alone or kind[1] is None else kind
+    return found
+
+
+def drops_out(module: LoraLayer, adapter: str) -> bool:
+    """Whether LoRA's dropout makes of the layer's input one of its own."""
+    dropout: Any = module.lora_dropout[adapter]
+    return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def _can_fuse(module: LoraLayer, adapter: str, posterior: Posterior, forward: ForwardPass) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bara.adapter.elbo import Elbo
 from bara.adapter.forward_pass import ForwardPass
-from bara.adapter.fused_pass import fused_layer
+from bara.adapter.fused_pass import drops_out, fused_layer
 from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.fused import FusedLayer
@@ -99,11 +99,11 @@ class RankSpaceVariant(LoraVariant):
         self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
     ) -> SharedInput:
         """What A reads, after LoRA's dropout."""
-        dropout: Any = module.lora_dropout[adapter]
         shared = forward.input_of(x, self.layer)
-        if isinstance(dropout, nn.Identity) or not dropout.training:
+        if not drops_out(module, adapter):
             return shared
         weight: Any = module.lora_A[adapter].weight
+        dropout: Any = module.lora_dropout[adapter]
         return SharedInput(dropout(shared.cast(weight.dtype)))
 
     def _fused(

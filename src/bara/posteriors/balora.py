@@ -94,10 +94,10 @@ class BaloraStep:
         assert s is not None
         e, hidden_weight, hidden_bias, output_weight, output_bias = tensors
         features, _ = unit(pooled(u, weights) if self.pool else u)
-        flat = features.view(-1, u.shape[-1])
-        hidden = torch.tanh(torch.addmm(hidden_bias, flat, hidden_weight.mT))
-        raw = torch.addmm(output_bias, hidden, output_weight.mT)
-        alpha = (softplus(raw) + LEAST_ALPHA).view(*features.shape[:2], 1)
+        flat = features.flatten(1, 2)
+        hidden = torch.tanh(torch.baddbmm(hidden_bias.unsqueeze(1), flat, hidden_weight.mT))
+        raw = torch.baddbmm(output_bias.unsqueeze(1), hidden, output_weight.mT)
+        alpha = (softplus(raw) + LEAST_ALPHA).view(*features.shape[:-1], 1)
         level = (s * alpha).sqrt()
         y = torch.addcmul(u, level, e, out=torch.empty_like(u))
         return y, alpha, (s, e, alpha, level, raw, hidden, flat, output_weight)
@@ -109,12 +109,12 @@ class BaloraStep:
         of_variance = dy * e / level  # twice the gradient of s alpha
         ds = product(of_variance, alpha, s.dtype)  # twice, for x^2 and A^2 pass on half of theirs
         dalpha = (of_variance * s).sum(-1, keepdim=True)
-        if alpha.shape[1] != dy.shape[1]:
-            dalpha = dalpha.sum(1, keepdim=True)
+        if alpha.shape[-2] != dy.shape[-2]:
+            dalpha = dalpha.sum(-2, keepdim=True)
         dalpha = dalpha / 2 if dpart is None else torch.add(dpart, dalpha, alpha=0.5)
         draw = torch.ops.aten.softplus_backward(dalpha.view(raw.shape), raw, 1, 20)
         dhidden = torch.ops.aten.tanh_backward(draw @ output_weight, hidden)
-        gradients = dhidden.mT @ flat, dhidden.sum(0), draw.mT @ hidden, draw.sum(0)
+        gradients = dhidden.mT @ flat, dhidden.sum(1), draw.mT @ hidden, draw.sum(1)
         return dy, ds, (None, *gradients)
 
 

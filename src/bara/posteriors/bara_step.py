@@ -51,7 +51,7 @@ class BaraStep:
         offset, weight = gate
         features = pooled(u, weights) if self.pool else u
         n, norm = unit(features)
-        shifted = torch.baddbmm(offset, n, weight.expand(len(n), *weight.shape))
+        shifted = (n.flatten(1, 2) @ weight).view(n.shape).add_(offset)
         concrete = torch.sigmoid(shifted)
         g = hardtanh(torch.rsub(concrete, LOW, alpha=LOW - HIGH), 0.0, 1.0)
         gm = g * m
@@ -68,26 +68,26 @@ class BaraStep:
         )  # of x^2's and A^2's halves
         h = dy * v
         if not self.gate:
-            return dv.to(dy.dtype), ds, (None, None, h.sum(1, keepdim=True))
+            return dv.to(dy.dtype), ds, (None, None, h.sum(-2, keepdim=True))
         g, concrete, n, norm, weight, weights = of_gate
-        by_position = g.shape[1] == h.shape[1]
+        by_position = g.shape[-2] == h.shape[-2]
         if not by_position:
-            h = h.sum(1, keepdim=True)
-        dm = (h * g).sum(1, keepdim=True)
+            h = h.sum(-2, keepdim=True)
+        dm = (h * g).sum(-2, keepdim=True)
         dshifted = torch.ops.aten.hardtanh_backward(h * m_range, g, 0.0, 1.0)
         dshifted = torch.ops.aten.sigmoid_backward(dshifted, concrete)
         if dpart is not None:
             dshifted = dshifted.add_(dpart)
-        doffset = dshifted.sum(1, keepdim=True)
-        flat = dshifted.view(-1, dshifted.shape[-1])
-        dweight = n.view(flat.shape).mT @ flat
+        doffset = dshifted.sum(-2, keepdim=True)
+        flat = dshifted.flatten(1, 2)
+        dweight = n.flatten(1, 2).mT @ flat
         dn = (flat @ weight.mT).view(n.shape)
         across = torch.addcmul(dn, n, (dn * n).sum(-1, keepdim=True), value=-1)
         du = torch.empty_like(dy)
         if by_position:
             torch.addcdiv(dv, across, norm, out=du)
         elif weights is None:
-            torch.add(dv, across / norm, alpha=1 / dy.shape[1], out=du)
+            torch.add(dv, across / norm, alpha=1 / dy.shape[-2], out=du)
         else:
             torch.addcmul(dv, weights.unsqueeze(-1), across / norm, out=du)
         return du, ds, (None, None, dm, doffset, dweight)

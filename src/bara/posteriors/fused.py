@@ -2,32 +2,30 @@
 
 A step of a Bayesian adapter costs by the number of its small operations, not by their size. So
 what does not depend on the input (casts, random numbers, multipliers) is made for all layers of an
-adapter at once, in stacks, and each layer is a single node of autograd around both projections,
+adapter at once, in stacks. A layer,
 
     result + B f(A x, A' (x * c)),
 
-whose backward pass is written out. A family says what f is (`RankFunction`) and what goes into it
+is a product with B and one node of autograd, which layers with the same x share and whose backward
+pass is written out (`siblings`). A family says what f is (`RankFunction`) and what goes into it
 (`Posterior.fuse`). Layers that cannot be fused go through `Posterior.forward`, which does the same.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from bara.draws.noise_stack import FreshNoiseStack, NoiseStack
 from bara.posteriors.rank_functions import RankFunction, Signed
 from bara.posteriors.rank_space import SharedInput, wide
-
-TINY = 1e-24
-"""Least variance of A's noise, so that its root has a gradient for an input of zeros."""
+from bara.posteriors.siblings import Siblings
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class Stack:
         noise: their random numbers.
         dtype: of the two projections.
         with_kl: hand up what the KL is made of.
+        siblings: the layers' numbers, in order, those together that read the same input and whose
+            A have the same shape.
     """
 
     posteriors: Sequence[nn.Module]
@@ -50,6 +50,7 @@ class Stack:
     noise: NoiseStack
     dtype: torch.dtype
     with_kl: bool
+    siblings: Sequence[Sequence[int]]
 
     def parameter(self, name: str) -> Tensor:
         """A parameter of all posteriors, (L, ...), float32 or wider."""
@@ -99,20 +100,19 @@ class Fused(NamedTuple):
 
 @dataclass(frozen=True)
 class FusedLayer:
-    """One layer of a fused pass; the attributes are those of `Fused`, of one layer.
+    """One layer of a fused pass.
 
     Attributes:
-        a, b: the weights in the projections' precision; b is multiplied by LoRA's scaling.
+        siblings: it and those that read the same input.
+        place: its number among these.
+        b: B in the projections' precision, multiplied by LoRA's scaling.
+        parts: what its KL is made of and no input changes, by name.
     """
 
-    function: RankFunction
-    a: Tensor
+    siblings: Siblings
+    place: int
     b: Tensor
-    tensors: tuple[Tensor, ...] = ()
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    second: Tensor | None = None
-    signs: Tensor | None = None
-    mask: Tensor | None = None
 
     def __call__(
         self, x: SharedInput, rows: int, weights: Tensor | None, result: Tensor
@@ -125,143 +125,21 @@ class FusedLayer:
             weights: what each position counts, (B, T); None for all alike.
             result: the base layer's output, (..., d_out).
         """
-        dtype = self.a.dtype
-        data = x.data(dtype)
-        second, factor = None, None
-        if self.mask is not None:
-            data = (data.view(rows, -1, data.shape[-1]) * self.mask).view(data.shape)
-        if self.second is not None and self.signs is not None:
-            factor = self.signs
-            second = (data.view(rows, -1, data.shape[-1]) * factor).view(data.shape)
-        elif self.second is not None:
-            second, factor = x.squared_data(self.second.dtype), data
-        given = Given(rows, weights, data, self.mask, second, factor)
-        weights_of = self.a, self.second, self.b
-        out, part = _without_autocast(
-            x.x.device.type,
-            lambda: LayerStep.apply(self.function, given, x.x, result, *weights_of, *self.tensors),
-        )
+        y, part = self.siblings.of(self.place, x, rows, weights)
+        flat = result.reshape(-1, result.shape[-1]).to(self.b.dtype)
+        out = torch.addmm(flat, y.view(-1, y.shape[-1]), self.b.mT).view(result.shape)
         if part is None:
             return out, self.parts
-        assert self.function.part is not None
-        parts = {**self.parts, self.function.part: part}
+        assert self.siblings.function.part is not None
+        parts = {**self.parts, self.siblings.function.part: part}
         if weights is not None and part.shape[1] > 1:
             parts["weights"] = weights
         return out, parts
 
 
-class Given(NamedTuple):
-    """What a `LayerStep` has no gradients for, or through its x: x itself in other forms.
-
-    Attributes:
-        rows: inputs of the batch, B.
-        weights: what each position counts, (B, T); None for all alike.
-        data: x in the projections' precision, times `mask`, (N, d_in).
-        mask: (B, 1, d_in) or None.
-        second: x * factor, what the second projection reads, (N, d_in) or None.
-        factor: (B, 1, d_in), or (N, d_in) for x itself, of whose gradient half counts here.
-    """
-
-    rows: int
-    weights: Tensor | None
-    data: Tensor
-    mask: Tensor | None
-    second: Tensor | None
-    factor: Tensor | None
-
-
-class LayerStep(torch.autograd.Function):
-    """result + B f(A x, A' (x * factor)) of one layer, as one node of autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        function: RankFunction,
-        given: Given,
-        x: Tensor,
-        result: Tensor,
-        a: Tensor,
-        second: Tensor | None,
-        b: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The layer's output, and what goes into the KL."""
-        shape = (given.rows, -1, a.shape[0])
-        u = (given.data @ a.mT).view(shape)
-        s = None
-        if second is not None and given.second is not None:
-            least = _least_variance(second.dtype, second.device)
-            s = torch.addmm(least, given.second, second.mT).view(shape)
-        y, part, saved = function.forward(u, s, given.weights, tensors)
-        y = y.view(-1, a.shape[0])
-        flat = result.reshape(-1, result.shape[-1]).to(b.dtype)
-        out = torch.addmm(flat, y, b.mT).view(result.shape)
-        ctx.function, ctx.rows, ctx.device = function, given.rows, x.device.type
-        ctx.shape, ctx.dtypes = x.shape, (x.dtype, result.dtype)
-        ctx.save_for_backward(
-            given.data, given.mask, given.second, given.factor, a, second, b, y, *saved
-        )
-        ctx.set_materialize_grads(False)
-        return out, part
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dpart: Tensor | None) -> tuple[Any, ...]:
-        """The gradients."""
-        return _without_autocast(ctx.device, lambda: LayerStep._backward(ctx, dout, dpart))
-
-    @staticmethod
-    def _backward(ctx: Any, dout: Tensor | None, dpart: Tensor | None) -> tuple[Any, ...]:
-        data, mask, data2, factor, a, second, b, y, *saved = ctx.saved_tensors
-        _, _, x_needs, result_needs, a_needs, second_needs, b_needs, *_ = ctx.needs_input_grad
-        by_input = (ctx.rows, -1, a.shape[1])
-        if dout is None:
-            dresult, db, dy = None, None, torch.zeros_like(y)
-        else:
-            d = dout.reshape(-1, dout.shape[-1]).to(b.dtype)
-            dresult = dout.to(ctx.dtypes[1]) if result_needs else None
-            db, dy = d.mT @ y if b_needs else None, d @ b
-        du, ds, gradients = ctx.function.backward(saved, dy.view(ctx.rows, -1, y.shape[1]), dpart)
-        du = du.view(y.shape)
-        da = du.mT @ data if a_needs else None
-        dsecond = dx = None
-        if ds is not None:
-            ds = ds.view(y.shape)
-            dsecond = ds.mT @ data2 if second_needs else None
-        if x_needs and ds is not None:
-            dx = ds @ second
-            dx = dx.mul_(factor) if factor.dim() == 2 else dx.view(by_input).mul_(factor)
-            dx = dx.view(data.shape).to(a.dtype).addmm_(du, a)
-        elif x_needs:
-            dx = du @ a
-        if dx is not None:
-            dx = dx if mask is None else dx.view(by_input).mul_(mask)
-            dx = dx.view(ctx.shape).to(ctx.dtypes[0])
-        return None, None, dx, dresult, da, dsecond, db, *gradients
-
-
-def _without_autocast(device: str, function: Callable[[], Any]) -> Any:
-    """What the function returns; a context would take longer than some layers."""
-    if not torch.is_autocast_enabled(device):
-        return function()
-    torch.set_autocast_enabled(device, False)
-    try:
-        return function()
-    finally:
-        torch.set_autocast_enabled(device, True)
-
-
 def stacked_layers(stack: Stack, fused: Fused) -> list[FusedLayer]:
     """The layers of a stack, with both weights in the projections' precision."""
-    count = len(stack.posteriors)
-    a, b, second = list(stack.a), list(stack.b), list(fused.second or stack.a)
-    for layers, weights in stack.stacks_of_a:
-        cast = weights.to(stack.dtype)
-        put(a, layers, cast)
-        if fused.squares:
-            # the square of an activation can be too large for float16
-            square = cast.float() if stack.dtype == torch.float16 else cast
-            put(second, layers, square * square.detach())
+    b = list(stack.b)
     for layers, weights in stack.stacks_of_b:
         scalings = {stack.scalings[i] for i in layers}
         scaling: Any = scalings.pop()
@@ -269,20 +147,42 @@ def stacked_layers(stack: Stack, fused: Fused) -> list[FusedLayer]:
             scaling = weights.new_tensor([stack.scalings[i] for i in layers]).view(-1, 1, 1)
         put(b, layers, (weights * (scaling * fused.scale)).to(stack.dtype))
     parts = {name: part.unbind() for name, part in fused.parts.items()}
-    tensors = [tensor.unbind() for tensor in fused.tensors]
-    return [
-        FusedLayer(
+    prepared = {
+        i: FusedLayer(siblings, place, b[i], {name: part[i] for name, part in parts.items()})
+        for layers, siblings in _siblings(stack, fused)
+        for place, i in enumerate(layers)
+    }
+    return [prepared[i] for i in range(len(b))]
+
+
+def _siblings(stack: Stack, fused: Fused) -> Iterator[tuple[Sequence[int], Siblings]]:
+    """The layers' numbers, those together that read the same, and what they do."""
+    together = stack.siblings if fused.mask is None else [[i] for i in range(len(stack.a))]
+    of_shape = {i: n for n, (layers, _) in enumerate(stack.stacks_of_a) for i in layers}
+    tensors = [tensor.split([len(layers) for layers in together]) for tensor in fused.tensors]
+    blocks: list[Iterator[tuple[Tensor, tuple[Tensor, ...]]]] = []
+    for n, (_, weights) in enumerate(stack.stacks_of_a):
+        rank = weights.shape[1]
+        rows = [len(layers) * rank for layers in together if of_shape[layers[0]] == n]
+        cast = weights.to(stack.dtype)
+        squares: Sequence[tuple[Tensor, ...]] = [()] * len(rows)
+        if fused.squares:
+            # the square of an activation can be too large for float16
+            square = cast.float() if stack.dtype == torch.float16 else cast
+            squares = [(part,) for part in (square * square.detach()).flatten(0, 1).split(rows)]
+        blocks.append(zip(cast.flatten(0, 1).split(rows), squares, strict=True))
+    for number, layers in enumerate(together):
+        a, squared = next(blocks[of_shape[layers[0]]])
+        siblings = Siblings(
             function=fused.function,
-            a=a[i],
-            b=b[i],
-            tensors=tuple(tensor[i] for tensor in tensors),
-            parts={name: part[i] for name, part in parts.items()},
-            second=second[i] if fused.squares or fused.second is not None else None,
-            signs=None if fused.signs is None else fused.signs[i],
-            mask=None if fused.mask is None else fused.mask[i],
+            tensors=tuple(tensor[number] for tensor in tensors),
+            a=a,
+            rank=len(a) // len(layers),
+            seconds=tuple(fused.second[i] for i in layers) if fused.second else squared,
+            signs=tuple(fused.signs[i] for i in layers) if fused.signs else (),
+            mask=None if fused.mask is None else fused.mask[layers[0]],
         )
-        for i in range(count)
-    ]
+        yield layers, siblings
 
 
 def flipout(
@@ -322,8 +222,3 @@ def put(target: list[Tensor], layers: Sequence[int], stacked: Tensor) -> None:
     """Puts the parts of a stack into a list at the numbers of their layers."""
     for i, tensor in zip(layers, stacked.unbind(), strict=True):
         target[i] = tensor
-
-
-@cache
-def _least_variance(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((1,), TINY, dtype=dtype, device=device)

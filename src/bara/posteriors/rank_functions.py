@@ -30,13 +30,13 @@ class RankFunction(Protocol):
         """What goes into B.
 
         Args:
-            u: A x, (B, T, r).
-            s: the second projection, (B, T, r).
+            u: A x of K layers, (K, B, T, r).
+            s: the second projection, (K, B, T, r).
             weights: what the positions count, (B, T); None for all alike.
-            tensors: this layer's.
+            tensors: these layers', (K, ...) each.
 
         Returns:
-            (B, T, r) in u's precision, what goes into the KL, and what `backward` needs.
+            (K, B, T, r) in u's precision, what goes into the KL, and what `backward` needs.
         """
         ...
 
@@ -64,7 +64,7 @@ class Plain:
 
 
 class Multiplied:
-    """A x times a multiplier per input and factor, (B, 1, r)."""
+    """A x times a multiplier per input and factor, (K, B, 1, r)."""
 
     part = None
 
@@ -78,12 +78,12 @@ class Multiplied:
         self, saved: Saved, dy: Tensor, dpart: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Gradients]:
         u, multiplier = saved
-        gradient = product(dy, u, multiplier.dtype).sum(1, keepdim=True)
+        gradient = product(dy, u, multiplier.dtype).sum(-2, keepdim=True)
         return product(dy, multiplier, u.dtype), None, (gradient,)
 
 
 class Signed:
-    """A x plus the second projection times random signs, (B, 1, r) (Flipout)."""
+    """A x plus the second projection times random signs, (K, B, 1, r) (Flipout)."""
 
     part = None
 
@@ -102,12 +102,12 @@ class Signed:
 
 
 def pooled(u: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean over the positions, (B, 1, r), float32 or wider."""
-    if u.shape[1] == 1:
+    """The mean over the positions, (K, B, 1, r), float32 or wider."""
+    if u.shape[-2] == 1:
         return u
     if weights is None:
-        return u.mean(1, keepdim=True, dtype=None if u.dtype == torch.float64 else torch.float32)
-    return (u * weights.unsqueeze(-1)).sum(1, keepdim=True)
+        return u.mean(-2, keepdim=True, dtype=None if u.dtype == torch.float64 else torch.float32)
+    return (u * weights.unsqueeze(-1)).sum(-2, keepdim=True)
 
 
 def unit(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,10 +60,12 @@ class SharedInput:
     Attributes:
         x: as the layers got it.
         made: what was made of it, by name and precision.
+        siblings: the layers that read it together, and what they made of it.
     """
 
     x: Tensor
     made: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+    siblings: tuple[Any, Any] | None = None
 
     def cast(self, dtype: torch.dtype) -> Tensor:
         """x in another precision."""
