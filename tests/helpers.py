@@ -22,6 +22,7 @@ from bara import (
     BaraConfig,
     BayesianCallback,
     BlobConfig,
+    CloraConfig,
     McDropoutConfig,
     RankwiseConfig,
     ScalablConfig,
@@ -33,6 +34,7 @@ CONFIGS = {
     "blob": BlobConfig,
     "scalabl": ScalablConfig,
     "rankwise": RankwiseConfig,
+    "clora": CloraConfig,
     "mc-dropout": McDropoutConfig,
 }
 

@@ -1,13 +1,14 @@
-"""BLoB, ScalaBL, rank-wise variational dropout and MC-dropout against their papers' formulas."""
+"""BLoB, C-LoRA, ScalaBL, rank-wise dropout and MC-dropout against their papers' formulas."""
 
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.distributions import Normal, kl_divergence
 
 import bara
-from bara.draws.draws import FixedNoise, FreshNoise
+from bara.draws.draws import Draws, FixedNoise, FreshNoise
 from bara.posteriors.distributions import log_uniform_kl
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir
 
@@ -203,6 +204,76 @@ def test_scalabl_draws_and_kl():
     model.train()(x=x)
     kl = kl_divergence(Normal(mean, std), Normal(torch.zeros(4), 0.7)).sum()
     assert bara.kl_terms(model)["kl_global"] == pytest.approx(kl.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_clora_draws_and_kl(granularity):
+    model = net("clora", prior_std=0.7, granularity=granularity).eval()
+    layer, posterior = layer_posterior(model)
+    a, b = matrices(layer)
+    x = torch.randn(3, 5, 6)
+
+    def network(u):
+        hidden = torch.relu(u @ posterior.hidden_weight.T + posterior.hidden_bias)
+        mean, root = (hidden @ posterior.output_weight.T + posterior.output_bias).split(16)
+        return mean.view(4, 4), root.sigmoid().square().view(4, 4)
+
+    def expected(eps=None):
+        rows = []
+        for i in range(3):
+            u = x[i] @ a.T
+            read = u if granularity == "token" else u.mean(0).expand(5, 4)
+            for t in range(5):
+                mean, std = network(read[t])
+                matrix = mean if eps is None else mean + std * eps[i].view(4, 4)
+                rows.append(layer.base_layer(x[i, t]) + 2.0 * b @ matrix @ u[t])
+        return torch.stack(rows).view(3, 5, -1)
+
+    with torch.no_grad():
+        torch.testing.assert_close(model(x=x)["logits"], expected(), atol=1e-5, rtol=1e-4)
+        with bara.sampling(model, num_draws=2, seed=5) as draws:
+            logits = model(x=x.repeat(2, 1, 1))["logits"].view(2, 3, 5, -1)
+        eps = draws.numbers("layer/E", "normal", (16,), CPU)
+        for d in range(2):
+            drawn = expected(eps[d].expand(3, 16))
+            torch.testing.assert_close(logits[d], drawn, atol=1e-5, rtol=1e-4)
+    model.train()(x=x)
+    read = x @ a.T if granularity == "token" else (x @ a.T).mean(1, keepdim=True)
+    kls = [
+        kl_divergence(Normal(mean, std), Normal(torch.zeros(4, 4), 0.7)).sum().item()
+        for mean, std in (network(u) for u in read.flatten(0, 1))
+    ]
+    expected_kl = sum(kls) / len(kls)
+    assert bara.kl_terms(model)["kl_global"] == pytest.approx(expected_kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["layer", "conv"])
+def test_clora_averages_its_matrix_for_plain_draws_and_has_no_merged_form(kind):
+    torch.manual_seed(0)
+    module = TinyNet() if kind == "layer" else TinyConv()
+    model = stir(adapt(module, "clora", target_modules=[kind])).eval()
+    layer, posterior = layer_posterior(model)
+    noise = FixedNoise(Draws(1, seed=3), torch.tensor([0]), kind)
+    a = layer.lora_A["default"].weight
+    with pytest.raises(bara.BaraError, match="calibration inputs"):
+        posterior.lora_draw(a, noise)
+    shape, name = ((6, 4, 6), "x") if kind == "layer" else ((6, 3, 5, 5), "pixel_values")
+    data = Dataset.from_dict({name: torch.randn(shape).tolist()}).with_format("torch")
+    bara.calibrate_gates(model, data)
+    with pytest.raises(bara.BaraError, match="no merged form"):
+        model.merge_adapter()
+    mean, std = posterior.calibrated.view(2, 4, 4)
+    eps = noise.normal("E", (16,)).view(4, 4)
+    drawn, scale = posterior.lora_draw(a, noise)
+    expected = torch.einsum("ij,j...->i...", mean + std * eps, a)
+    assert scale is None
+    torch.testing.assert_close(drawn, expected)
+
+
+def test_clora_refuses_grouped_convolutions():
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2))
+    with pytest.raises(bara.BaraError, match="grouped convolution"):
+        adapt(module, "clora", target_modules=["0"])
 
 
 def test_scalabl_needs_as_many_inputs_as_factors():

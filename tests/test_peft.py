@@ -283,6 +283,8 @@ def test_convolutions_save_load_and_merge(method, tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     with torch.no_grad(), bara.sampling(model, seed=0), bara.sampling(loaded, seed=0):
         torch.testing.assert_close(loaded(pixel_values=x), model(pixel_values=x))
+    if method == "clora":  # has no merged form
+        return
     with torch.no_grad():
         mean = model(pixel_values=x)["logits"]
         merged = model.merge_and_unload()

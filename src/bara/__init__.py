@@ -30,6 +30,7 @@ from bara.posteriors.balora import BaloraConfig
 from bara.posteriors.bara_config import BaraConfig
 from bara.posteriors.blob import BlobConfig
 from bara.posteriors.certified import CertifiedConfig
+from bara.posteriors.clora import CloraConfig
 from bara.posteriors.mc_dropout import McDropoutConfig
 from bara.posteriors.rankwise import RankwiseConfig
 from bara.posteriors.scalabl import ScalablConfig
@@ -62,6 +63,7 @@ __all__ = [
     "Certificate",
     "CertifiedConfig",
     "ClassificationPredictive",
+    "CloraConfig",
     "Conformal",
     "EffectiveRank",
     "Generation",
