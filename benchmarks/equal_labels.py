@@ -11,7 +11,7 @@ frozen model?
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from bara.bench.results import read_lines
@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/development/results.jsonl"
 METHODS = {"probe": "probe", "lora": "LoRA that chose", "bara as it is": "BaRA, nothing chosen"}
 METRICS = ("accuracy", "nll", "ece")
+SEEDS_OF_THE_PACE = (0,)
+"""On which the default of `head_input_std` was found."""
 
 
 def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -57,30 +59,62 @@ def table(tasks: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def sentence(tasks: dict[str, dict[str, dict[str, float]]], seeds: list[int]) -> str:
-    """The answer in words."""
+def lead(rows: list[dict[str, Any]], peer: str) -> tuple[float, float | None]:
+    """By which part BaRA's NLL, the mean over the tasks, is below a peer's: the mean over the seeds
+    and its standard error, paired by seed; None with one seed."""
 
-    def nll(method: str) -> float:
-        return mean(task[method]["nll"] for task in tasks.values())
+    def nll(name: str, seed: int) -> float:
+        return mean(row["nll"] for row in rows if (row["name"], row["seed"]) == (name, seed))
+
+    seeds = {row["seed"] for row in rows}
+    parts = [1 - nll("bara as it is", seed) / nll(peer, seed) for seed in seeds]
+    return mean(parts), stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else None
+
+
+def sentence(rows: list[dict[str, Any]]) -> str:
+    """The answer in words."""
+    tasks, seeds = means(rows), sorted({row["seed"] for row in rows})
+
+    def below(peer: str, of: list[dict[str, Any]]) -> str:
+        part, error = lead(of, peer)
+        return f"{part:.0%}" if error is None else f"{100 * part:.0f} ± {100 * error:.0f}%"
 
     def worse(peer: str) -> str:
         names = [t for t, m in tasks.items() if m["bara as it is"]["nll"] > m[peer]["nll"]]
         return ", ".join(names) or "nowhere"
 
-    parts = [f"{1 - nll('bara as it is') / nll(peer):.0%}" for peer in ("lora", "probe")]
+    others = [row for row in rows if row["seed"] not in SEEDS_OF_THE_PACE]
+    alone = ""
+    if others and len(others) < len(rows):
+        alone = (
+            f" Of the seeds that the default pace of BaRA's head was not found on alone: "
+            f"{below('lora', others)} and {below('probe', others)}."
+        )
     return (
-        f"On equal labels (all that a method gets, with those it chooses by among them; seed "
-        f"{', '.join(map(str, seeds))}) BaRA's NLL is {parts[0]} below that of a LoRA that chose "
-        f"its learning rate and when to stop (above it: {worse('lora')}), and {parts[1]} below the "
-        f"probe's (above it: {worse('probe')})."
+        f"On equal labels (all that a method gets, with those it chooses by among them; seeds "
+        f"{', '.join(map(str, seeds))}) BaRA's NLL is {below('lora', rows)} below that "
+        f"of a LoRA that chose its learning rate and when to stop (above it: {worse('lora')}), and "
+        f"{below('probe', rows)} below the probe's (above it: {worse('probe')}).{alone}"
     )
+
+
+def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the seeds that every method has finished on every task."""
+    cells = {(row["seed"], row["task"], row["name"]) for row in rows}
+    tasks = {task for _, task, _ in cells}
+    whole = [
+        seed
+        for seed in {seed for seed, _, _ in cells}
+        if all((seed, task, name) in cells for task in tasks for name in METHODS)
+    ]
+    return [row for row in rows if row["seed"] in whole]
 
 
 def main() -> None:
     rows = [r for r in read_lines(RESULTS) if str(r["benchmark"]).startswith("equal-labels")]
-    tasks = means(rows)
-    answer = sentence(tasks, sorted({row["seed"] for row in rows}))
-    write_between(ROOT / "README.md", "equal labels", f"\n{answer}\n\n{table(tasks)}\n")
+    rows = complete(rows)
+    answer = sentence(rows)
+    write_between(ROOT / "README.md", "equal labels", f"\n{answer}\n\n{table(means(rows))}\n")
     write_between(ROOT / "docs/benchmarks.md", "equal labels", answer)
 
 
