@@ -32,7 +32,6 @@ FAMILIES = {**CONFIGS, "certified": bara.CertifiedConfig}
 OPTIONS: dict[str, dict[str, Any]] = {
     "bara-sequence": {"granularity": "sequence"},
     "bara-no-local": {"local_gate": False, "prior_std": None},
-    "bara-explained": {"explained": (0.2, 0.5)},
 }
 """Further settings of a family, named after it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

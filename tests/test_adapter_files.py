@@ -224,13 +224,11 @@ def test_a_folder_of_version_0_1_loads_with_the_same_draws(
 ) -> None:
     """It has the adapter's name inside of keys, other names for BaLoRA's network, no `resolved`."""
     table = Dataset.from_dict({"text": ["good film", "bad plot"] * 4, "label": ["+", "-"] * 4})
-    options = {"explained": [0.2, 0.5]} if method == "bara" else {}
     training = {"learning_rate": 0.01, "use_cpu": True, "save_strategy": "no"}
     recipe = TrainRecipe(
         model=str(tiny_model_dir),
         output=str(tmp_path / "out"),
         method=method,
-        method_options=options,
         training=training,
     )
     folder = finetune(recipe, table)
@@ -243,16 +241,16 @@ def test_a_folder_of_version_0_1_loads_with_the_same_draws(
 
     expected = drawn(now)
     weights = load_file(folder / "adapter_model.safetensors")
-    names = {"hidden_": "network.0.", "output_": "network.2.", "schedule.": "schedule."}
+    names = {"hidden_": "network.0.", "output_": "network.2."}
     old = {
         re.sub(
-            r"(?<=lora_posterior\.)(hidden_|output_|schedule\.)",
+            r"(?<=lora_posterior\.)(hidden_|output_)",
             lambda part: f"default.{names[part[0]]}",
             key,
         ): tensor
         for key, tensor in weights.items()
     }
-    assert old.keys() != weights.keys()
+    assert (old.keys() != weights.keys()) == (method == "balora")
     save_file(old, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     path = folder / "adapter_config.json"
     stored = json.loads(path.read_text("utf-8"))

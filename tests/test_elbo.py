@@ -12,7 +12,6 @@ import weakref
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
@@ -406,8 +405,7 @@ def test_training_noise_is_fresh_every_step_and_replayed_by_the_seed():
     assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("explained", [None, (0.0, 0.5)])
-def test_resumed_training_equals_uninterrupted_training(tiny_bert, tmp_path, explained):
+def test_resumed_training_equals_uninterrupted_training(tiny_bert, tmp_path):
     def arguments(folder, **options):
         return TrainingArguments(
             output_dir=str(tmp_path / folder),
@@ -423,7 +421,7 @@ def test_resumed_training_equals_uninterrupted_training(tiny_bert, tmp_path, exp
         )
 
     def trained(folder, resume=None):
-        model = adapt(copy.deepcopy(tiny_bert), task_type="SEQ_CLS", explained=explained)
+        model = adapt(copy.deepcopy(tiny_bert), task_type="SEQ_CLS")
         trainer = Trainer(
             model,
             arguments(folder),
@@ -612,84 +610,6 @@ def test_kl_reaches_a_posterior_whose_matrices_are_frozen():
     assert output["loss"].item() > data.item()
     output["loss"].backward()
     assert posterior.global_logit.grad.abs().sum() > 0
-
-
-def test_kl_and_noise_wait_until_the_loss_is_explained():
-    model = net(explained=(0.2, 0.6), weight_noise=4.0, warmup=0.0)
-    posterior = layer_posterior(model)[1]
-    x, _ = batch()
-    parts, kls, noises = [], [], []
-    for loss in (2.0, 2.0, 2.0, *[1.2] * 200, 1.0):
-        noises.append(posterior.weight_noise)
-        model(x=x)
-        terms = bara.kl_terms(model)
-        parts.append(terms["kl_global"] / 50 + 0.018 * terms["kl_local"])
-        kls.append(bara.kl_loss(model, torch.tensor(loss)).item())
-    # nothing is known in the first pass; then nothing is explained, and in the end 1 - 1.2 / 2
-    assert kls[0] == pytest.approx(parts[0], rel=1e-4)
-    assert noises[0] == 4
-    assert kls[1:3] == [0, 0]
-    assert noises[1:3] == [0, 0]
-    assert kls[-1] == pytest.approx(0.5 * parts[-1], rel=1e-4)
-    assert noises[-1] == pytest.approx(2.0, rel=1e-4)
-
-
-def test_all_ways_to_the_elbo_tell_the_data_loss():
-    x, y = batch()
-    states = []
-    for way in ("own", "model", "function"):
-        model = net(explained=(0.2, 0.5))
-        for _ in range(2):
-            with bara.sampling(model, seed=0):
-                if way == "model":
-                    model(x=x, labels=y)
-                    continue
-                outputs = model(x=x)
-            if way == "own":
-                bara.kl_loss(model, (outputs["logits"] - y).square().mean())
-            else:
-                bara.elbo_loss(model, lambda o, y: (o["logits"] - y).square().mean())(outputs, y)
-        states.append(layer_posterior(model)[1].schedule.get_extra_state().tolist())
-    assert states[0][0] > 0
-    assert states[0] == pytest.approx(states[1], rel=1e-6)
-    assert states[0] == pytest.approx(states[2], rel=1e-6)
-
-
-def test_a_schedule_without_a_loss_is_refused():
-    model = net(explained=(0.2, 0.5))
-    model(x=batch()[0])
-    with pytest.raises(bara.BaraError, match="data_loss=loss"):
-        bara.kl_loss(model)
-
-
-def test_the_schedule_is_saved_with_the_adapter(tmp_path):
-    model = net(explained=(0.2, 0.5))
-    x, _ = batch()
-    for loss in (3.0, 2.0, 1.0, 0.5):
-        model(x=x)
-        bara.kl_loss(model, torch.tensor(loss))
-    saved = layer_posterior(model)[1].schedule.get_extra_state().tolist()
-    assert saved == pytest.approx([2.0, 0.9 * 2.0 + 0.1 * 0.5, 3])
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(TinyNet(), tmp_path)
-    assert layer_posterior(loaded)[1].schedule.get_extra_state().tolist() == pytest.approx(saved)
-    assert loaded.peft_config["default"].explained == (0.2, 0.5)
-
-
-def test_a_batch_without_labels_tells_a_schedule_nothing():
-    model = net(explained=(0.2, 0.5))
-    states = []
-    for loss in (2.0, float("nan")):
-        model(x=batch()[0])
-        bara.kl_loss(model, torch.tensor(loss))
-        states.append(layer_posterior(model)[1].schedule.get_extra_state().tolist())
-    assert states == [[2.0, 2.0, 1.0]] * 2
-
-
-@pytest.mark.parametrize("explained", [(0.5, 0.2), (-0.1, 0.5), (0.2, 1.1), (0.2,)])
-def test_an_impossible_schedule_is_refused(explained):
-    with pytest.raises(bara.BaraError, match="explained must be None or two numbers"):
-        bara.BaraConfig(explained=explained)
 
 
 def test_an_adapter_whose_gates_have_closed_says_so():

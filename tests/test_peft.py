@@ -330,7 +330,6 @@ def test_grouped_convolutions():
         ({"local_prior": 0}, "local_prior must be"),
         ({"noise_prior": 0.0}, "noise_prior must be"),
         ({"prior_std": 0.0}, "prior_std must be a number in .* or None"),
-        ({"explained": (0.5, 0.2)}, "explained must be"),
         ({"use_dora": True}, "use_dora selects another variant"),
         ({"use_qalora": True}, "use_qalora cannot be combined"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* start with B = 0"),
@@ -382,12 +381,12 @@ def test_embeddings_are_refused():
 
 
 def test_a_configuration_survives_json(tmp_path):
-    config = BaraConfig(explained=(0.2, 0.5), target_modules=["a"], kl_weight=0.5)
+    config = BaraConfig(init_noise=0.3, target_modules=["a"], kl_weight=0.5)
     config.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["peft_type"] == "BARA"
     loaded = PeftConfig.from_pretrained(tmp_path)
-    assert loaded.explained == (0.2, 0.5)
+    assert loaded.init_noise == 0.3
     assert loaded.kl_weight == 0.5
 
 

@@ -8,7 +8,6 @@ from datasets import Dataset
 from packaging.version import Version
 
 import bara
-from bara.adapter.elbo import Elbo
 from helpers import adapt
 from language_models import tiny_lm, word_tokenizer, words
 
@@ -144,17 +143,6 @@ def test_the_loss_has_the_kl_with_its_weight(tmp_path, make, items):
     share = 1 if items is None else LABELS / items
     assert with_kl - without == pytest.approx(share * 3 * kl / 7, rel=1e-3)
     assert not torch.allclose(gradient, bare)
-
-
-@pytest.mark.parametrize("items", [None, 2 * LABELS])
-def test_a_schedule_follows_the_mean_loss_of_the_batch(tmp_path, items):
-    model = lm(explained=(0.2, 0.5), kl_weight=0.0, local_kl_weight=0.0, num_observations=7)
-    trainer = sft(tmp_path, model, gradient_checkpointing=False)
-    batch = next(iter(trainer.get_train_dataloader()))
-    model.train()
-    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items).item()
-    schedule = Elbo.of(model).adapters["default"].schedule
-    assert schedule.first == pytest.approx(loss if items is None else 2 * loss, rel=1e-5)
 
 
 def test_dpo_trains_and_its_reference_is_the_base_model(tmp_path):

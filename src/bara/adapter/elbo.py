@@ -32,9 +32,8 @@ from bara.adapter.forward_pass import ForwardPass, Observer
 from bara.draws.context import PerContext, PerThread
 from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
-from bara.posteriors.config import BayesianConfig, Resolved
+from bara.posteriors.config import BayesianConfig, Resolved, rise
 from bara.posteriors.posterior import Posterior
-from bara.posteriors.schedule import LossSchedule, rise
 
 HOLD = 0.4
 """Part of the warm-up during which the KL has no weight."""
@@ -47,18 +46,12 @@ class AttachedAdapter:
     Attributes:
         config: what the user wrote.
         resolved: the numbers in force.
-        schedule: what its KL and noise follow besides the steps; None for nothing.
         layers: PEFT's layers that it adapts and their posteriors, by name.
     """
 
     config: BayesianConfig
     resolved: Resolved
-    schedule: LossSchedule | None = None
     layers: dict[str, tuple[LoraLayer, Posterior]] = field(default_factory=dict)
-
-    def weight(self, ramp: float) -> float:
-        """The factor on both KL weights now, in [0, 1], of the warm-up's."""
-        return ramp * (self.schedule.part if self.schedule else 1.0)
 
 
 class Elbo(DrawSource):
@@ -224,7 +217,7 @@ class Elbo(DrawSource):
             ):
                 if kl is not None:
                     ramp = resolved.strength * self.ramp(adapter.config)
-                    weighted.append(adapter.weight(ramp) * weight * kl)
+                    weighted.append(ramp * weight * kl)
         if not weighted:
             return None
         kl = sum(weighted[1:], weighted[0])
@@ -271,11 +264,10 @@ class Elbo(DrawSource):
         """
         if forward is None or forward.kl is None:
             return loss if shared else share * loss
-        self.observe_loss(forward, loss / share if shared else loss)
         kl = forward.take_kl().to(loss.device)
         return loss + share * kl if shared else share * (loss + kl)
 
-    def kl_loss(self, data_loss: Tensor | None = None) -> Tensor:
+    def kl_loss(self) -> Tensor:
         """See `bara.kl_loss`."""
         last = self.last
         if last is None or not last.terms:
@@ -288,22 +280,9 @@ class Elbo(DrawSource):
                 "The KL of this step is already in outputs.loss, because labels were given to the "
                 "model. Use outputs.loss, or do not pass labels and add kl_loss to your own loss."
             )
-        if data_loss is not None:
-            self.observe_loss(last, data_loss)
-        elif any(self.adapters[name].schedule for name in last.terms):
-            raise BaraError(
-                "An adapter with `explained` follows the data loss: give it, as in loss + "
-                "bara.kl_loss(model, data_loss=loss)."
-            )
         assert last.kl is not None
         last.kl_given = True
         return last.kl
-
-    def observe_loss(self, forward: ForwardPass, loss: Tensor) -> None:
-        """Tells the schedules of the adapters in a training pass its data loss."""
-        for schedule in (self.adapters[name].schedule for name in forward.terms):
-            if schedule is not None:
-                schedule.observe(float(loss.detach()))
 
     # -- nothing passes unnoticed --------------------------------------------------------------
 

@@ -332,7 +332,7 @@ def renamed_key(key: str) -> str:
 
     Version 0.1 left the adapter's name in front of what lies deeper in a posterior than PEFT looks.
     """
-    key = re.sub(rf"(\.{CONTAINER})\.[^.]+(\.(?:network|schedule)\.)", r"\1\2", key)
+    key = re.sub(rf"(\.{CONTAINER})\.[^.]+(\.network\.)", r"\1\2", key)
     for old, new in OLD_NAMES.items():
         key = key.replace(f".{CONTAINER}.{old}.", f".{CONTAINER}.{new}_")
     return key

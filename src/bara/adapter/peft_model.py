@@ -89,14 +89,14 @@ class BayesianLoraModel(LoraModel):
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
         new, self._new = self._new, []
-        family, schedule = family_of(config), config.loss_schedule()
+        family = family_of(config)
         config.resolved = resolved = config.resolve(len(new))
-        attached = AttachedAdapter(config, resolved, schedule)
+        attached = AttachedAdapter(config, resolved)
         self.elbo.adapters[adapter_name] = attached
         empty = init_empty_weights if low_cpu_mem_usage else nullcontext
         for layer in new:
             a, b = (getattr(layer.module, m)[adapter_name].weight for m in ("lora_A", "lora_B"))
-            setup = LayerSetup(config, resolved, a, b, layer.granularity, schedule)
+            setup = LayerSetup(config, resolved, a, b, layer.granularity)
             with torch.random.fork_rng(devices=[]), empty():
                 torch.set_rng_state(layer.rng_state)
                 posterior = family.posterior(setup)

@@ -97,8 +97,7 @@ class BaraPosterior(Posterior):
     @property
     def weight_noise(self) -> float:
         """The relative variance of the noise on A in force."""
-        noise = self.resolved.strength * self.resolved.weight_noise
-        return noise * (self.schedule.part if self.schedule else 1.0)
+        return self.resolved.strength * self.resolved.weight_noise
 
     def _init_local_logit(self) -> float:
         """Where the local gates start: the more factors there are, the fewer of them are open."""

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from bara.errors import BaraError
-from bara.posteriors.config import BayesianConfig, Resolved
-from bara.posteriors.schedule import LossSchedule, rise
+from bara.posteriors.config import BayesianConfig, Resolved, rise
 
 GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
 """What all layers share of BaRA's default weights of the KL, of the variance of A's noise, and of
@@ -56,6 +55,7 @@ class BaraConfig(BayesianConfig):
     RETIRED: ClassVar[dict[str, Any]] = {
         "intensity": False,
         "intensity_prior": 4.0,
+        "explained": None,
         "global_prior_beta": None,
         "init_logit": 3.0,
         "logit_scale": 100.0,
@@ -124,16 +124,6 @@ class BaraConfig(BayesianConfig):
             "(steps - 40) / 80 of it, at least 0 and at most 1."
         },
     )
-    explained: tuple[float, float] | None = field(
-        default=None,
-        metadata={
-            "help": "(start, end), 0 <= start < end <= 1: the KL and the noise on A wait until the "
-            "fit has explained the share `start` of the data loss that it began with, and are "
-            "whole from `end` on; (0.2, 0.5) helps where learning is slow or texts are few, for "
-            "gates otherwise close before their factors have learned. It replaces the dependence "
-            "of weight_noise on the steps; the warm-up stays. None follows the steps only."
-        },
-    )
     prior_std: float | None = field(
         default=0.1,
         metadata={
@@ -161,15 +151,6 @@ class BaraConfig(BayesianConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.explained, list):  # as JSON brings it back
-            self.explained = tuple(self.explained)
-        part = self.explained
-        self._require(
-            "explained",
-            part,
-            part is None or (len(part) == 2 and 0 <= part[0] < part[1] <= 1),
-            "None or two numbers, 0 <= start < end <= 1",
-        )
         if self.global_prior is None:
             self.global_prior = min(0.5, 1 / self.r)
         if self.local_prior is None:
@@ -192,7 +173,7 @@ class BaraConfig(BayesianConfig):
 
     def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
         noise = min(4.0, WEIGHT_NOISE / num_layers)
-        by_steps = self.explained is None and self._learns_noise()
+        by_steps = self._learns_noise()
         return {
             "kl_weight": min(1.0, GLOBAL_KL / num_layers),
             "local_kl_weight": LOCAL_KL / num_layers,
@@ -200,6 +181,3 @@ class BaraConfig(BayesianConfig):
             "weight_noise": noise,
             "whole_weight_noise": noise if by_steps else None,
         }
-
-    def loss_schedule(self) -> LossSchedule | None:
-        return None if self.explained is None else LossSchedule(*self.explained)

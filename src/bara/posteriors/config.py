@@ -11,7 +11,6 @@ from peft import LoraConfig
 
 from bara.cards.method_card import write_method_card
 from bara.errors import BaraError
-from bara.posteriors.schedule import LossSchedule
 
 NEEDS = "import bara (pip install bara-peft) before PEFT loads this adapter"
 NOT_OPTIONS = {"resolved", "used_by_draws", "needs"}
@@ -53,6 +52,11 @@ class About:
     def peft_type(self) -> str:
         """PEFT's name of the method."""
         return self.name.upper()
+
+
+def rise(value: float, start: float, end: float) -> float:
+    """0 up to `start`, 1 from `end` on, and linear between."""
+    return min(1.0, max(0.0, (value - start) / (end - start)))
 
 
 @dataclass
@@ -250,10 +254,6 @@ class BayesianConfig(LoraConfig):
     def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
         """What the fields left at None stand for on this many layers, by name."""
         return {}
-
-    def loss_schedule(self) -> LossSchedule | None:
-        """A new schedule that the adapter's KL and noise follow; None without one."""
-        return None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration; beside it the README.md gets the method and how to load it.

@@ -14,7 +14,6 @@ from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.fused import Fused, Stack
 from bara.posteriors.rank_space import Granularity, RankSpace, wide
-from bara.posteriors.schedule import LossSchedule
 
 LOG_SCALE = 10.0
 """Fixed factor between a parameter and the logarithm or log-odds that it stands for: at LoRA's
@@ -49,7 +48,6 @@ class LayerSetup(Generic[Config]):
         a: the new layer's A, (r, d_in, ...), which may be changed in place.
         b: its B, (d_out, r, ...).
         granularity: what adapts to what.
-        schedule: what the adapter's KL and noise follow besides the steps; None for nothing.
     """
 
     config: Config
@@ -57,7 +55,6 @@ class LayerSetup(Generic[Config]):
     a: Tensor
     b: Tensor
     granularity: Granularity
-    schedule: LossSchedule | None = None
 
 
 class PosteriorOutput(NamedTuple):
@@ -101,7 +98,7 @@ class Posterior(nn.Module):
 
     Attributes:
         rank: r, the number of factors.
-        resolved, granularity, schedule: see `LayerSetup`.
+        resolved, granularity: see `LayerSetup`.
         calibrated: the average of `input_dependence` over data, which stands for the input where
             an adapter has to do without it (merging, export); None before `bara.calibrate_gates`.
     """
@@ -111,7 +108,6 @@ class Posterior(nn.Module):
         self.rank = setup.a.shape[0]
         self.resolved = setup.resolved
         self.granularity = setup.granularity
-        self.schedule = setup.schedule
         self.calibrated: Tensor | None = None
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:

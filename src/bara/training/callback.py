@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from bara.adapter.call_inputs import predicts_next_token
 from bara.adapter.elbo import Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
 from bara.adapter.scaled_head import restore_head
-from bara.draws.processes import several_processes
 from bara.errors import BaraError
 from bara.training.head import scale_head_of
 from bara.training.kl_mixin import add_kl, calling_trainer
@@ -117,9 +115,7 @@ class BayesianCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        elbo = elbo_of(kwargs["model"])
-        self._set_progress(elbo, state)
-        _average_schedules(elbo)
+        self._set_progress(elbo_of(kwargs["model"]), state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -220,15 +216,6 @@ def _count_stream(
         stacklevel=2,
     )
     return n
-
-
-def _average_schedules(elbo: Elbo) -> None:
-    """The data loss that a schedule follows is the mean over the processes: one weight for all."""
-    if several_processes():
-        for schedule in (adapter.schedule for adapter in elbo.adapters.values()):
-            if schedule is not None:
-                states = gather_object([schedule.get_extra_state()])
-                schedule.set_extra_state(torch.stack(states).mean(0))
 
 
 def _refuse_split_inputs(args: TrainingArguments, model: nn.Module) -> None:

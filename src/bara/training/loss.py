@@ -19,7 +19,7 @@ CLOSED = 0.1
 """Mean effective rank of a layer below which an adapter does next to nothing."""
 
 
-def kl_loss(model: nn.Module, data_loss: Tensor | None = None) -> Tensor:
+def kl_loss(model: nn.Module) -> Tensor:
     """The weighted KL of the last forward pass, to be added to a loss of your own.
 
     Use it when the loss is computed from `outputs.logits`; when labels are given to the model its
@@ -27,17 +27,16 @@ def kl_loss(model: nn.Module, data_loss: Tensor | None = None) -> Tensor:
 
     Args:
         model: with a Bayesian adapter.
-        data_loss: the step's, a scalar; adapters with `explained` follow it.
 
     Returns:
         A scalar: kl_weight / N * KL_global + local_kl_weight * KL_local, times the warm-up
         (design 2.4). Add it to a data loss that is the mean over the batch.
 
     Raises:
-        BaraError: there was no training pass, its KL is in outputs.loss already, the model has no
-            Bayesian adapter, or one that needs `data_loss`.
+        BaraError: there was no training pass, its KL is in outputs.loss already, or the model has
+            no Bayesian adapter.
     """
-    return elbo_of(model).kl_loss(data_loss)
+    return elbo_of(model).kl_loss()
 
 
 def elbo_loss(
