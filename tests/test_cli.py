@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
@@ -253,6 +254,28 @@ def test_resumed_training_ends_where_uninterrupted_training_does(
     resumed = load_file(parts / "adapter_model.safetensors")
     for key, tensor in expected.items():
         torch.testing.assert_close(resumed[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_new_training_leaves_nothing_of_the_earlier_one_that_is_read(
+    trained: Path,
+    tiny_model_dir: Path,
+    table: Path,
+    run: Callable[..., str],
+    failing: Callable[..., str],
+) -> None:
+    again = train_arguments(tiny_model_dir, table, trained, "--overwrite")
+    run("evaluate", trained, "--data", table, "--calibrate-conformal")
+    run("predict", trained, "--data", table, "--coverage", 0.8)
+    run(*again, "--seed", 1)
+    assert "no conformal calibration" in failing(
+        "predict", trained, "--data", table, "--coverage", 0.8
+    )
+    # transformers would put an adapter that is still there on the base model
+    run(*again, "--method", "full")
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    run(*again)
+    assert not (trained / "model.safetensors").exists()
 
 
 def test_predict_streams_in_a_pipe(trained: Path) -> None:
