@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -355,6 +356,12 @@ def test_bad_options(
     assert "--rank must be at least 1" in fails("-r", 0)
     assert "--rank must be at least 1" in fails("-r", 0, "--method", "lora")
     assert "No modules" in fails("--set", "method_options.target_modules=[nowhere]")
+    for unmatched in (
+        *("target_modules=[query, nowhere]", "modules_to_save=[nowhere]"),
+        *("exclude_modules=[nowhere]", "rank_pattern={nowhere: 2}", "alpha_pattern={nowhere: 2}"),
+    ):
+        option = f"method_options.{unmatched}"
+        assert re.search(rf"{option.partition('=')[0]}: .*'nowhere'", fails("--set", option))
     assert "did you mean 'learning_rate'" in fails("--set", "training.learning_rat=1")
     assert "--max-length" in fails("--max-length", 0)
     assert "no complete checkpoint" in fails("--resume")
