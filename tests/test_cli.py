@@ -250,6 +250,12 @@ def test_resumed_training_ends_where_uninterrupted_training_does(
     shutil.copytree(parts / "checkpoints/checkpoint-6", parts / "checkpoints/checkpoint-9")
     (parts / "checkpoints/checkpoint-9/complete").unlink()
     assert "method_options" in failing("train", "--resume", "--output", parts, "-r", 4)
+    resume = ["train", "--resume", "--output", parts]
+    assert "label_column" in failing(*resume, "--label-column", "score")
+    others = [{**row, "label": f"very {row['label']}"} for row in sentences()]
+    other = write_jsonl(tmp_path / "other.jsonl", others)
+    assert "label_names = ('neg', 'pos')" in failing(*resume, "--data", other)
+    assert "no run to resume" in failing("train", "--resume", "--output", tmp_path / "nowhere")
     run("train", "--resume", "--output", parts)
     expected = load_file(whole / "adapter_model.safetensors")
     resumed = load_file(parts / "adapter_model.safetensors")
@@ -368,6 +374,21 @@ def test_bad_options(
     assert "cannot load the base model" in failing(
         *train_arguments(tmp_path, table, tmp_path / "out")
     )
+
+
+def test_options_without_effect_are_refused_before_the_work(
+    trained: Path, table: Path, failing: Callable[..., str]
+) -> None:
+    evaluate = ["evaluate", trained, "--data", table]
+    assert "--calibrate-risk" in failing(*evaluate, "--calibrate-delta", 0.2)
+    task = json.loads((trained / "text_task.json").read_text())
+    for kind, option in (
+        ("regression", ("--calibrate-risk", 0.1)),
+        ("multi-label", ("--calibrate-conformal",)),
+    ):
+        (trained / "text_task.json").write_text(json.dumps({**task, "task": kind}))
+        assert option[0] in failing(*evaluate, *option)
+        assert "abstention.json" not in {path.name for path in trained.iterdir()}
 
 
 def test_damaged_adapters(trained: Path, table: Path, failing: Callable[..., str]) -> None:

@@ -156,7 +156,7 @@ def _finetune(
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
             temperature = base_temperature(model, tokenizer, train, task, recipe.seed)
         set_temperature(model, temperature)
-    checkpoint = prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
+    checkpoint = prepare_checkpoints(output / CHECKPOINTS, recipe, task, resume=resume)
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
     elif method.fit is not None:
