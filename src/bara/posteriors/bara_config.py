@@ -171,9 +171,9 @@ class BaraConfig(BayesianConfig):
             "None or two numbers, 0 <= start < end <= 1",
         )
         if self.global_prior is None:
-            self.global_prior = min(0.5, 1 / self.r)
+            self.global_prior = _default_global_prior(self.r)
         if self.local_prior is None:
-            self.local_prior = min(0.25, 16 / self.r)
+            self.local_prior = _default_local_prior(self.r)
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)
@@ -185,6 +185,18 @@ class BaraConfig(BayesianConfig):
                 "BaraConfig: with global_gate, local_gate, factor_noise and weight_noise all off "
                 "there is no posterior left; use peft.LoraConfig for plain LoRA."
             )
+
+    def without_effect(self) -> list[tuple[str, str]]:
+        off = []
+        if not self.global_gate and self.global_prior != _default_global_prior(self.r):
+            off.append(("global_prior", "global_gate is off"))
+        if not self.local_gate:
+            off += [(name, "local_gate is off") for name in ("init_local_logit", "granularity")]
+            if self.local_prior != _default_local_prior(self.r):
+                off.append(("local_prior", "local_gate is off"))
+        if not self.factor_noise:
+            off += [(name, "factor_noise is off") for name in ("noise_prior", "init_noise")]
+        return off
 
     def _learns_noise(self) -> bool:
         """Whether there is a posterior besides the fixed noise."""
@@ -203,3 +215,11 @@ class BaraConfig(BayesianConfig):
 
     def loss_schedule(self) -> LossSchedule | None:
         return None if self.explained is None else LossSchedule(*self.explained)
+
+
+def _default_global_prior(rank: int) -> float:
+    return min(0.5, 1 / rank)
+
+
+def _default_local_prior(rank: int) -> float:
+    return min(0.25, 16 / rank)
