@@ -39,6 +39,11 @@ CONFIGS = {
 }
 
 
+def granular(method: str, granularity: str) -> dict[str, str]:
+    """The option, for the families whose posterior depends on the input."""
+    return {"granularity": granularity} if method in ("bara", "balora", "clora") else {}
+
+
 class TinyNet(nn.Module):
     """One linear layer to adapt, between nothing and a mean-squared error."""
 

@@ -129,3 +129,6 @@ def test_bad_input_is_one_clear_line():
         bara.calibrate_threshold((u * float("nan"), loss))
     with pytest.raises(BaraError, match="one number for each"):
         bara.calibrate_threshold((u[:3], loss))
+    small = bara.RegressionPredictive(torch.zeros(2, 99), torch.ones(2, 99), torch.full((99,), 0.1))
+    with pytest.raises(BaraError, match="a regression has no errors to count"):
+        bara.calibrate_threshold(small)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
@@ -260,11 +262,39 @@ def test_resumed_training_ends_where_uninterrupted_training_does(
     shutil.copytree(parts / "checkpoints/checkpoint-6", parts / "checkpoints/checkpoint-9")
     (parts / "checkpoints/checkpoint-9/complete").unlink()
     assert "method_options" in failing("train", "--resume", "--output", parts, "-r", 4)
+    resume = ["train", "--resume", "--output", parts]
+    assert "label_column" in failing(*resume, "--label-column", "score")
+    others = [{**row, "label": f"very {row['label']}"} for row in sentences()]
+    other = write_jsonl(tmp_path / "other.jsonl", others)
+    assert "label_names = ('neg', 'pos')" in failing(*resume, "--data", other)
+    assert "no run to resume" in failing("train", "--resume", "--output", tmp_path / "nowhere")
     run("train", "--resume", "--output", parts)
     expected = load_file(whole / "adapter_model.safetensors")
     resumed = load_file(parts / "adapter_model.safetensors")
     for key, tensor in expected.items():
         torch.testing.assert_close(resumed[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_new_training_leaves_nothing_of_the_earlier_one_that_is_read(
+    trained: Path,
+    tiny_model_dir: Path,
+    table: Path,
+    run: Callable[..., str],
+    failing: Callable[..., str],
+) -> None:
+    again = train_arguments(tiny_model_dir, table, trained, "--overwrite")
+    run("evaluate", trained, "--data", table, "--calibrate-conformal")
+    run("predict", trained, "--data", table, "--coverage", 0.8)
+    run(*again, "--seed", 1)
+    assert "no conformal calibration" in failing(
+        "predict", trained, "--data", table, "--coverage", 0.8
+    )
+    # transformers would put an adapter that is still there on the base model
+    run(*again, "--method", "full")
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    run(*again)
+    assert not (trained / "model.safetensors").exists()
 
 
 def test_predict_streams_in_a_pipe(trained: Path) -> None:
@@ -344,12 +374,33 @@ def test_bad_options(
     assert "--rank must be at least 1" in fails("-r", 0)
     assert "--rank must be at least 1" in fails("-r", 0, "--method", "lora")
     assert "No modules" in fails("--set", "method_options.target_modules=[nowhere]")
+    for unmatched in (
+        *("target_modules=[query, nowhere]", "modules_to_save=[nowhere]"),
+        *("exclude_modules=[nowhere]", "rank_pattern={nowhere: 2}", "alpha_pattern={nowhere: 2}"),
+    ):
+        option = f"method_options.{unmatched}"
+        assert re.search(rf"{option.partition('=')[0]}: .*'nowhere'", fails("--set", option))
     assert "did you mean 'learning_rate'" in fails("--set", "training.learning_rat=1")
     assert "--max-length" in fails("--max-length", 0)
     assert "no complete checkpoint" in fails("--resume")
     assert "cannot load the base model" in failing(
         *train_arguments(tmp_path, table, tmp_path / "out")
     )
+
+
+def test_options_without_effect_are_refused_before_the_work(
+    trained: Path, table: Path, failing: Callable[..., str]
+) -> None:
+    evaluate = ["evaluate", trained, "--data", table]
+    assert "--calibrate-risk" in failing(*evaluate, "--calibrate-delta", 0.2)
+    task = json.loads((trained / "text_task.json").read_text())
+    for kind, option in (
+        ("regression", ("--calibrate-risk", 0.1)),
+        ("multi-label", ("--calibrate-conformal",)),
+    ):
+        (trained / "text_task.json").write_text(json.dumps({**task, "task": kind}))
+        assert option[0] in failing(*evaluate, *option)
+        assert "abstention.json" not in {path.name for path in trained.iterdir()}
 
 
 def test_damaged_adapters(trained: Path, table: Path, failing: Callable[..., str]) -> None:

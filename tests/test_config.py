@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import bara
 from bara import BaraConfig, BaraError
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import check_recipe
-from helpers import TinyNet, adapt, layer_posterior, stir, tiny_llama
+from helpers import CONFIGS, TinyNet, adapt, layer_posterior, stir, tiny_llama
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -192,3 +192,37 @@ def test_the_strength_multiplies_the_kl_and_the_noise(tmp_path):
         assert noise[3.0] == pytest.approx(3 * noise[1.0])
     with pytest.raises(bara.BaraError, match="strength must be"):
         BaraConfig(strength=0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "without"),
+    [
+        ("mc-dropout", {}, {"kl_weight": 0.5}),
+        ("mc-dropout", {}, {"strength": 2.0}),
+        ("mc-dropout", {}, {"warmup": 0.2}),
+        *((m, {}, {"local_kl_weight": 0.1}) for m in CONFIGS if m != "bara"),
+        *((m, {}, {"granularity": "token"}) for m in CONFIGS if m not in ("bara", "balora")),
+        ("bara", {"global_gate": False}, {"global_prior": 0.3}),
+        ("bara", {"local_gate": False}, {"local_prior": 0.3}),
+        ("bara", {"local_gate": False}, {"init_local_logit": 0.0}),
+        ("bara", {"local_gate": False}, {"granularity": "sequence"}),
+        ("bara", {"factor_noise": False}, {"noise_prior": 0.5}),
+        ("bara", {"factor_noise": False}, {"init_noise": 0.1}),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused(method, options, without, tmp_path):
+    (name,) = without
+    with pytest.raises(BaraError, match=f"{name} = .* has no effect"):
+        CONFIGS[method](r=4, **options, **without)
+    config = CONFIGS[method](r=4, **options)
+    assert replace(config) == config  # what was filled in is no choice of the user
+    # and an adapter that an earlier version saved with it is still read
+    adapt(TinyNet(), method, target_modules=["layer"], **options).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **without}))
+    loaded = PeftModel.from_pretrained(TinyNet(), tmp_path)
+    assert getattr(loaded.peft_config["default"], name) == without[name]
+
+
+def test_a_weight_of_nothing_may_be_0():
+    assert CONFIGS["mc-dropout"](kl_weight=0, local_kl_weight=0).kl_weight == 0

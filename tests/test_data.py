@@ -82,7 +82,11 @@ def test_a_split_of_what_is_here_is_refused(tmp_path: Path, source: str) -> None
         ("latin.jsonl", '{"text": "café"}'.encode("latin-1"), "not UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("list.jsonl", b"[1]\n", "one JSON object on each line"),
-        ("mixed.jsonl", b'{"label": 1}\n{"label": "a"}\n', "mixes types"),
+        (
+            "mixed.jsonl",
+            b'{"label": 1}\n{"label": "a"}\n',
+            "column 'label' mixes types, with 'a' in row 2",
+        ),
         ("bad.json", b'{"text": "a"}', "a list of JSON objects"),
         ("bad.parquet", b"PAR1 and no more", "not a readable Parquet"),
         ("table.xlsx", b"PK", "unknown file type"),

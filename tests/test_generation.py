@@ -369,6 +369,8 @@ def test_bad_input_is_one_clear_line(model, tokenizer, tiny_bert, tmp_path):
     refused("num_draws must be at least 1", num_draws=0, max_new_tokens=3)
     refused("generate: ", max_new_tokens=3, no_such_option=1)
     refused("with prompt_lookup_num_tokens is not supported", prompt_lookup_num_tokens=3)
+    for option, value in (("temperature", 0.7), ("top_p", 0.9), ("top_k", 5)):
+        refused(f"{option} has no effect without do_sample", **{option: value}, max_new_tokens=3)
     refused("with guidance_scale is not supported", guidance_scale=1.5)
     too_long = "5 tokens and 60 new ones does not fit the model's context of 64"
     refused(too_long, generation_config=GenerationConfig(max_new_tokens=60))

@@ -118,6 +118,8 @@ def test_a_language_model_learns_answers_and_abstains(capsys, monkeypatch, base,
         (["--chat"], "chat = False, not True"),
     ]:
         assert differs in run(capsys, *refused, *other, code=1)
+    twice = ["generate", out, "x", "--max-new-tokens", 3, "--set", "max_new_tokens=4"]
+    assert "--max-new-tokens or --set" in run(capsys, *twice, code=1)
     assert "num_draws = 4, not 8" in run(
         capsys, "generate", out, "x", "--abstain-at-risk", 0.3, code=1
     )

@@ -44,12 +44,14 @@ def base_dir(tmp_path_factory, tiny_tokenizer):
 
 
 def train(base_dir, output, method, *, validation=TABLE, training=None, seed=0, **options):
-    by_steps = {"learning_rate": 0.02, **TRAINING} if parse_method(method)[0].by_steps else {}
+    known, _ = parse_method(method)
+    by_steps = {"learning_rate": 0.02, **TRAINING} if known.by_steps else {}
+    rank = {"r": 4} if known.knows("r") else {}
     recipe = TrainRecipe(
         model=str(base_dir),
         output=str(output),
         method=method,
-        method_options={"r": 4, **OPTIONS.get(method.partition("+")[0], {}), **options},
+        method_options={**rank, **OPTIONS.get(method.partition("+")[0], {}), **options},
         training={**by_steps, **(training or {})},
         seed=seed,
     )

@@ -15,7 +15,17 @@ from torch import nn
 
 import bara
 from bara import BaloraConfig, BaraConfig, BaraError
-from helpers import CONFIGS, TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import (
+    CONFIGS,
+    TinyConv,
+    TinyNet,
+    adapt,
+    granular,
+    layer_posterior,
+    stir,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 METHODS = list(CONFIGS)
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
@@ -151,8 +161,9 @@ def test_disabled_adapters_train_without_kl_and_without_complaint():
 @pytest.mark.parametrize("method", METHODS)
 def test_mixed_batches(method, tiny_bert):
     """Every row under its own adapter, with padding, in mean mode and under draws."""
-    model = stir(adapt(tiny_bert, method, task_type="SEQ_CLS", granularity="sequence"))
-    config = CONFIGS[method](r=4, num_observations=9, task_type="SEQ_CLS", granularity="sequence")
+    pooled = {"task_type": "SEQ_CLS", **granular(method, "sequence")}
+    model = stir(adapt(tiny_bert, method, **pooled))
+    config = CONFIGS[method](r=4, num_observations=9, **pooled)
     model.add_adapter("other", config)
     model.set_adapter("other")
     stir(model, seed=2)

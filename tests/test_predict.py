@@ -196,6 +196,13 @@ def test_bad_input(model, tiny_bert):
         bara.predict(model, rows(), batch_size=0)
     with pytest.raises(BaraError, match="labels"):
         bara.evaluate(model, rows().remove_columns("labels"))
+    partly = [{**row, "labels": None if number == 1 else 0} for number, row in enumerate(rows())]
+    with pytest.raises(BaraError, match="'labels' is empty in some rows"):
+        bara.predict(model, partly)
+    with pytest.raises(BaraError, match="some rows have labels and others none"):
+        bara.predict(model, partly, num_draws=1, batch_size=1)
+    with pytest.raises(BaraError, match="noise_variance must be at least 0"):
+        bara.predict(model, rows(), noise_variance=-1)
     with pytest.raises(BaraError, match="no Bayesian adapter"):
         bara.effective_rank(type(tiny_bert)(tiny_bert.config), rows())
     language = adapt(tiny_llama(), task_type="CAUSAL_LM")

@@ -146,6 +146,7 @@ def test_the_command(tmp_path, adapter, data, run, failing):
     assert first["id"] == "1-0"
     assert "--executor" in failing(*given[:-6], "--workers", 2)
     assert "--abstain-at-risk" in failing(*given, "--abstain-at-risk", 0.1)
+    assert "--workers is for --executor ray" in failing(*given, "--workers", 2)
 
 
 def test_workers_on_ray_one_of_them_killed(tmp_path, adapter):

@@ -185,7 +185,7 @@ def test_a_probe_of_numbers_knows_its_noise(base_dir, tmp_path):  # noqa: F811
 def test_refusals(base_dir, tmp_path, failing):  # noqa: F811
     with pytest.raises(BaraError, match="prior_variance must be > 0"):
         ProbeOptions(prior_variance=0.0)
-    with pytest.raises(BaraError, match=r"trains a head and no adapter.*use_dora"):
+    with pytest.raises(BaraError, match=r"there is no .use_dora.; known: num_folds"):
         train(base_dir, tmp_path / "a", "probe", use_dora=True)
     TABLE.to_csv(tmp_path / "t.csv", index=False)
     command = ["train", "--model", base_dir, "--data", tmp_path / "t.csv", "--method", "probe"]

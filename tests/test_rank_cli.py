@@ -191,7 +191,7 @@ def test_a_temperature_is_folded_into_the_exported_head(
     temperature = 2.5
     plain = make_adapter(tmp_path, tiny_model_dir, table, "bara")
     tempered = make_adapter(tmp_path, tiny_model_dir, table, "bara", temperature)
-    options = ["--data", table, "--mode", mode, "-n", 2]
+    options = ["--data", table, "--mode", mode, *(["-n", 2] if mode == "draws" else [])]
     found = []
     shown = []
     for adapter, out in ((plain, tmp_path / "p"), (tempered, tmp_path / "t")):
@@ -347,6 +347,11 @@ def test_one_line_for_what_goes_wrong(
         shutil.rmtree(tmp_path / "other")
     for command in ("ranks", "prune", "export"):
         assert "is empty" in failing(command, adapter, "--data", empty, *out)
+    for option in ("--num-draws", "--seed"):
+        assert option in failing("export", adapter, *data, *out, option, 2)
+    for option in (["--patterns"], ["--server", "vllm"]):
+        merged = failing("export", adapter, *data, *out, "--mode", "merged", *option)
+        assert f"{option[0]} is for adapters" in merged
     assert "give two at least" in failing("export", adapter, "--data", one, *out)
     assert "give calibration inputs" in failing("export", adapter, *out)
     assert "give calibration inputs" in failing("export", balora, "--mode", "draws", *out)

@@ -211,3 +211,68 @@ def test_what_training_arguments_take_stays_allowed() -> None:
         if method.by_steps and name not in ("ivon", "laplace"):
             check_recipe(TrainRecipe(model="m", method=name, training=training))
     check_recipe(TrainRecipe(model="m", method="lora", method_options=options))
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "value"),
+    [
+        (None, "scoring", "letter"),
+        ("regression", "stride", 3),
+        ("multi-label", "max_answer_length", 3),
+        ("causal-lm", "text_column", "body"),
+        ("seq2seq", "label_column", "answer"),
+        ("multiple-choice", "text_pair_column", "context"),
+        ("image-classification", "max_length", 64),
+        ("image-classification", "text_column", "body"),
+    ],
+)
+def test_options_that_a_task_has_no_use_for_are_refused(
+    task: str | None, option: str, value: object
+) -> None:
+    recipe = TrainRecipe(model="m", task=task).with_options({option: value})
+    with pytest.raises(BaraError, match=rf"^{option} has no use for .*: leave it out"):
+        check_recipe(recipe)
+    with pytest.raises(BaraError, match=r"^--typed has no use for "):
+        check_recipe(TrainRecipe(model="m", task=task), {option: "--typed"})
+
+
+def test_a_split_of_no_validation_table_is_refused() -> None:
+    recipe = TrainRecipe(model="m", validation_split="test")
+    with pytest.raises(BaraError, match="validation_split"):
+        check_recipe(recipe)
+    check_recipe(recipe.with_options({"validation": "hub/name"}))
+
+
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [("full", "r"), ("probe", "r"), ("probe", "lora_alpha"), ("pvera", "lora_alpha")],
+)
+def test_methods_refuse_the_rank_that_they_do_not_have(method: str, option: str) -> None:
+    recipe = TrainRecipe(model="m", method=method, method_options={option: 4})
+    with pytest.raises(BaraError, match=option):
+        check_recipe(recipe)
+    with pytest.raises(BaraError, match=r"--rank|lora_alpha"):
+        check_recipe(recipe, {"method_options.r": "--rank"})
+
+
+@pytest.mark.parametrize("option", ["inference_mode", "revision", "base_model_name_or_path"])
+def test_fields_that_follow_from_the_recipe_are_no_options(option: str) -> None:
+    recipe = TrainRecipe(model="m", method_options={option: True})
+    with pytest.raises(BaraError, match=f"there is no '{option}'"):
+        check_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("kl_weight", -1.0),
+        ("global_prior", 3.0),
+        ("use_dora", True),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_what_the_configuration_refuses_is_refused_before_a_model_is_loaded(
+    option: str, value: object
+) -> None:
+    with pytest.raises(BaraError, match=option):
+        check_recipe(TrainRecipe(model="m", method_options={option: value}))

@@ -384,6 +384,9 @@ BAD = [
     ),
     ("completions", {"prompt": "w4", "prompt_logprobs": 0, "stream": True}, "for a stream"),
     ("completions", {"prompt": "w4", "echo": True, "stream": True}, "for a stream"),
+    ("chat", {"top_p": 0.5}, "top_p needs a temperature"),
+    ("completions", {"prompt": "w4", "top_p": 0.5}, "top_p needs a temperature"),
+    ("chat", {"top_logprobs": 2}, "top_logprobs needs logprobs"),
     ("chat", {"prompt_logprobs": 0}, "prompt_logprobs is not supported here"),
 ]
 

@@ -83,7 +83,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: BertTokenizer
 def train_options(task: str, base: Path, table: Path, output: Path, *more: object) -> list[Any]:
     return [
         *("train", "--task", task, "--model", base, "--data", table, "--output", output),
-        *("-r", 4, "--epochs", 2, "--batch-size", 6, *OPTIONS[task], *more),
+        *(() if "full" in more else ("-r", 4)),
+        *("--epochs", 2, "--batch-size", 6, *OPTIONS[task], *more),
     ]
 
 

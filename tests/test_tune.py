@@ -20,6 +20,7 @@ from bara.finetuning.tune import tune
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import check_recipe
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
+from encoder_decoders import ending_tokenizer, tiny_seq2seq
 from helpers import TinyNet
 from test_methods import TABLE, base_dir  # noqa: F401  (a fixture)
 
@@ -202,6 +203,25 @@ def test_the_command_trains_and_its_recipe_trains(base_dir, tmp_path, run):  # n
     assert "the probe's" in printed
     run("train", "--config", tmp_path / "out" / "recipe.yaml", "--output", tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_an_encoder_decoder_is_tuned_by_its_likelihood(tmp_path):
+    tiny_seq2seq("t5").save_pretrained(tmp_path / "t5")
+    ending_tokenizer().save_pretrained(tmp_path / "t5")
+    pairs = Dataset.from_list(
+        [{"prompt": f"w{i}", "completion": f"w{i + 1}"} for i in range(4, 12)]
+    )
+    recipe = TrainRecipe(
+        model=str(tmp_path / "t5"), task="seq2seq", method="lora", training={"save_strategy": "no"}
+    )
+    ranges = {"epochs": (1, 1), "learning_rate": (1e-3, 1e-3)}
+    found = tune(recipe, tmp_path / "out", pairs, num_trials=1, num_folds=2, ranges=ranges)
+    assert found.best.metrics["nll"] > 0
+
+
+def test_folds_of_a_validation_table_are_refused(tmp_path, failing):
+    command = ["tune", "--model", "m", "--data", "d.csv", "--validation", "v.csv", "--folds", 3]
+    assert "--folds" in failing(*command, "--output", tmp_path / "out")
 
 
 def test_trials_run_side_by_side(tmp_path, quick, monkeypatch):

@@ -19,7 +19,7 @@ from transformers import StoppingCriteria
 
 from bara.errors import BaraError
 from bara.finetuning.load import load_adapter
-from bara.language.generation import generate
+from bara.language.generation import SAMPLED, generate
 from bara.language.likelihood import continuation_log_probs
 from bara.language.prompts import context, render_chat, require_decoder, token_ids
 
@@ -175,7 +175,8 @@ class BaraLM(TemplateLM):
             stops = [until] if isinstance(until, str) else list(until)
             options["max_new_tokens"] = options.pop("max_gen_toks", MAX_NEW_TOKENS)
             if not options.get("do_sample"):  # what would then be unused
-                options.pop("temperature", None)
+                for name in SAMPLED:
+                    options.pop(name, None)
             if stops:
                 options["stopping_criteria"] = [_Until(self.tokenizer, stops)]
             answer = generate(

@@ -140,7 +140,11 @@ def refuse_unknown(names: Mapping[str, Any] | list[str], known: Any, where: str)
     for name in names:
         if name not in known:
             near = get_close_matches(str(name)[:LONGEST_SHOWN], known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"known: {', '.join(sorted(known)) or 'none'}"
+            )
             raise BaraError(f"{where}: there is no {shown(name)}; {hint}")
 
 

@@ -66,11 +66,11 @@ def against_frozen(model: nn.Module, nll: float) -> str | None:
     verdict = (
         "this adapter is better."
         if nll < frozen
-        else "it does as well, so that rank 0 is enough here (bara train --method probe)."
+        else "it does as well, so that rank 0 is enough here."
     )
     return (
         f"A linear head on the frozen model had an nll of {frozen:.4f}, cross-validated on the "
-        f"training's texts: {verdict}"
+        f"training's examples: {verdict}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from bara.bench.protocol import Select, check_labels, labels_of
 from bara.bench.tasks import check_task, task_version
 from bara.errors import BaraError
-from bara.methods.recipe import BY_STEPS, TrainRecipe, read_yaml
+from bara.methods.recipe import BY_STEPS, METHOD_DEFAULTS, TrainRecipe, read_yaml
 from bara.methods.table import check_recipe, parse_method
 from bara.schema import MAX_DRAWS, SEEDS, refuse_unknown, shown
 
@@ -351,15 +351,18 @@ class Benchmark:
 
 def recipe_of(cell: Cell, output: str | Path, task: str | None = None) -> TrainRecipe:
     """How `finetune` trains a cell; the model is still the benchmark's name."""
+    method, _ = parse_method(cell.method)
     training = {"num_train_epochs": cell.epochs, **cell.training}
-    if not parse_method(cell.method)[0].by_steps:
+    if not method.by_steps:
         training = {k: v for k, v in training.items() if k not in BY_STEPS}
+    given = cell.method_options.items()  # every method gets the benchmark's rank; some have none
+    options = {k: v for k, v in given if k not in METHOD_DEFAULTS or method.knows(k)}
     return TrainRecipe(
         model=cell.model,
         output=str(output),
         task=task,
         method=cell.method,
-        method_options=cell.method_options,
+        method_options=options,
         model_options=cell.model_options,
         training=training,
         max_length=cell.max_length,

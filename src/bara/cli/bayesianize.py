@@ -43,7 +43,7 @@ def bayesianize(
     force: Force = False,
 ) -> None:
     """Give a LoRA adapter that was trained elsewhere a posterior, without training."""
-    from bara.cli.terminal import require_output
+    from bara.cli.terminal import require_output, say_next
     from bara.cli.train import parse_options
     from bara.finetuning.bayesianize import bayesianize as fit
     from bara.machine import quieten_libraries
@@ -77,3 +77,4 @@ def bayesianize(
     print(f"{method} on {made.num_texts} rows: {found}.")
     print(f"Negative log-likelihood of these rows: {made.mean_nll:.4f} as the adapter was,")
     print(f"{made.mixture_nll:.4f} as the mixture of 10 draws. The posterior is in {output}.")
+    say_next(["bara", "evaluate", output, "--data", "LABELLED"])

@@ -21,6 +21,9 @@ from bara.cli.options import (
 )
 from bara.schema import json_text
 
+CONFORMAL_TASKS = ("classification", "regression", "multiple-choice", "image-classification")
+"""What has prediction sets, or intervals."""
+
 
 def evaluate(
     adapter: Adapter,
@@ -39,9 +42,12 @@ def evaluate(
         ),
     ] = None,
     calibrate_delta: Annotated[
-        float,
-        Option(callback=probability, help="Probability that the calibrated risk is not kept."),
-    ] = 0.1,
+        float | None,
+        Option(
+            callback=probability,
+            help="Probability that the calibrated risk is not kept; 0.1 by default.",
+        ),
+    ] = None,
     calibrate_conformal: Annotated[
         bool,
         Option("--calibrate-conformal", help="Also calibrate the sets of `predict --coverage`."),
@@ -78,8 +84,17 @@ def evaluate(
 
     quieten_libraries()
     task = read_task(adapter)
-    if calibrate_conformal and task.task == "causal-lm":
-        raise BaraError("--calibrate-conformal is not for causal-lm adapters: leave it out")
+    if calibrate_delta is not None and calibrate_risk is None:
+        raise BaraError("--calibrate-delta is of --calibrate-risk: give that too, or leave it out")
+    if calibrate_risk is not None and task.task == "regression":
+        raise BaraError(
+            "--calibrate-risk is not for regression, which has no errors to count: leave it out"
+        )
+    if calibrate_conformal and task.task not in CONFORMAL_TASKS:
+        raise BaraError(
+            f"--calibrate-conformal is for {', '.join(CONFORMAL_TASKS)}, and this adapter for "
+            f"{task.task}: leave it out"
+        )
     table = read_table(data, task, split=split)
     ood_table = None if ood is None else read_table(ood, task)
     decoding = decoding_options(max_new_tokens, generate_options)
@@ -110,7 +125,9 @@ def evaluate(
         console().print(verdict, soft_wrap=True)
     update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
     if calibrate_risk is not None:
-        threshold = calibrate_threshold(selective(), risk=calibrate_risk, delta=calibrate_delta)
+        threshold = calibrate_threshold(
+            selective(), risk=calibrate_risk, delta=calibrate_delta or 0.1
+        )
         conditions: dict[str, Any] = {"num_draws": num_draws, "seed": seed}
         if answers:
             chat = "messages" in table.column_names
@@ -127,8 +144,7 @@ def evaluate(
             )
     if calibrate_conformal:
         save_conformal(adapter, calibrate(selective()), num_draws=num_draws, seed=seed)
-        print(f"Calibrated by {len(table)} texts. Next:")
-        print(f"  bara predict {adapter} --data TABLE --coverage 0.9")
+        print(f"Prediction sets or intervals are calibrated by {len(table)} {inputs}.")
     if json_file is not None:
         content: dict[str, Any] = {
             "adapter": str(adapter),
@@ -146,6 +162,8 @@ def evaluate(
     use = ["generate", adapter, "PROMPT"] if language else ["predict", adapter, "--data", "TABLE"]
     if calibrate_risk is not None:
         use += ["--abstain-at-risk", f"{calibrate_risk:g}"]
+    if calibrate_conformal:
+        use += ["--coverage", 0.9]
     say_next(["bara", *use])
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from typer import Option
 
-from bara.cli.options import Adapter, BaseModel, BatchSize, Force, HeldOut, Seed
-from bara.schema import MAX_DRAWS
+from bara.cli.options import Adapter, BaseModel, BatchSize, Force, HeldOut
+from bara.schema import MAX_DRAWS, SEEDS
 
 
 def export(
@@ -22,9 +22,12 @@ def export(
     ] = None,
     held_out: HeldOut = None,
     num_draws: Annotated[
-        int, Option("--num-draws", "-n", min=1, max=MAX_DRAWS, help="Adapters of draws.")
-    ] = 10,
-    seed: Seed = 0,
+        int | None,
+        Option("--num-draws", "-n", min=1, max=MAX_DRAWS, help="Adapters of draws; 10 by default."),
+    ] = None,
+    seed: Annotated[
+        int | None, Option(min=0, max=SEEDS - 1, help="Seed of the draws; 0 by default.")
+    ] = None,
     patterns: Annotated[
         bool, Option("--patterns", help="Keep each layer's rank and scaling, as PEFT reads them.")
     ] = False,
@@ -65,6 +68,12 @@ def export(
     require_output(output, adapter, force)
     if load_into is not None and chosen != "draws":
         raise BaraError("--load-into is for --mode draws: a server averages nothing by itself")
+    for option, value in (("--num-draws", num_draws), ("--seed", seed)):
+        if value is not None and chosen != "draws":
+            raise BaraError(f"{option} is for --mode draws, and {chosen} has none: leave it out")
+    for option, given in (("--patterns", patterns), ("--server", server is not None)):
+        if given and chosen == "merged":
+            raise BaraError(f"{option} is for adapters, and merged is a whole model: leave it out")
     if api_key_file is not None and load_into is None:
         raise BaraError("--api-key-file is for the server of --load-into: give that too")
     if held_out is not None and data is None:
@@ -97,8 +106,8 @@ def export(
         mode=chosen,
         data=fit,
         held_out=measure,
-        num_draws=num_draws,
-        seed=seed,
+        num_draws=10 if num_draws is None else num_draws,
+        seed=seed or 0,
         patterns=patterns,
         server="vllm" if load_into is not None and server is None else server,
         overwrite=force,

@@ -64,6 +64,8 @@ def generate(
     decoding = decoding_options(max_new_tokens, options)
     settings = {"num_draws": num_draws, "seed": seed, **decoding}
     talks = prompt is None and data is None and sys.stdin.isatty()
+    if talks and output != "-":
+        raise BaraError("--output is for answers to a prompt or --data: give one of them")
     threshold = None
     if abstain_at_risk is not None:
         conditions: dict[str, Any] = {"measure": "answers", "num_draws": num_draws, "seed": seed}
@@ -94,9 +96,14 @@ def generate(
 def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> dict[str, Any]:
     """What --max-new-tokens and --set say, as options of `bara.generate`."""
     from bara.cli.train import parse_options
+    from bara.errors import BaraError
 
-    length = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    return length | parse_options(options or [])
+    given = parse_options(options or [])
+    if max_new_tokens is None:
+        return given
+    if "max_new_tokens" in given:
+        raise BaraError("give --max-new-tokens or --set max_new_tokens, not both")
+    return {"max_new_tokens": max_new_tokens} | given
 
 
 def _rows(prompt: str | None, data: str | None) -> Iterable[Any]:

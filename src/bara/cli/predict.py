@@ -109,20 +109,21 @@ def predict(
     conformal = (
         None if coverage is None else load_conformal(adapter, num_draws=num_draws, seed=seed)
     )
+    source = "standard input" if data == "-" else data
     with ExitStack() as files:
         rows = _read(data, split, read_task(adapter), files)
         total = row_count(rows, data)
         chunks = _chunks(rows)
         first_chunk = next(chunks, None)
         if first_chunk is None:
-            raise BaraError(f"{data} has no rows; give at least one")
+            raise BaraError(f"{source} has no rows; give at least one")
         model, tokenizer, task = load_adapter(adapter, base_model=base_model)
 
         def predicted() -> Iterator[str]:
             done = 0
             with tqdm(desc="predicting", unit="text", total=total, disable=None) as bar:
                 for chunk in chain([first_chunk], chunks):
-                    table = table_from_records(chunk, data)
+                    table = table_from_records(chunk, source, first_row=done + 1)
                     if isinstance(task, ImageTask):
                         table = located(table, Path())
                     predictive = predict_table(

@@ -55,6 +55,8 @@ def predict_files(
     for name, value in refused.items():
         if value is not None:
             raise BaraError(f"{name} does not go with --executor")
+    if options["workers"] > 1 and options["executor"] == Executors.local:
+        raise BaraError("--workers is for --executor ray: local has one")
     if "-" in (data, output):
         raise BaraError("--executor reads and writes files: give --data and --output")
     quieten_libraries()

@@ -33,7 +33,7 @@ def review(
     """
     from rich.table import Table
 
-    from bara.cli.terminal import console, extended_rows
+    from bara.cli.terminal import console, extended_rows, say_next
     from bara.data.tables import check_output_table, write_table
     from bara.evaluation.abstention import load_threshold
     from bara.evaluation.review import review as sort
@@ -50,7 +50,14 @@ def review(
     table = read_table(data, read_task(adapter), split=split)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     predictive = predict_table(
-        model, tokenizer, task, table, labels=False, batch_size=batch_size, **options
+        model,
+        tokenizer,
+        task,
+        table,
+        labels=False,
+        command="review",
+        batch_size=batch_size,
+        **options,
     )
     found = sort(predictive, threshold)
     index = found.order.tolist()
@@ -83,3 +90,5 @@ def review(
             soft_wrap=True,
         )
     terminal.print(f"{output} has all of them, the most uncertain first.", soft_wrap=True)
+    if threshold is None:
+        say_next(["bara", "evaluate", adapter, "--data", "LABELLED", "--calibrate-risk", 0.1])

@@ -34,7 +34,7 @@ def select(
     The chosen rows are written with their number in the pool and their scores in nats, the first
     to label first.
     """
-    from bara.cli.terminal import extended_rows
+    from bara.cli.terminal import extended_rows, say_next
     from bara.data.tables import check_output_table, write_table
     from bara.evaluation.acquisition import FEATURES, check_strategy
     from bara.evaluation.acquisition import select as choose
@@ -50,7 +50,15 @@ def select(
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": None}
     predictive = predict_table(
-        model, tokenizer, task, table, labels=False, num_draws=num_draws, seed=seed, **options
+        model,
+        tokenizer,
+        task,
+        table,
+        labels=False,
+        command="select",
+        num_draws=num_draws,
+        seed=seed,
+        **options,
     )
     features = None
     if strategy in FEATURES:
@@ -61,5 +69,6 @@ def select(
     scores = {"bald": chosen.bald[index].tolist(), "entropy": chosen.entropy[index].tolist()}
     write_table(output, extended_rows(table, index, scores, data))
     if output != "-":
-        print(f"{output} has {k} of the {len(table)} rows, the first to label first. Next:")
-        print("  label them, and train on them with the texts that had labels already: bara train")
+        print(f"{output} has {k} of the {len(table)} rows, the first to label first.")
+        print("Label them, and train on them with the texts that had labels already.")
+        say_next(["bara", "train", "--data", "LABELLED"])

@@ -84,6 +84,7 @@ def train(
     """Fine-tune a model on a table of texts; writes an adapter folder."""
     from bara.cards.adapter_files import RECIPE_FILE
     from bara.cli.terminal import say_next
+    from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.finetuning.checkpoints import CHECKPOINTS
     from bara.finetuning.finetune import finetune
@@ -98,6 +99,8 @@ def train(
     earlier = Path(output or recipe.output) / CHECKPOINTS / RECIPE_FILE
     if resume and config is None and earlier.is_file():
         recipe = TrainRecipe.load(earlier)
+    elif resume and config is None and model is None:
+        raise BaraError(f"{earlier.parent} has no run to resume; give its folder with --output")
     typed: dict[str, Any] = {
         "model": model,
         "data": data,

@@ -30,7 +30,9 @@ def tune(
         int, Option(min=1, max=10_000, help="In all, with those of earlier runs.")
     ] = 20,
     jobs: Annotated[int, Option(min=1, max=1024, help="Trials at a time.")] = 1,
-    folds: Annotated[int, Option(min=2, max=1000, help="Of the cross-validation.")] = 5,
+    folds: Annotated[
+        int | None, Option(min=2, max=1000, help="Of the cross-validation; 5 by default.")
+    ] = None,
     num_draws: Annotated[int, Option(min=1, max=MAX_DRAWS, help="Posterior draws.")] = 10,
     learning_rate: Annotated[
         tuple[float, float] | None, Option(help="Least and largest learning rate.")
@@ -54,9 +56,9 @@ def tune(
     """
     from bara.cli.terminal import console
     from bara.cli.train import parse_options
+    from bara.errors import BaraError
     from bara.finetuning.tune import PICTURE_FILE, RECIPE_FILE, TABLE_FILE
     from bara.finetuning.tune import tune as search
-    from bara.language.tasks import LANGUAGE_TASKS
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
     from bara.models.gguf import smollm2_path
@@ -73,8 +75,10 @@ def tune(
     }
     given = {name: value for name, value in typed.items() if value is not None}
     recipe = recipe.with_options({**parse_options(options or []), **given})
-    if recipe.task in LANGUAGE_TASKS and not recipe.model:
+    if recipe.task in ("causal-lm", "multiple-choice") and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
+    if folds is not None and recipe.validation:
+        raise BaraError("--folds are of --data where there is no --validation: leave one out")
     ranges = {"learning_rate": learning_rate, "epochs": epochs, "strength": strength}
     tuned = search(
         recipe,
@@ -82,7 +86,7 @@ def tune(
         num_trials=trials,
         jobs=jobs,
         metric=metric,
-        num_folds=folds,
+        num_folds=folds or 5,
         num_draws=num_draws,
         ranges={name: value for name, value in ranges.items() if value is not None},
         report=lambda line: console(stderr=True).print(line, soft_wrap=True),

@@ -238,7 +238,14 @@ def _read_parquet(path: Path) -> Dataset:
         raise BaraError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
-def table_from_records(records: Iterable[dict[str, Any]], name: str) -> Dataset:
+def table_from_records(
+    records: Iterable[dict[str, Any]], name: str, *, first_row: int = 1
+) -> Dataset:
+    """A table of its rows; what a row lacks is empty.
+
+    Raises:
+        BaraError: a column has values of types that do not go together; the message has the first.
+    """
     import pyarrow as pa
     from datasets import Dataset
 
@@ -250,7 +257,18 @@ def table_from_records(records: Iterable[dict[str, Any]], name: str) -> Dataset:
     try:
         return Dataset.from_dict(columns)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        raise BaraError(f"{name}: a column mixes types: {first_line(error)}") from error
+        raise BaraError(f"{name}: {_mixed(columns, first_row)}: {first_line(error)}") from error
+
+
+def _mixed(columns: dict[str, list[Any]], first_row: int) -> str:
+    """The first column with values of different types, and its first row that differs."""
+    for name, values in columns.items():
+        given = [(row, value) for row, value in enumerate(values, first_row) if value is not None]
+        for row, value in given:
+            numbers = isinstance(value, int | float) and isinstance(given[0][1], int | float)
+            if type(value) is not type(given[0][1]) and not numbers:
+                return f"column {name!r} mixes types, with {shown(value)} in row {row}"
+    return "a column mixes types"
 
 
 def _load_from_hub(name: str, split: str) -> Dataset:

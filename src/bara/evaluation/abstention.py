@@ -14,7 +14,7 @@ from torch import Tensor
 from bara.errors import BaraError
 from bara.evaluation.metrics import selection
 from bara.files import atomic_write_text
-from bara.prediction.predictive import Predictive
+from bara.prediction.predictive import Predictive, RegressionPredictive
 from bara.schema import field_types, mapping_of, read_json
 
 FILE = "abstention.json"
@@ -81,20 +81,24 @@ def calibrate_threshold(
         seed: of the split.
 
     Raises:
-        BaraError: numbers out of range, NaN, losses outside [0, 1] (as of regression: give a
-            pair), no labels, or too few examples for any threshold to pass.
+        BaraError: numbers out of range, NaN, losses outside [0, 1], predictions of a regression
+            (give a pair), no labels, or too few examples for any threshold to pass.
     """
     for name, value in (("risk", risk), ("delta", delta)):
         if not 0 < value < 1:
             raise BaraError(f"{name} must lie between 0 and 1, not {value!r}")
+    if isinstance(predictive, RegressionPredictive):  # squared errors, which may happen to be small
+        raise BaraError(
+            "a regression has no errors to count: give a pair (uncertainty, loss), e.g. whether "
+            "the error is too large"
+        )
     pair = predictive if isinstance(predictive, tuple) else selection(predictive)
     uncertainty, loss = (torch.as_tensor(values).cpu().double() for values in pair)
     if uncertainty.shape != loss.shape or loss.dim() != 1:
         raise BaraError("uncertainty and loss must be one number for each example")
     if uncertainty.isnan().any() or loss.isnan().any() or ((loss < 0) | (loss > 1)).any():
         raise BaraError(
-            "the losses must lie in [0, 1], and neither they nor the uncertainties be NaN: for a "
-            "regression give a pair (uncertainty, loss), e.g. whether the error is too large"
+            "the losses must lie in [0, 1], and neither they nor the uncertainties be NaN"
         )
     needed = math.ceil(math.log(delta) / math.log1p(-risk)) * LEARNING_SHARE / (LEARNING_SHARE - 1)
     if len(loss) < needed + 1:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bara.errors import BaraError
+from bara.evaluation.abstention import TYPED
 from bara.evaluation.metrics import selection
 from bara.files import atomic_write_bytes
 from bara.prediction.predictive import (
@@ -228,8 +229,8 @@ def load_conformal(folder: str | Path, **conditions: Any) -> Conformal:
         raise BaraError(f"{path} is damaged: remove it and calibrate again") from error
     for name, was, value in differing:
         raise BaraError(
-            f"the conformal calibration was made with {name} = {was}, not {value}: use that, or "
-            "calibrate again"
+            f"the conformal calibration was made with {name} = {was}, not {value}"
+            f"{TYPED.get(name, '')}: use that, or calibrate again"
         )
     return conformal
 

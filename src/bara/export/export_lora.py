@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from bara.adapter.inspection import bayesian_adapter, copy_sharing_base, num_bytes, one_adapter
-from bara.cards.adapter_files import WEIGHTS_FILE
+from bara.cards.adapter_files import LOADED_FILES, WEIGHTS_FILE
 from bara.draws.draws import check_draws, draw_source
 from bara.errors import BaraError
-from bara.evaluation import abstention
+from bara.evaluation import abstention, conformal
 from bara.evaluation.difference import Difference, difference
 from bara.export import client
 from bara.export.card import write_export_card, write_merged_card
@@ -240,7 +240,8 @@ def _task(model: PeftModel) -> tuple[str, list[str] | None]:
 def _outdated(folder: str | Path) -> list[str]:
     """Names that an earlier export left and that would not belong to the new files."""
     draws = [p.name for p in Path(folder).glob("draw-*") if re.fullmatch(r"draw-\d+", p.name)]
-    return [abstention.FILE, *draws, *([MANIFEST_FILE, CLIENT_FILE] if draws else [])]
+    left = [abstention.FILE, conformal.FILE, *LOADED_FILES, *draws]
+    return left + ([MANIFEST_FILE, CLIENT_FILE] if draws else [])
 
 
 def _merged(model: PeftModel, folder: str | Path) -> tuple[Any, int]:

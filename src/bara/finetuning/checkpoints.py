@@ -5,20 +5,34 @@ from __future__ import annotations
 import re
 import shutil
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
-from bara.cards.adapter_files import CONFIG_FILE, MODEL_FILE, RECIPE_FILE, WEIGHTS_FILE
+from bara.cards.adapter_files import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    RECIPE_FILE,
+    TASK_FILE,
+    WEIGHTS_FILE,
+)
 from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
+from bara.finetuning.task_inputs import load_task
+from bara.language.tasks import Task
 from bara.methods.recipe import TrainRecipe
-from bara.schema import read_json
+from bara.schema import read_json, shown
 from bara.training.trainer import COMPLETE
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "trainer_state.json"
 WEIGHTS = (WEIGHTS_FILE, MODEL_FILE, f"{MODEL_FILE}.index.json")
+UNCHANGED = (
+    *("model", "method", "method_options", "task", "scoring"),
+    *("text_column", "text_pair_column", "label_column"),
+)
+"""What a run that is resumed learns, and with what."""
 ZIP_FILES = {
     "optimizer.pt": "optimizer.pt",
     "scheduler.pt": "scheduler.pt",
@@ -56,7 +70,7 @@ def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: 
         assert checkpoint is not None
         _require_whole(checkpoint)
         earlier = TrainRecipe.load(output / CHECKPOINTS / RECIPE_FILE)
-        for name in ("model", "method", "method_options"):
+        for name in UNCHANGED:
             if (before := getattr(earlier, name)) != getattr(recipe, name):
                 raise BaraError(
                     f"the run in {output} has {name} = {before}: it can only be resumed with that"
@@ -69,14 +83,31 @@ def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: 
         )
 
 
-def prepare_checkpoints(folder: Path, recipe: TrainRecipe, *, resume: bool) -> Path | None:
+def prepare_checkpoints(
+    folder: Path, recipe: TrainRecipe, task: Task, *, resume: bool
+) -> Path | None:
+    """Makes the folder ready for a run; returns the checkpoint that it goes on from.
+
+    Raises:
+        BaraError: the run that is resumed learned another task, as other data may make of the
+            recipe, or the folder cannot be written.
+    """
     checkpoint = newest_checkpoint(folder) if resume else None
+    if checkpoint and (folder / TASK_FILE).is_file():
+        earlier, now = asdict(load_task(folder)), asdict(task)
+        for name in now:
+            if name != "max_length" and earlier.get(name) != now[name]:
+                raise BaraError(
+                    f"the run in {folder.parent} has {name} = {shown(earlier.get(name))}, and this "
+                    f"table {shown(now[name])}: resume it with the table that it began with"
+                )
     try:
         for other in folder.glob("checkpoint-*"):
             if not (resume and (other / COMPLETE).exists()):
                 shutil.rmtree(other)
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(folder / RECIPE_FILE, recipe.to_yaml())
+        task.save(folder / TASK_FILE)
     except OSError as error:
         raise BaraError(f"cannot write to {folder}: {error.strerror}") from error
     return checkpoint

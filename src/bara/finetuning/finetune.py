@@ -39,7 +39,7 @@ from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import Method, check_recipe, parse_method
-from bara.models.base import load_base, load_processor, load_tokenizer
+from bara.models.base import load_base, load_processor, load_tokenizer, require_modules
 from bara.posteriors.certified import CertifiedConfig
 from bara.posteriors.config import BayesianConfig
 from bara.prediction.batches import pad_rows
@@ -156,7 +156,7 @@ def _finetune(
         with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bf16):
             temperature = base_temperature(model, tokenizer, train, task, recipe.seed)
         set_temperature(model, temperature)
-    checkpoint = prepare_checkpoints(output / CHECKPOINTS, recipe, resume=resume)
+    checkpoint = prepare_checkpoints(output / CHECKPOINTS, recipe, task, resume=resume)
     if method.ensemble:
         _train_members(model, method, recipe, task, data)
     elif method.fit is not None:
@@ -337,11 +337,13 @@ def build_model(recipe: TrainRecipe, method: Method, task: Task) -> tuple[Any, A
     saved = [*(options.get("modules_to_save") or []), *new_modules]
     options["modules_to_save"] = saved or None
     try:
-        return get_peft_model(base, method.config(**options)), tokenizer
+        model = get_peft_model(base, method.config(**options))
     except BaraError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise BaraError(f"method {recipe.method}: {first_line(error)}") from error
+    require_modules(model, recipe.method_options)
+    return model, tokenizer
 
 
 def attention_projections(model: nn.Module) -> list[str] | str:

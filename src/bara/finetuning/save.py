@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
+from bara.cards.adapter_files import LOADED_FILES, RECIPE_FILE, TASK_FILE
 from bara.draws.draws import draw_source
 from bara.errors import BaraError
-from bara.evaluation import abstention
+from bara.evaluation import abstention, conformal
 from bara.files import atomic_directory
 from bara.language.tasks import Task
 from bara.methods.recipe import TrainRecipe
@@ -21,6 +21,10 @@ from bara.prediction.temperature import save_temperature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OF_EARLIER_WEIGHTS = (abstention.FILE, conformal.FILE, *LOADED_FILES)
+"""Files of an earlier run that this one does not write over: what was calibrated on its weights,
+and its adapter where a whole model comes, which transformers would load instead."""
 
 
 def save_adapter(
@@ -47,8 +51,7 @@ def save_adapter(
                 f"the weights of {name} are not finite after training, so the adapter was not "
                 "saved; lower training.learning_rate"
             )
-    # A threshold for abstaining is one of the weights that it was calibrated on.
-    with atomic_directory(folder, drop=(abstention.FILE,)) as temporary:
+    with atomic_directory(folder, drop=OF_EARLIER_WEIGHTS) as temporary:
         options: dict[str, Any] = (
             {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
         )

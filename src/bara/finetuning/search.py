@@ -20,6 +20,7 @@ from bara.finetuning.finetune import finetune, read_train, task_of
 from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import model_inputs, predict_table, read_table
 from bara.language.evaluation import token_metrics
+from bara.language.tasks import GENERATING_TASKS
 from bara.methods.recipe import BY_STEPS, TrainRecipe
 from bara.methods.table import parse_method
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
@@ -192,7 +193,7 @@ def held_out_score(
 def _score(recipe: TrainRecipe, table: Dataset, num_draws: int) -> Score:
     model, tokenizer, task = load_adapter(recipe.output)
     options: dict[str, Any] = {"num_draws": num_draws, "seed": recipe.seed, "progress": False}
-    if task.task == "causal-lm":
+    if task.task in GENERATING_TASKS:
         return Score(token_metrics(model, model_inputs(table, tokenizer, task), **options), None)
     predictive = predict_table(model, tokenizer, task, table, **options)
     kept = predictive if isinstance(predictive, Predictive) else None

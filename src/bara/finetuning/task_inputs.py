@@ -126,6 +126,7 @@ def predict_table(
     *,
     labels: bool = True,
     first_row: int = 1,
+    command: str = "predict",
     **options: Any,
 ) -> Predictive:
     """The predictive distribution of a table's texts, questions or images.
@@ -136,6 +137,7 @@ def predict_table(
         labels: whether the rows have labels, which the predictive then keeps; the answers of
             multiple choice are kept where there are any.
         first_row: number of the first row, for messages.
+        command: what the user typed, for messages.
         **options: `num_draws`, `seed`, `deterministic`, `batch_size`, `progress` of `bara.predict`.
 
     Raises:
@@ -148,7 +150,7 @@ def predict_table(
         known = task if labels else None
         return predict(model, image_inputs(table, tokenizer, known, first_row=first_row), **options)
     if isinstance(task, LanguageTask):
-        text_task(task, "predict")  # says what it is for
+        text_task(task, command)  # says what it is for
     inputs = model_inputs(table, tokenizer, task, labels=labels, first_row=first_row)
     predictive = predict(model, inputs, **options)
     if isinstance(predictive, TokenPredictive) and isinstance(task, TagTask):

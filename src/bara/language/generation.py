@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS = 128
+SAMPLED = {"temperature": (0, 1), "top_k": (0,), "top_p": (1,), "min_p": (0,), "typical_p": (1,)}
+"""Options of tokens that are drawn, which greedy decoding does not read, and the values that
+change nothing."""
 REFUSED = (
     *("assistant_model", "prompt_lookup_num_tokens", "guidance_scale"),
     *("decoder_input_ids", "encoder_outputs"),
@@ -148,6 +151,9 @@ class DrawSampler:
         for name in REFUSED:
             if (value := self.setting(name)) is not None and value is not False:
                 raise BaraError(f"Decoding a mixture of draws with {name} is not supported.")
+        for name, idle in SAMPLED.items():
+            if options.get(name) not in (None, *idle) and not self.setting("do_sample"):
+                raise BaraError(f"{name} has no effect without do_sample=True: give both.")
         config = options.get("generation_config")
         new, most = (
             options.get(name, getattr(config, name, None))

@@ -39,6 +39,22 @@ TEMPERED = "+temperature"
 ELSEWHERE = {"output_dir": "output", "seed": "seed", "data_seed": "seed"}
 """Options of `TrainingArguments` that the recipe sets from a field of its own."""
 TASKS = (*TABLE_TASKS, *LANGUAGE_TASKS, IMAGE_TASK)
+READ_BY = {
+    "text_column": tuple(TABLE_TASKS),
+    "text_pair_column": tuple(TABLE_TASKS),
+    "label_column": (*TABLE_TASKS, IMAGE_TASK),
+    "max_length": (*TABLE_TASKS, *LANGUAGE_TASKS),
+    "scoring": ("multiple-choice",),
+    "stride": ("question-answering",),
+    "max_answer_length": ("question-answering",),
+}
+"""Options of a recipe that some tasks have no use for, and the tasks that have."""
+NOT_SET = {
+    *NOT_OPTIONS,
+    *("peft_type", "task_type", "peft_version", "auto_mapping"),
+    *("base_model_name_or_path", "revision", "inference_mode"),
+}
+"""Fields of configurations that follow from the rest of the recipe."""
 MAX_RANK = 65_536
 """More than the width of any model."""
 
@@ -80,6 +96,7 @@ class Method:
         trainer: how it trains.
         package: a package it needs, which is in the extra of the same name.
         tasks: what it can be trained for.
+        head_only: it adapts nothing, and has no options of an adapter.
         mean_pooled: it reads the mean of the last hidden states, whatever the base model's own
             head reads.
         by_steps: it trains by gradient steps, with a learning rate and epochs.
@@ -96,6 +113,7 @@ class Method:
     trainer: type[AdapterTrainer] = AdapterTrainer
     package: str = ""
     tasks: tuple[str, ...] = TASKS
+    head_only: bool = False
     mean_pooled: bool = False
     by_steps: bool = True
     fit: Callable[..., None] | None = None
@@ -113,17 +131,23 @@ class Method:
     def check(self, options: Mapping[str, Any], flags: Mapping[str, str] | None = None) -> None:
         """Raises `BaraError` for an option that is unknown or of a wrong type, or a package that is
         missing; `flags` are what the user typed for an option."""
-        types, schema = _options_of(self.config, self.options)  # type: ignore[arg-type]
-        known = types - {"peft_type", "task_type", *NOT_OPTIONS}
+        known, schema = self._known()
         for option, flag in (flags or {}).items():
             group, _, name = option.partition(".")
             if group == "method_options" and name not in known:
                 raise BaraError(f"{flag} is not for this method ({self.summary}): leave it out")
         refuse_unknown(options, known, "method_options")
         check(schema, options, "method_options", flags=flags)
-        self.own_options(options)
+        self.configure(options)
         if self.package and find_spec(self.package) is None:
             raise BaraError(f"the method needs a package: pip install 'bara-peft[{self.package}]'")
+
+    def knows(self, option: str) -> bool:
+        """Whether it has an option of this name."""
+        return option in self._known()[0]
+
+    def _known(self) -> tuple[set[str], Any]:
+        return _options_of(None if self.head_only else self.config, self.options)  # type: ignore[arg-type]
 
     def check_task(self, task: str) -> None:
         """Raises `BaraError` for a task that the method is not for."""
@@ -140,6 +164,22 @@ class Method:
         except (ValueError, TypeError) as error:  # PEFT's
             raise BaraError(f"method_options: {first_line(error)}") from error
 
+    def configure(self, options: Mapping[str, Any], **more: Any) -> PeftConfig | None:
+        """PEFT's configuration with these options; None for a method without one.
+
+        Raises:
+            BaraError: an option of the method or of the configuration is out of range.
+        """
+        self.own_options(options)
+        if self.config is None:
+            return None
+        try:
+            return self.config(**{**self.config_options(options), **more})
+        except BaraError:
+            raise
+        except (ValueError, TypeError, ImportError) as error:  # PEFT's
+            raise BaraError(f"method_options: {first_line(error)}") from error
+
     def config_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of PEFT's configuration."""
         assert self.config is not None
@@ -150,14 +190,14 @@ class Method:
 
 @cache
 def _options_of(config: type[PeftConfig] | None, own: type) -> tuple[set[str], Any]:
-    """Names of the options of a method, and their schema."""
-    # A rank is given to every method, and means nothing to some.
-    types: dict[str, Any] = {"lora_alpha": float} | field_types(own)
+    """Names of the options that a method takes, and the schema of all that it has."""
+    types: dict[str, Any] = field_types(own)
     if config is not None:
         retired = getattr(config, "RETIRED", ())  # a saved adapter may name these, a new one not
         types |= {name: t for name, t in config_types(config).items() if name not in retired}
-    types["r"] = Annotated[int, Field(ge=1, le=MAX_RANK)]
-    return set(types), mapping_of(types)
+    if "r" in types:
+        types["r"] = Annotated[int, Field(ge=1, le=MAX_RANK)]
+    return types.keys() - NOT_SET, mapping_of(types)
 
 
 METHODS: dict[str, Method] = {
@@ -169,6 +209,7 @@ METHODS: dict[str, Method] = {
         translate=probe_options,
         trainer=ProbeTrainer,
         tasks=("classification", "regression"),
+        head_only=True,
         mean_pooled=True,
         by_steps=False,
     ),
@@ -271,6 +312,19 @@ def parse_method(name: str, typed: str = "method") -> tuple[Method, bool]:
     return METHODS[base], base != name.lower()
 
 
+def _refuse_unread(recipe: TrainRecipe, typed: Mapping[str, str]) -> None:
+    """Refuses options that nothing would read in this run."""
+    defaults = {option.name: option.default for option in fields(recipe)}
+    task = recipe.task or "classification"
+    for name, tasks in READ_BY.items():
+        given = name in typed or getattr(recipe, name) != defaults[name]
+        if given and task not in tasks:
+            what = f"{typed.get(name, name)} has no use for {task}"
+            raise BaraError(f"{what}, but for {' and '.join(tasks)}: leave it out")
+    if recipe.validation_split is not None and recipe.validation is None:
+        raise BaraError("validation_split is of --validation: give that too, or leave it out")
+
+
 def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) -> None:
     """Checks the method, and the names and values of all options.
 
@@ -289,8 +343,7 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
     if recipe.task is not None and recipe.task not in TASKS:
         name = typed.get("task", "task")
         raise BaraError(f"{name} must be {', '.join(TASKS)}, not {shown(recipe.task)}")
-    if "scoring" in typed and recipe.task != "multiple-choice":
-        raise BaraError(f"{typed['scoring']} is for multiple choice: leave it out")
+    _refuse_unread(recipe, typed)
     method, tempered = parse_method(recipe.method, typed.get("method", "method"))
     method.check(recipe.method_options, flags)
     if recipe.task is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,15 @@ from bara.data.images import IMAGE_TASK, ImageTask
 from bara.data.question_task import QuestionTask
 from bara.data.tag_task import TagTask
 from bara.data.tasks import TableTask
-from bara.data.text_task import TextTask
+from bara.data.text_task import TextTask, listed
 from bara.errors import BaraError, first_line
 from bara.language.tasks import LanguageTask, Task, is_seq2seq
 from bara.models.gguf import load_gguf, source
 from bara.models.sentence import SentenceClassifier, is_sentence_encoder
+from bara.schema import shown
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = {
@@ -235,3 +238,31 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def require_modules(model: PeftModel, options: Mapping[str, Any]) -> None:
+    """Refuses names of modules that match none, which PEFT goes on without.
+
+    Args:
+        model: with its adapter.
+        options: of the adapter's configuration, as they were given.
+
+    Raises:
+        BaraError: a name of `target_modules`, `modules_to_save` or `exclude_modules`, or a key of
+            `rank_pattern` or `alpha_pattern`, is no module's (of the patterns: no adapted one's).
+    """
+    tuner: Any = model.base_model
+    adapted = list(tuner.targeted_module_names)
+    there = [name for name, _ in model.get_base_model().named_modules()]
+    for option in ("target_modules", "modules_to_save", "exclude_modules"):
+        named = options.get(option) or ()
+        for name in () if isinstance(named, str) else named:
+            if not any(f".{module}".endswith(f".{name}") for module in there):
+                raise BaraError(f"method_options.{option}: the model has no module {shown(name)}")
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in options.get(option) or ():
+            if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in adapted):
+                raise BaraError(
+                    f"method_options.{option}: {shown(pattern)} is no module that is adapted; "
+                    f"those are {listed(sorted({name.rpartition('.')[2] for name in adapted}))}"
+                )

@@ -42,6 +42,8 @@ class BaloraConfig(BayesianConfig):
     Its mean is exactly a LoRA adapter and merges exactly.
     """
 
+    UNUSED = ("local_kl_weight",)
+
     kl_weight: float = field(
         default=0.1,
         metadata={

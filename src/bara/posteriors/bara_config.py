@@ -152,9 +152,9 @@ class BaraConfig(BayesianConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.global_prior is None:
-            self.global_prior = min(0.5, 1 / self.r)
+            self.global_prior = _default_global_prior(self.r)
         if self.local_prior is None:
-            self.local_prior = min(0.25, 16 / self.r)
+            self.local_prior = _default_local_prior(self.r)
         for name in ("global_prior", "local_prior"):
             self._require_real(name, low=0, high=1, strict=True)
         self._require_real("prior_std", low=0, strict=True, optional=True)
@@ -166,6 +166,18 @@ class BaraConfig(BayesianConfig):
                 "BaraConfig: with global_gate, local_gate, factor_noise and weight_noise all off "
                 "there is no posterior left; use peft.LoraConfig for plain LoRA."
             )
+
+    def without_effect(self) -> list[tuple[str, str]]:
+        off = []
+        if not self.global_gate and self.global_prior != _default_global_prior(self.r):
+            off.append(("global_prior", "global_gate is off"))
+        if not self.local_gate:
+            off += [(name, "local_gate is off") for name in ("init_local_logit", "granularity")]
+            if self.local_prior != _default_local_prior(self.r):
+                off.append(("local_prior", "local_gate is off"))
+        if not self.factor_noise:
+            off += [(name, "factor_noise is off") for name in ("noise_prior", "init_noise")]
+        return off
 
     def _learns_noise(self) -> bool:
         """Whether there is a posterior besides the fixed noise."""
@@ -181,3 +193,11 @@ class BaraConfig(BayesianConfig):
             "weight_noise": noise,
             "whole_weight_noise": noise if by_steps else None,
         }
+
+
+def _default_global_prior(rank: int) -> float:
+    return min(0.5, 1 / rank)
+
+
+def _default_local_prior(rank: int) -> float:
+    return min(0.25, 16 / rank)

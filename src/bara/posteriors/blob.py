@@ -29,6 +29,7 @@ class BlobConfig(BayesianConfig):
     """
 
     POSITIVE = ("prior_std", "init_noise")
+    UNUSED = ("local_kl_weight", "granularity")
 
     kl_weight: float = field(
         default=0.1,

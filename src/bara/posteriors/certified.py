@@ -42,6 +42,7 @@ class CertifiedConfig(BayesianConfig):
 
     FROZEN: ClassVar[tuple[str, ...]] = ("lora_A",)
     RETIRED: ClassVar[dict[str, Any]] = {"logit_scale": 10.0}
+    UNUSED = ("local_kl_weight", "granularity")
 
     heads: list[str] = field(
         default_factory=lambda: ["classifier", "score"],

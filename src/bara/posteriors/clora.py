@@ -33,6 +33,7 @@ class CloraConfig(BayesianConfig):
     """
 
     POSITIVE = ("prior_std",)
+    UNUSED = ("local_kl_weight",)
 
     kl_weight: float = field(
         default=0.1,

@@ -135,6 +135,8 @@ class BayesianConfig(LoraConfig):
     """Fields that must be numbers above 0."""
     HAS_KL: ClassVar[bool] = True
     """Whether there is a KL for `strength` to multiply."""
+    UNUSED: ClassVar[tuple[str, ...]] = ()
+    """Fields of all families that this one has no use for."""
 
     num_observations: int | None = field(
         default=None,
@@ -229,6 +231,24 @@ class BayesianConfig(LoraConfig):
             self.granularity in ("auto", "sequence", "token"),
             "'auto', 'sequence' or 'token'",
         )
+
+        if self.resolved is None:  # what was saved with an adapter loads, whatever it is
+            self._refuse_without_effect()
+
+    def without_effect(self) -> list[tuple[str, str]]:
+        """Fields that nothing reads, as the others stand, and why."""
+        return [(name, f"{type(self).__name__} has no use for it") for name in self.UNUSED]
+
+    def _refuse_without_effect(self) -> None:
+        defaults = {option.name: option.default for option in fields(self)}
+        for name, why in self.without_effect():
+            value = getattr(self, name)
+            off = name in ("kl_weight", "local_kl_weight") and value == 0
+            if not off and value != defaults[name]:
+                raise BaraError(
+                    f"{type(self).__name__}: {name} = {value!r} has no effect ({why}); leave it "
+                    "out."
+                )
 
     def resolve(self, num_layers: int) -> Resolved:
         """The numbers in force on an adapter of this many layers, before training.

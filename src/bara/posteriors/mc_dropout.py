@@ -29,6 +29,7 @@ class McDropoutConfig(BayesianConfig):
     """
 
     HAS_KL = False
+    UNUSED = ("kl_weight", "local_kl_weight", "strength", "warmup", "granularity")
 
     dropout_rate: float = field(
         default=0.1, metadata={"help": "Probability in (0, 1) that a feature is dropped."}

@@ -29,6 +29,8 @@ class RankwiseConfig(BayesianConfig):
     Its mean is exactly a LoRA adapter and merges exactly.
     """
 
+    UNUSED = ("local_kl_weight", "granularity")
+
     kl_weight: float = field(
         default=0.001,
         metadata={

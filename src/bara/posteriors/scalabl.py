@@ -33,6 +33,7 @@ class ScalablConfig(BayesianConfig):
     """
 
     POSITIVE = ("prior_std", "init_noise")
+    UNUSED = ("local_kl_weight", "granularity")
 
     prior_std: float = field(
         default=1.0, metadata={"help": "Standard deviation > 0 of the prior on the diagonal."}

@@ -32,12 +32,18 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
     """Stacks rows to tensors, padding sequences on the right; columns of text are left out.
 
     Raises:
-        BaraError: rows of unequal length without an attention mask.
+        BaraError: rows of unequal length without an attention mask, or a column that only some
+            rows have a value in.
     """
     batch: Batch = {}
     for name, first in rows[0].items():
         values = [row[name] for row in rows]
-        if isinstance(first, str) or first is None:
+        empty = sum(value is None for value in values)
+        if 0 < empty < len(values):
+            raise BaraError(
+                f"The column {name!r} is empty in some rows: fill these in or drop them."
+            )
+        if isinstance(first, str) or empty:
             continue
         tensors = [torch.as_tensor(value) for value in values]
         lengths = {len(tensor) for tensor in tensors if tensor.dim() == 1}

@@ -73,6 +73,8 @@ def predict(
     num_draws = check_draws(num_draws)
     if batch_size < 1:
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
+    if noise_variance < 0:
+        raise BaraError(f"noise_variance must be at least 0, got {noise_variance}.")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and base.can_generate():
         raise BaraError(
@@ -109,6 +111,8 @@ def predict(
         return collector.predictive(_label_names(model))
     position = torch.tensor(order).argsort()
     stacked = torch.cat(logits, dim=1)[:, position]
+    if labels and sum(map(len, labels)) != len(position):
+        raise BaraError("some rows have labels and others none: fill these in or drop them")
     target = torch.cat(labels)[position] if labels else None
     return _predictive(stacked, target, model, noise_variance)
 

@@ -140,7 +140,11 @@ class Decoder:
         self.metrics = metrics
 
     def options(self, request: GenerationRequest) -> dict[str, Any]:
-        """What `bara.generate` would be given for the request, but for the length."""
+        """What `bara.generate` would be given for the request, but for the length.
+
+        Raises:
+            Problem: 400: `top_p` without `temperature`, which nothing would read.
+        """
         options: dict[str, Any] = {}
         if request.temperature:
             options |= {"do_sample": True, "temperature": request.temperature}
@@ -148,6 +152,8 @@ class Decoder:
                 options["top_p"] = request.top_p
         elif request.temperature == 0 and self._samples(options):
             options["do_sample"] = False
+        elif request.temperature is None and (request.top_p or 1) < 1:
+            raise Problem(400, "top_p needs a temperature above 0", param="top_p")
         return options
 
     def _samples(self, options: dict[str, Any]) -> bool:

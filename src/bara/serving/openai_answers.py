@@ -42,6 +42,8 @@ class Form:
         self.with_logprobs = bool(asked) if self.chat else asked is not None
         self.echo = bool(getattr(request, "echo", False))
         self.prompt_top: int | None = getattr(request, "prompt_logprobs", None)
+        if self.chat and getattr(request, "top_logprobs", None) and not asked:
+            raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         for name, wanted in (("echo", self.echo), ("prompt_logprobs", self.prompt_top is not None)):
             if wanted and request.stream:
                 raise Problem(400, f"{name} is not there for a stream", param=name)
