@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -233,21 +234,22 @@ class BayesianConfig(LoraConfig):
         )
 
         if self.resolved is None:  # what was saved with an adapter loads, whatever it is
-            self._refuse_without_effect()
+            self._warn_of_what_has_no_effect()
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Fields that nothing reads, as the others stand, and why."""
         return [(name, f"{type(self).__name__} has no use for it") for name in self.UNUSED]
 
-    def _refuse_without_effect(self) -> None:
+    def _warn_of_what_has_no_effect(self) -> None:
+        # no error: a comparison gives all families the same options
         defaults = {option.name: option.default for option in fields(self)}
         for name, why in self.without_effect():
             value = getattr(self, name)
             off = name in ("kl_weight", "local_kl_weight") and value == 0
             if not off and value != defaults[name]:
-                raise BaraError(
-                    f"{type(self).__name__}: {name} = {value!r} has no effect ({why}); leave it "
-                    "out."
+                warnings.warn(
+                    f"{type(self).__name__}: {name} = {value!r} has no effect ({why}).",
+                    stacklevel=4,  # where the configuration is made
                 )
 
     def resolve(self, num_layers: int) -> Resolved:
