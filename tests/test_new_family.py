@@ -83,6 +83,22 @@ def test_its_draws_are_the_formula_and_survive_saving_under_another_name(family,
     torch.testing.assert_close(again, logits)
 
 
+def test_a_posterior_with_modules_survives_saving_under_another_name(family, tmp_path, monkeypatch):
+    make = family.FactorNoisePosterior.__init__
+
+    def with_module(self, setup):
+        make(self, setup)
+        self.inner = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(family.FactorNoisePosterior, "__init__", with_module)
+    model = stir(adapted(family), 0.05)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(TinyNet(), tmp_path, adapter_name="mine")
+    for layer in (model.base_model.model.layer, loaded.base_model.model.layer):
+        (posterior,) = layer.lora_posterior.values()
+        torch.testing.assert_close(posterior.inner.weight, layer_posterior(model)[1].inner.weight)
+
+
 def test_it_exports_merges_and_refuses_to_be_pruned(family, tmp_path):
     model = stir(adapted(family), 0.05).eval()
     x = torch.randn(3, 6)

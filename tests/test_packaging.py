@@ -88,7 +88,7 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_what_is_declared_is_checked():
-    """The workflow runs .ci/run on every Python that the package says it is for."""
+    """On every Python that the package is for, and with the lowest versions that it takes."""
     classifiers = [text.rpartition(" :: ")[2] for text in PROJECT["classifiers"]]
     pythons = [text for text in classifiers if re.fullmatch(r"3\.\d+", text)]
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
@@ -96,6 +96,8 @@ def test_what_is_declared_is_checked():
     assert job["strategy"]["matrix"]["python"] == pythons
     assert f">={pythons[0]}" == PROJECT["requires-python"]
     assert any(step.get("run") == ".ci/run" for step in job["steps"])
+    lowest = workflow["jobs"]["lowest"]["steps"]
+    assert any(step.get("run") == "scripts/test-lower-bounds.sh" for step in lowest)
     release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text("utf-8"))
     publish = release["jobs"]["publish"]
     assert publish["permissions"] == {"id-token": "write"}

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from bara.adapter.elbo import Elbo
+from bara.adapter.peft_020 import read_saved_names
 from bara.errors import BaraError
 from bara.posteriors.posterior import Kl
 
@@ -32,6 +33,7 @@ class PosteriorHead(nn.Module, BaseTunerLayer):
         self.name = name
         self.elbo = elbo
         self.lora_head = nn.ModuleDict({adapter: head})
+        read_saved_names(self.lora_head)
         self.set_adapter(adapter, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

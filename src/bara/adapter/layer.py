@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bara.adapter.elbo import Elbo
 from bara.adapter.forward_pass import ForwardPass
 from bara.adapter.fused_pass import drops_out, fused_layer
+from bara.adapter.peft_020 import read_saved_names
 from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.fused import FusedLayer
@@ -319,6 +320,7 @@ def add_posterior(module: LoraLayer, adapter: str, posterior: Posterior) -> None
     if not hasattr(module, CONTAINER):
         module.adapter_layer_names = (*module.adapter_layer_names, CONTAINER)
         setattr(module, CONTAINER, nn.ModuleDict())
+        read_saved_names(posteriors(module), renamed_key)
     posteriors(module)[adapter] = posterior
     module._move_adapter_to_device_of_base_layer(adapter)
 

@@ -26,6 +26,11 @@ from bara.adapter.layer import (
     posteriors,
     renamed_key,
 )
+from bara.adapter.peft_020 import (
+    enter_into_enumeration,
+    refuse_conversion,
+    refuse_what_is_not_saved,
+)
 from bara.adapter.scaled_head import restore_head
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig
@@ -81,6 +86,7 @@ class BayesianLoraModel(LoraModel):
         """
         config = self.peft_config[adapter_name]
         assert isinstance(config, BayesianConfig)
+        refuse_what_is_not_saved(config)
         if not config.inference_mode:
             config = self.peft_config[adapter_name] = copy.copy(config)
             config.modules_to_save = with_late_heads(config)
@@ -151,6 +157,7 @@ class BayesianLoraModel(LoraModel):
         layer.cast_input_dtype_enabled = not all(
             isinstance(layer.lora_variant.get(name), RankSpaceVariant) for name in layer.lora_A
         )
+        refuse_conversion(layer)
         self._new.append(_NewLayer(current_key, layer, granularity, torch.get_rng_state()))
 
     @classmethod
@@ -236,6 +243,7 @@ def resolve_granularity(config: BayesianConfig, model: nn.Module) -> Granularity
 def enter_into_peft(family: Family) -> None:
     """Enters a family into PEFT's type mappings, so that PEFT builds, saves and loads it."""
     name: Any = family.config.ABOUT.peft_type
+    enter_into_enumeration(name)
     peft_mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = family.config
     peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = BayesianLoraModel
     peft_mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = BayesianLoraModel.prefix

@@ -27,6 +27,7 @@ WIDER = {
     "task_type": str | None,
     "lora_alpha": float,
     "init_lora_weights": bool | str,
+    "generator_seed": int | None,
 }
 """Types of fields of PEFT's configurations that take more than their declaration says."""
 

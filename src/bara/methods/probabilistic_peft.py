@@ -15,6 +15,10 @@ from bara.draws.draws import Draws, DrawSource, attach_draws, generator
 from bara.draws.sharing import lock_of
 from bara.training.trainer import AdapterTrainer
 
+EACH_ADAPTER = "pvera_generator" in PveraLayer.other_param_names
+"""Whether PVeRA's layers have a switch and a generator per adapter; PEFT 0.20 has one of each."""
+GENERATOR = "pvera_generator" if EACH_ADAPTER else "generator"
+
 
 class MontecloraTrainer(MontecloraTrainerMixin, AdapterTrainer):  # type: ignore[misc]
     """Adds MonteCLoRA's regulariser to the loss. PEFT predicts with the mean alone."""
@@ -36,7 +40,7 @@ class PveraDraws(DrawSource):
         """Layers sample with the numbers of draw 0 of `draws`; with None they take the mean."""
         with lock_of(self.model):
             before = {
-                name: (dict(layer.sample_at_inference), dict(layer.pvera_generator))
+                name: (layer.sample_at_inference, getattr(layer, GENERATOR))
                 for name, layer in self.layers.items()
             }
             try:
@@ -44,15 +48,19 @@ class PveraDraws(DrawSource):
                 yield
             finally:
                 for name, layer in self.layers.items():
-                    layer.sample_at_inference, layer.pvera_generator = before[name]
+                    layer.sample_at_inference, numbers = before[name]
+                    setattr(layer, GENERATOR, numbers)
 
     def _set(self, draws: Draws | None) -> None:
         for name, layer in self.layers.items():
-            for adapter in layer.sample_at_inference:
-                layer.sample_at_inference[adapter] = draws is not None
-                if draws is not None:
-                    key = zlib.crc32(name.encode())
-                    layer.pvera_generator[adapter] = generator(draws.seed, key, draws.first)
+            layer.sample_at_inference = _of_all_adapters(layer, draws is not None)
+            if draws is not None:
+                numbers = generator(draws.seed, zlib.crc32(name.encode()), draws.first)
+                setattr(layer, GENERATOR, _of_all_adapters(layer, numbers))
+
+
+def _of_all_adapters(layer: Any, value: Any) -> Any:
+    return dict.fromkeys(layer.sample_at_inference, value) if EACH_ADAPTER else value
 
 
 class PveraTrainer(AdapterTrainer):
