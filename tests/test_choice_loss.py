@@ -139,7 +139,7 @@ def test_accumulation_and_batch_size_train_the_same(tokenizer, tmp_path, batch_s
     """One step on the mean over four questions, with the KL at its weight of 1 / N."""
 
     def step(batch_size, accumulation):
-        model = adapted_lm(num_observations=None, warmup=0.0, local_kl_weight=0.1)
+        model = adapted_lm(num_observations=None, warmup=0.0, local_kl_weight=0.1).double()
         arguments = TrainingArguments(
             str(tmp_path),
             max_steps=1,
@@ -175,7 +175,7 @@ def test_accumulation_and_batch_size_train_the_same(tokenizer, tmp_path, batch_s
     expected, found = step(4, 1), step(batch_size, accumulation)
     assert max(change.abs().max() for change in expected.values()) > 1e-4
     for name, change in expected.items():
-        torch.testing.assert_close(found[name], change, atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(found[name], change, atol=1e-9, rtol=1e-7)
 
 
 def test_refusals(tokenizer):
