@@ -17,7 +17,7 @@ from helpers import layer_posterior, stir, tiny_llama
 
 METHODS = sorted(FAMILIES)
 WITHOUT_HEADS = [method for method in METHODS if FAMILIES[method].head is None]
-MERGES = [method for method in METHODS if method not in ("bara", "certified")]
+MERGES = [method for method in METHODS if method not in ("bara", "certified", "clora")]
 IDS = torch.randint(1, 64, (3, 7), generator=torch.Generator().manual_seed(0))
 
 
