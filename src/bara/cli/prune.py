@@ -37,11 +37,12 @@ def prune(
     from bara.finetuning.save import save_adapter
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
-    from bara.ranks.pruning import check_threshold, require_removal
+    from bara.ranks.pruning import check_threshold, check_tolerance, require_removal
     from bara.ranks.pruning import prune as prune_model
 
     quieten_libraries()
     check_threshold(threshold)
+    check_tolerance(tolerance)
     require_output(output, adapter, force)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     require_removal(model, threshold)

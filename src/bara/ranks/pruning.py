@@ -156,11 +156,9 @@ def prune(
             change beyond the tolerance.
     """
     check_threshold(threshold)
-    if tolerance is not None and (held_out is None or not tolerance >= 0):
-        raise BaraError(
-            "a tolerance (--tolerance) must be at least 0, and needs held-out inputs (--held-out) "
-            "to check it on"
-        )
+    check_tolerance(tolerance)
+    if tolerance is not None and held_out is None:
+        raise BaraError("a tolerance needs held-out inputs to check it on: give held_out too")
     inclusion = _inclusion(model)
     adapter = model.active_adapter
     posteriors: dict[str, Any] = {name: p for name, _, p in adapted_layers(model, adapter)}
@@ -219,6 +217,12 @@ def check_threshold(threshold: float) -> None:
     """Raises BaraError for a threshold outside [0, 1]."""
     if not 0 <= threshold <= 1:
         raise BaraError(f"the threshold must be in [0, 1], got {threshold:g} (--threshold)")
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Raises BaraError for a tolerance that is no number from 0 on."""
+    if tolerance is not None and not tolerance >= 0:
+        raise BaraError(f"the tolerance must be at least 0, got {tolerance:g} (--tolerance)")
 
 
 def require_removal(model: PeftModel, threshold: float) -> None:
