@@ -49,6 +49,8 @@ SEARCH_RANK = 16
 SCALING = 2
 NUM_TRAIN, NUM_TEST, STEPS, BATCH_SIZE = 300, 700, 150, 16
 TOLERANCE = 0.01
+BEFORE = " as they stood on 28 November 2026, before BaRA's head had a pace of its own"
+"""What the versions of the committed rows, which are of a development version, do not say."""
 
 
 def run(task: str, seed: int, ranks: str, data: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +143,17 @@ def verdict(table: dict[str, dict[str, float]]) -> tuple[bool, str]:
     return pays, text
 
 
+def measured(rows: list[dict[str, Any]]) -> str:
+    """With which versions, as the rows say."""
+    names = ("bara-peft", "torch", "transformers", "peft")
+    sets = {tuple(row["versions"][name] for name in names) for row in rows}
+    said = "; ".join(
+        ", ".join(f"{name} {version}" for name, version in zip(names, of_run, strict=True))
+        for of_run in sorted(sets)
+    )
+    return f"Measured with {said}{BEFORE}."
+
+
 def write_page(rows: list[dict[str, Any]]) -> None:
     """The verdict, the averages and every run."""
     table = averages(rows)
@@ -172,7 +185,8 @@ def write_page(rows: list[dict[str, Any]]) -> None:
         "that of every fixed rank with no more parameters, and at "
         f"most {100 * TOLERANCE:g} point below that of the best fixed rank. {numbers}",
         "",
-        f"{len(pairs)} pairs of task and seed are few. MiniLM-L6, "
+        f"{len(tasks)} tasks and {len(seeds)} seed{'s' * (len(seeds) > 1)} "
+        f"({', '.join(map(str, seeds))}) are few. {measured(rows)} MiniLM-L6, "
         f"{NUM_TRAIN} texts, {STEPS} steps of {BATCH_SIZE}, {rows[0]['num_test']} test texts at "
         f"most, lora_alpha = {SCALING} r in every layer. BaRA was trained with r = {SEARCH_RANK} "
         "for the recommendation, which costs more than a training of LoRA ([speed](speed.md)) and "

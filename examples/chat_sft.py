@@ -13,11 +13,6 @@ from trl import SFTConfig, SFTTrainer
 
 import bara
 
-
-class BayesianSFTTrainer(bara.KLMixin, SFTTrainer):
-    """TRL computes its own loss; the mixin adds the KL."""
-
-
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", required=True, help="a chat model: folder or hub name")
 parser.add_argument("--data", required=True, help="JSONL with `messages`")
@@ -30,7 +25,7 @@ config = bara.BaraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CA
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(options.model), config)
 table = load_dataset("json", data_files=options.data, split="train")
 
-trainer = BayesianSFTTrainer(
+trainer = SFTTrainer(
     model=model,
     args=SFTConfig(
         options.output,
@@ -42,7 +37,7 @@ trainer = BayesianSFTTrainer(
     ),
     train_dataset=table,
     processing_class=tokenizer,
-    callbacks=[bara.BayesianCallback()],
+    callbacks=[bara.BayesianCallback()],  # it adds the KL to the loss that TRL computes
 )
 trainer.train()
 trainer.save_model(options.output)

@@ -16,7 +16,9 @@ JOBS = {
     "chat_sft": ("--model tiny/decoder --data tiny/chats.jsonl", "agreement of the draws"),
     "seq2seq": ("--model tiny/seq2seq --data tiny/pairs.jsonl --modules q v", "agreement of the"),
     "vision": ("--model tiny/vision --data tiny/pictures", "accuracy"),
+    "serving": ("--model tiny/encoder --data tiny/reviews.jsonl", " nats"),
 }
+NEEDED = {"chat_sft": "trl", "serving": "fastapi"}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,8 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_script_runs(tiny, name, tmp_path, monkeypatch, capsys):
-    if name == "chat_sft":
-        pytest.importorskip("trl")
+    if name in NEEDED:
+        pytest.importorskip(NEEDED[name])
     arguments, printed = JOBS[name]
     monkeypatch.chdir(tiny)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

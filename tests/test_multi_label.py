@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -80,6 +81,54 @@ def test_the_labels_of_an_input_have_one_probability_together(predictive):
         )
 
 
+def joint(predictive: MultiLabelPredictive, i: int) -> tuple[float, float]:
+    """Entropy of the label sets of an input under the mixture, and its mean under the draws, by
+    counting all sets."""
+    draws = explicit(predictive)
+    sets = list(product((0, 1), repeat=predictive.num_labels))
+    under = [[together([draw], i, labels) * S for labels in sets] for draw in draws]
+    mixed = [sum(same) / S for same in zip(*under, strict=True)]
+
+    def entropy_of(probabilities):
+        return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+    return entropy_of(mixed), sum(map(entropy_of, under)) / S
+
+
+def test_the_labels_of_an_input_have_one_uncertainty_together(predictive):
+    for i in range(N):
+        total, aleatoric = joint(predictive, i)
+        assert predictive.joint_total_uncertainty[i].item() == pytest.approx(total, abs=1e-5)
+        assert predictive.joint_aleatoric_uncertainty[i].item() == pytest.approx(
+            aleatoric, abs=1e-5
+        )
+        assert predictive.joint_epistemic_uncertainty[i].item() == pytest.approx(
+            total - aleatoric, abs=1e-5
+        )
+    one = MultiLabelPredictive(predictive.logits_draws[:, :, :1])
+    torch.testing.assert_close(one.joint_total_uncertainty, one.total_uncertainty[:, 0])
+
+
+def test_of_many_labels_it_is_estimated_from_sets_that_are_drawn():
+    """Of 12 labels all 4,096 sets can be counted here, and the estimate compared with them."""
+    logits = torch.randn(S, 40, 12, generator=torch.Generator().manual_seed(1))
+    predictive = MultiLabelPredictive(logits)
+    exact = [total - aleatoric for total, aleatoric in (joint(predictive, i) for i in range(5))]
+    assert min(exact) > 0.3
+    estimate = predictive.joint_epistemic_uncertainty
+    assert estimate[:5].tolist() == pytest.approx(exact, abs=0.1)
+    assert estimate[:5].tolist() != pytest.approx(exact, abs=1e-4)
+    alone = predictive.select([3]).joint_epistemic_uncertainty
+    assert alone.tolist() == pytest.approx([estimate[3].item()])
+    agreed = MultiLabelPredictive(logits[:1].expand(S, -1, -1))
+    assert agreed.joint_epistemic_uncertainty.abs().max() < 1e-6
+    torch.testing.assert_close(
+        agreed.joint_total_uncertainty, agreed.aleatoric_uncertainty.sum(-1), atol=1e-5, rtol=0
+    )
+    certain = MultiLabelPredictive(torch.full((S, 2, 12), -math.inf))
+    assert certain.joint_total_uncertainty.tolist() == [0, 0]
+
+
 def test_metrics_are_those_of_scikit_learn_and_of_sums(predictive):
     metrics = bara.evaluation.metrics.measure(predictive)
     right, predicted = predictive.labels.int().numpy(), predictive.prediction.int().numpy()
@@ -118,6 +167,9 @@ def test_records_and_the_table_name_every_label(predictive):
     record = predictive.to_records()[0]
     assert list(record["labels"]) == ["a", "b", "c"]
     assert record["labels"]["b"]["probability"] == predictive.probs[0, 1].item()
+    for part in ("total", "aleatoric", "epistemic"):
+        expected = getattr(predictive, f"joint_{part}_uncertainty")[0].item()
+        assert record[part] == pytest.approx(expected)
     frame = predictive.to_frame()
     assert len(frame) == N * L
     assert frame["name"].tolist() == ["a", "b", "c"] * N

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,6 +59,29 @@ def test_only_demonstrations_use_frozen_packages():
     assert not {module for module in users if not allowed.fullmatch(module)}
     needed = {name_of(requirement) for requirement in PROJECT["dependencies"]}
     assert not DEMONSTRATIONS & needed
+
+
+def test_what_is_imported_is_declared():
+    """As a dependency or of an extra; a few modules are parts of a package that is."""
+    modules = set()
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules.add(node.module.partition(".")[0])
+    assert {"numpy", "torch", "optuna"} < modules
+    required = [*PROJECT["dependencies"], *(text for extra in EXTRAS.values() for text in extra)]
+    declared = {name_of(text).lower() for text in required}
+    owners = packages_distributions()  # of what is installed
+    undeclared = {
+        module
+        for module in modules - {"bara"} - sys.stdlib_module_names
+        if module in owners
+        and declared.isdisjoint(name.replace("-", "_").lower() for name in owners[module])
+    }
+    parts = {"pydantic_core", "sentence_transformers", "starlette", "typing_extensions"}
+    assert undeclared <= parts
 
 
 def test_no_extra_needs_a_compiler():
@@ -142,15 +166,14 @@ def test_the_wheel_has_its_command(installed):
     assert "--output" in installed("bara", "quickstart", "--help")
 
 
-def test_the_wheel_runs_the_readme_s_configuration(installed):
+def test_the_wheel_runs_the_readme_s_lines(installed):
+    """On a model of one layer, two steps and four texts."""
     readme = (ROOT / "README.md").read_text("utf-8")
     code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     assert code is not None
-    lines, _, _ = code.group(1).partition("Trainer(model")
-    assert "BaraConfig(" in lines
-    assert "get_peft_model(" in lines
     script = f"""
-from transformers import BertConfig, BertForSequenceClassification
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 base_model = BertForSequenceClassification(
     BertConfig(
         vocab_size=20,
@@ -160,7 +183,12 @@ base_model = BertForSequenceClassification(
         intermediate_size=16,
     )
 )
-{lines}
+arguments = TrainingArguments(
+    "trained", max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True
+)
+test = Dataset.from_dict({{"input_ids": [[5, 6], [7, 8], [9, 5], [6, 7]], "labels": [0, 1, 0, 1]}})
+train, other_texts = test, test.remove_columns("labels")
+{code.group(1)}
 import importlib.metadata, importlib.resources
 package = importlib.resources.files("bara")
 templates = [file.name for file in (package / "reports" / "templates").iterdir()]
@@ -169,9 +197,11 @@ from bara.cli import main
 assert main(["--help"]) == 0
 print(type(model).__name__, importlib.metadata.version("bara-peft"), bara.__file__)
 """
-    *help_page, last = installed("python", "-c", script).splitlines()
+    *printed, last = installed("python", "-c", script).splitlines()
+    assert any(line.split()[:1] == ["nll"] for line in printed)
+    assert any("effective rank s_bar" in line for line in printed)
     for command in ("quickstart", "doctor", "train", "evaluate", "predict"):
-        assert any(command in line.split() for line in help_page)
+        assert any(command in line.split() for line in printed)
     kind, version, path = last.split(maxsplit=2)
     assert kind == "PeftModelForSequenceClassification"
     assert version == PROJECT["version"]

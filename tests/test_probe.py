@@ -127,7 +127,11 @@ def test_the_prior_is_that_of_the_least_cross_validated_loss():
     folds = KFold(5, shuffle=True, random_state=3)
     losses = [
         -cross_val_score(
-            LogisticRegression(C=2 * v, fit_intercept=False), x, y, cv=folds, scoring="neg_log_loss"
+            LogisticRegression(C=2 * v, fit_intercept=False),
+            x.numpy(),
+            y.numpy(),
+            cv=folds,
+            scoring="neg_log_loss",
         ).mean()
         for v in VARIANCES
     ]

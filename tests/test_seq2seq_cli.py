@@ -60,9 +60,29 @@ def test_an_adapter_learns_answers_and_abstains(base, tmp_path, run, failing):
     card = (out / "README.md").read_text("utf-8")
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card
     assert "bara.predict(" not in card.partition("## How to load it")[2].partition("```\n")[0]
-    for command in (["predict", out, "--data", table], ["certify", out, "--data", table]):
-        assert "this adapter was trained for seq2seq: use `bara generate`" in failing(*command)
+    refused = "this adapter was trained for seq2seq: use `bara generate`"
+    assert refused in failing("certify", out, "--data", table)
     assert "takes a text as its prompt" in failing("generate", out, "--chat", "w4", *options)
+
+
+def test_predict_writes_the_answers_of_generate(base, tmp_path, run, failing):
+    table = write_jsonl(tmp_path / "table.jsonl", ROWS)
+    out, few = tmp_path / "adapter", write_jsonl(tmp_path / "few.jsonl", ROWS[:3])
+    train = ["train", "--model", base, "--task", "seq2seq", "--data", table, "--output", out]
+    run(*train, "--set", "training.max_steps=1")
+    asked = ["--data", few, "--num-draws", 3, "--seed", 2]
+    lines = run("predict", out, *asked).splitlines()
+    assert lines == run("generate", out, *asked).splitlines()
+    assert len(lines) == 3
+    assert len(json.loads(lines[0])["answers"]) == 3
+    run("predict", out, *asked, "--output", tmp_path / "answers.jsonl")
+    assert (tmp_path / "answers.jsonl").read_text("utf-8").splitlines() == lines
+    assert "has no threshold" in failing("predict", out, *asked, "--abstain-at-risk", 0.1)
+    assert "--coverage is not for adapters that write" in failing(
+        "predict", out, *asked, "--coverage", 0.9
+    )
+    folder = ["--executor", "local", "--output", tmp_path / "folder"]
+    assert "use `bara generate`" in failing("predict", out, "--data", few, *folder)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])

@@ -243,8 +243,8 @@ def test_labels_words_and_answers_have_their_tables(browser, task_folders):
         status, record, shown, parts = asked("labels", "good film", texts=["good film"])
         probabilities = {name: label["probability"] for name, label in record["labels"].items()}
         assert {row[0]: float(row[1]) for row in shown} == pytest.approx(probabilities, abs=6e-4)
-        assert [row[0] for row in parts] == list(probabilities)
-        assert values(parts) == near(record["labels"].values())
+        assert [row[0] for row in parts] == [*probabilities, "All together"]
+        assert values(parts) == near([*record["labels"].values(), record])
         assert status.startswith(", ".join(record["prediction"]) or "No label")
 
         tokens = ["a", "bad", "plot"]

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def test_the_navigation_has_no_hole():
 
 
 def test_the_tutorial_runs(tiny_model_dir, tmp_path, monkeypatch, run):
+    """What it serves is asked what it says to ask."""
+    pytest.importorskip("fastapi")
+    import httpx
+
+    from serving import running
+
     load, news = examples.load_sentiment, examples.load_news
     monkeypatch.setattr(
         examples,
@@ -52,6 +59,21 @@ def test_the_tutorial_runs(tiny_model_dir, tmp_path, monkeypatch, run):
     monkeypatch.setattr(examples, "load_news", lambda count: news(count // FEWER))
     monkeypatch.chdir(tmp_path)
     page = (DOCS / "tutorial.md").read_text("utf-8")
+    asked = re.search(r"curl localhost:8000(\S+) -H \"(.*?): (.*?)\" -d '(.*)'", page)
+    assert asked is not None
+    path, header, value, body = asked.groups()
+    answers = []
+
+    def served(app, listener, limits):
+        with running(app) as url:
+            answers.append(
+                httpx.post(url + path, content=body, headers={header: value}, timeout=60)
+            )
+
+    monkeypatch.setattr("bara.serving.server.run", served)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    here = {"$MODEL": str(tiny_model_dir), "8000": port}
     names = {}
     commands = []
     for language, block in re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL):
@@ -62,17 +84,19 @@ def test_the_tutorial_runs(tiny_model_dir, tmp_path, monkeypatch, run):
             program, *arguments = shlex.split(line)
             if program != "bara":
                 continue
-            arguments = [str(tiny_model_dir) if a == "$MODEL" else a for a in arguments]
+            arguments = [here.get(argument, argument) for argument in arguments]
             if arguments[0] == "train":
                 arguments += ["--set", "training.max_steps=2"]
             commands.append(arguments[0])
             run(*arguments)
-    told = "doctor train train evaluate evaluate predict ranks evaluate predict"
+    told = "doctor train train evaluate evaluate predict ranks evaluate predict serve"
     assert commands == told.split()
     assert (tmp_path / "ranks" / "report.html").is_file()
     decided = (tmp_path / "decided.jsonl").read_text("utf-8").splitlines()
     assert len(decided) == 600 // FEWER
     assert all('"abstained": ' in line for line in decided)
+    (answer,) = answers
+    assert {"abstained", "epistemic"} <= answer.json()["predictions"][0].keys()
 
 
 @pytest.mark.parametrize("name", ["CHANGELOG.md", "SECURITY.md", "CITATION.cff"])

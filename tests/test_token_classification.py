@@ -70,19 +70,27 @@ def by_hand(model, how: str) -> torch.Tensor:
             probs = token_probs(model, row, draw)
             for word in range(max(row["word_ids"]) + 1):
                 places = [i for i, w in enumerate(row["word_ids"]) if w == word]
-                words.append(probs[places[0]] if how == "first" else probs[places].mean(0))
+                if how == "tokens":
+                    words += probs[places]
+                else:
+                    words.append(probs[places[0]] if how == "first" else probs[places].mean(0))
         draws.append(torch.stack(words))
     return torch.stack(draws)
 
 
-@pytest.mark.parametrize("how", ["first", "mean"])
+@pytest.mark.parametrize("how", ["first", "mean", "tokens"])
 @pytest.mark.parametrize("batch_size", [64, 4])
 def test_words_have_the_probabilities_of_their_tokens(model, how, batch_size):
     predictive = bara.predict(model, ROWS, num_draws=S, seed=4, words=how, batch_size=batch_size)
-    assert predictive.lengths.tolist() == WORDS
     probs = predictive.words.log_probs_draws.exp()
     torch.testing.assert_close(probs, by_hand(model, how), atol=1e-5, rtol=1e-4)
-    assert predictive.labels.tolist() == [1, 2, 0, 3, 0, 1, 2, -100]
+    if how == "tokens":
+        assert predictive.lengths.tolist() == [4, 3, 6]
+        labels = [1, -100, 2, 0, 3, -100, -100, 0, 1, -100, 2, -100, -100]
+        assert predictive.labels.tolist() == labels
+    else:
+        assert predictive.lengths.tolist() == WORDS
+        assert predictive.labels.tolist() == [1, 2, 0, 3, 0, 1, 2, -100]
     assert predictive.words.label_names == TAGS
 
 

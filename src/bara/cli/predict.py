@@ -61,7 +61,10 @@ def predict(
     output_format: OutputFormat = None,
     keep_column: KeepColumn = None,
 ) -> None:
-    """Write one JSON object per text, question or image: the prediction and how uncertain it is."""
+    """Write one JSON object per text, question or image: the prediction and how uncertain it is.
+
+    For a seq2seq adapter they are the answers of `bara generate`, which has options for decoding.
+    """
     if executor is not None:
         refused = {"--split": split, "--abstain-at-risk": abstain_at_risk, "--coverage": coverage}
         common = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
@@ -81,6 +84,7 @@ def predict(
     refuse_without_executor(workers, output_format, keep_column)
     from tqdm.auto import tqdm
 
+    from bara.cli.generate import generate
     from bara.cli.terminal import row_count, say_next
     from bara.data.images import ImageTask, located
     from bara.data.tables import table_from_records
@@ -90,9 +94,25 @@ def predict(
     from bara.files import atomic_write_text
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import predict_table
+    from bara.language.tasks import is_seq2seq
     from bara.machine import quieten_libraries
 
     quieten_libraries()
+    if is_seq2seq(read_task(adapter)):
+        for name, value in {"--split": split, "--coverage": coverage}.items():
+            if value is not None:
+                raise BaraError(f"{name} is not for adapters that write texts (seq2seq)")
+        generate(
+            adapter,
+            data=data,
+            output=output,
+            num_draws=num_draws,
+            seed=seed,
+            batch_size=batch_size,
+            abstain_at_risk=abstain_at_risk,
+            base_model=base_model,
+        )
+        return
     options: dict[str, Any] = {
         "num_draws": num_draws,
         "seed": seed,

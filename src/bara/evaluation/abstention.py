@@ -164,7 +164,7 @@ TYPED = {
     "num_draws": " (--num-draws)",
     "seed": " (--seed)",
     "chat": " (--chat)",
-    "decoding": " (--max-new-tokens, --set)",
+    "decoding": " (--max-new-tokens, --set of `bara generate`)",
 }
 """The commands' options for the conditions."""
 

@@ -57,8 +57,8 @@ def predict(
         noise_variance: for regression with one output, the variance of the noise in the units of
             the model's output, squared; 0.5 is what a mean-squared-error loss trains.
         words: for token classification with a column `word_ids` (the word that each token belongs
-            to, -1 for none), whether a word's probabilities are those of its first token, which
-            training labels, or the mean over its tokens.
+            to, -1 for none): a word's probabilities are those of its `first` token, which training
+            labels, or the `mean` over its tokens; `tokens` has a prediction for each of them.
 
     Returns:
         A `ClassificationPredictive`; for regression (one output, or two outputs for mean and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from bara.errors import BaraError
 from bara.prediction.predictive import ClassificationPredictive, Predictive, with_labels
 
-WordPooling = Literal["first", "mean"]
+WordPooling = Literal["first", "mean", "tokens"]
 IGNORED = -100
 """Label of a word or token that has none."""
 
@@ -22,7 +22,8 @@ IGNORED = -100
 class TokenPredictive(Predictive):
     """Class probabilities of the words of n inputs under S posterior draws.
 
-    A word is what the data's `word_ids` count; without them it is a token.
+    A word is what the data's `word_ids` count; without them, and with `words="tokens"`, it is a
+    token.
 
     Attributes:
         words: of all W words, input after input; its probabilities are (W, C), its uncertainties
@@ -129,8 +130,8 @@ class WordCollector:
     """Gathers the words of batches of token logits.
 
     Args:
-        pooling: of a word's tokens: `first`, the one that training labels, or `mean`, the mean of
-            their probabilities.
+        pooling: of a word's tokens: `first`, the one that training labels, `mean`, the mean of
+            their probabilities, or `tokens`, all of them, each as a word of its own.
         temperature: divides the logits.
     """
 
@@ -138,8 +139,9 @@ class WordCollector:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.pooling not in ("first", "mean"):
-            raise BaraError(f"words must be 'first' or 'mean', not {self.pooling!r}")
+        if self.pooling not in get_args(WordPooling):
+            known = ", ".join(map(repr, get_args(WordPooling)))
+            raise BaraError(f"words must be one of {known}, not {self.pooling!r}")
         self._log_probs: list[Tensor] = []  # (S, words, C) for each input
         self._labels: list[Tensor] = []
         self._order: list[int] = []
@@ -154,7 +156,7 @@ class WordCollector:
         if isinstance(ids, Tensor):
             inside = ids.cpu() >= 0
             before = torch.nn.functional.pad(ids.cpu(), (1, 0), value=-1)[:, :-1]
-            first = inside & (ids.cpu() != before)
+            first = inside if self.pooling == "tokens" else inside & (ids.cpu() != before)
         elif isinstance(labels, Tensor):
             inside = first = labels.cpu() != IGNORED
         else:
