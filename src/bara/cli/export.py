@@ -55,6 +55,7 @@ def export(
     from bara.errors import BaraError
     from bara.export.client import Ensemble, EnsembleError
     from bara.export.export_lora import check_mode, export_lora
+    from bara.export.servers import check_server
     from bara.finetuning.load import load_adapter
     from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
@@ -65,6 +66,8 @@ def export(
 
     quieten_libraries()
     chosen = check_mode(mode)
+    if server is not None:
+        check_server(server)
     require_output(output, adapter, force)
     if load_into is not None and chosen != "draws":
         raise BaraError("--load-into is for --mode draws: a server averages nothing by itself")

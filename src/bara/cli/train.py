@@ -43,7 +43,9 @@ def train(
         ),
     ] = None,
     scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
-    max_length: Annotated[int | None, Option(min=1, help="Longest input in tokens.")] = None,
+    max_length: Annotated[
+        int | None, Option(min=1, max=2**31 - 1, help="Longest input in tokens.")
+    ] = None,
     method: Annotated[
         str | None,
         Option(

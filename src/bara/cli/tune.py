@@ -65,6 +65,7 @@ def tune(
 
     quieten_libraries()
     recipe = TrainRecipe.load(config) if config else TrainRecipe(task=task)
+    from bara.methods.table import check_recipe
     typed: dict[str, Any] = {
         "model": model,
         "data": data,
@@ -81,6 +82,7 @@ def tune(
         raise BaraError("--folds are of --data where there is no --validation: leave one out")
     ranges = {"learning_rate": learning_rate, "epochs": epochs, "strength": strength}
     tuned = search(
+    check_recipe(recipe, {name: f"--{name}" for name in given})
         recipe,
         output,
         num_trials=trials,

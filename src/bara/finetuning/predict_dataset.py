@@ -71,7 +71,7 @@ class Job:
         model, tokenizer, task = self.loaded
         table = read_table(source, task)
         if missing := [name for name in self.keep_columns if name not in table.column_names]:
-            raise BaraError(f"there is no column {missing[0]!r} to keep")
+            raise BaraError(f"there is no column {missing[0]!r} to keep (--keep-column)")
         for first in range(0, len(table), CHUNK):
             part = table.select(range(first, min(first + CHUNK, len(table))))
             predictive = predict_table(
@@ -90,7 +90,8 @@ class Job:
             for row, record in zip(kept or [{}] * len(part), predictive.to_records(), strict=True):
                 if twice := sorted(row.keys() & record.keys()):
                     raise BaraError(
-                        f"a prediction has a {twice[0]!r} too; rename the column to keep"
+                        f"a prediction has a {twice[0]!r} too; rename the column to keep "
+                        "(--keep-column)"
                     )
                 yield row | record
 
@@ -179,13 +180,15 @@ def _targets(data: Path, folder: Path, output_format: Format | None) -> dict[Pat
     if output_format is not None and output_format not in get_args(Format):
         raise BaraError(f"output_format must be csv, jsonl or parquet, not {output_format!r}")
     if folder.exists() and not folder.is_dir():
-        raise BaraError(f"{folder} is a file; give a folder for the predictions")
+        raise BaraError(f"{folder} is a file; give a folder for the predictions (--output)")
     if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
-        raise BaraError(f"{folder} is inside {data}, whose files are read; give another folder")
+        raise BaraError(
+            f"{folder} is inside {data}, whose files are read; give another folder (--output)"
+        )
     found = sorted(data.rglob("*")) if data.is_dir() else [data]
     sources = [p for p in found if p.is_file() and p.suffix.lower() in FILE_SUFFIXES]
     if not sources:
-        raise BaraError(f"there is no table at {data} ({', '.join(FILE_SUFFIXES)})")
+        raise BaraError(f"there is no table at {data}: give {', '.join(FILE_SUFFIXES)} (--data)")
     root = data if data.is_dir() else data.parent
     targets: dict[Path, Path] = {}
     for source in sources:
@@ -222,7 +225,7 @@ def _require_same_settings(folder: Path, job: Job) -> None:
     elif path.read_text("utf-8") != settings:
         raise BaraError(
             f"the predictions in {folder} are of another adapter, other draws, seed, batch size or "
-            "columns: give another folder"
+            "columns: give another folder (--output)"
         )
 
 

@@ -18,10 +18,9 @@ import torch
 from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
 from bara.finetuning.search import (
-    MAXIMISED,
-    MINIMISED,
     Range,
     held_out_score,
+    check_metric,
     load_predictive,
     paired_difference,
     probe_recipe,
@@ -36,7 +35,6 @@ from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS, check_recipe
 from bara.reports.style import save_figure
 from bara.reports.tuning import Trial, tuning_picture
-from bara.schema import refuse_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,11 +111,11 @@ def tune(
         raise BaraError('Optuna is missing; run `pip install "bara-peft[tune]"`') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_recipe(recipe)
-    refuse_unknown([metric], [*MINIMISED, *MAXIMISED], "metric")
     space = search_space(recipe, dict(ranges or {}))
     parts = split_tables(recipe, train, validation, num_folds)
     search = Search(recipe, parts, space, metric, num_draws, Path(folder))
     refusal = f"another `bara tune` is writing to {folder}; wait for it, or give another --output"
+    check_metric(metric, recipe, parts[0][0])
     with only_writer(search.folder / "run.lock", refusal):
         study = open_study(search, seed=recipe.seed)
         begin_or_go_on(search, study)

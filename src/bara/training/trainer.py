@@ -91,7 +91,7 @@ class AdapterTrainer(KLMixin, Trainer):
         if not torch.isfinite(loss):
             raise BaraError(
                 f"the loss is {loss.item()} in step {self.state.global_step + 1}, so training "
-                "stopped and nothing was saved over; lower training.learning_rate"
+                "stopped and nothing was saved over; lower the learning rate (--learning-rate)"
             )
         return loss
 
