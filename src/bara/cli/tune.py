@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +56,9 @@ def tune(
 
     The same command goes on with a search that was interrupted.
     """
-    from bara.cli.terminal import console
+    from tqdm.auto import tqdm
+
+    from bara.cli.terminal import say_next
     from bara.cli.train import parse_options
     from bara.errors import BaraError
     from bara.finetuning.tune import PICTURE_FILE, RECIPE_FILE, TABLE_FILE
@@ -91,7 +95,7 @@ def tune(
         num_folds=folds or 5,
         num_draws=num_draws,
         ranges={name: value for name, value in ranges.items() if value is not None},
-        report=lambda line: console(stderr=True).print(line, soft_wrap=True),
+        report=partial(tqdm.write, file=sys.stderr),
     )
     _print_table(tuned, metric)
     print(verdict(tuned, metric))

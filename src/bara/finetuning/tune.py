@@ -14,6 +14,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
@@ -120,7 +121,15 @@ def tune(
         study = open_study(search, seed=recipe.seed)
         begin_or_go_on(search, study)
         probe = _probe(search, study, report)
-        for number in _run(search, study, num_trials, jobs):
+        trials = tqdm(
+            _run(search, study, num_trials, jobs),
+            desc="tuning",
+            unit="trial",
+            total=num_trials,
+            initial=len(ended_trials(study)),
+            disable=None,
+        )
+        for number in trials:
             report(_line(search, next(t for t in ended_trials(study) if t.number == number)))
         tuned = _result(search, ended_trials(study), probe)
         _write(search, tuned)
