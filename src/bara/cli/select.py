@@ -34,7 +34,7 @@ def select(
     The chosen rows are written with their number in the pool and their scores in nats, the first
     to label first.
     """
-    from bara.cli.terminal import extended_rows, say_next
+    from bara.cli.terminal import extended_rows, say_train
     from bara.data.tables import check_output_table, write_table
     from bara.evaluation.acquisition import FEATURES, check_count, check_strategy
     from bara.evaluation.acquisition import select as choose
@@ -72,4 +72,4 @@ def select(
     if output != "-":
         print(f"{output} has {k} of the {len(table)} rows, the first to label first.")
         print("Label them, and train on them with the texts that had labels already.")
-        say_next(["bara", "train", "--data", "LABELLED"])
+        say_train(adapter)

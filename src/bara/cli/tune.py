@@ -61,15 +61,15 @@ def tune(
     from bara.cli.terminal import say_next
     from bara.cli.train import parse_options
     from bara.errors import BaraError
-    from bara.finetuning.tune import PICTURE_FILE, RECIPE_FILE, TABLE_FILE
+    from bara.finetuning.tune import PICTURE_FILE, PROBE_RECIPE_FILE, RECIPE_FILE, TABLE_FILE
     from bara.finetuning.tune import tune as search
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
+    from bara.methods.table import check_recipe
     from bara.models.gguf import smollm2_path
 
     quieten_libraries()
     recipe = TrainRecipe.load(config) if config else TrainRecipe(task=task)
-    from bara.methods.table import check_recipe
     typed: dict[str, Any] = {
         "model": model,
         "data": data,
@@ -82,11 +82,11 @@ def tune(
     recipe = recipe.with_options({**parse_options(options or []), **given})
     if recipe.task in ("causal-lm", "multiple-choice") and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
+    check_recipe(recipe, {name: f"--{name}" for name in given})
     if folds is not None and recipe.validation:
         raise BaraError("--folds are of --data where there is no --validation: leave one out")
     ranges = {"learning_rate": learning_rate, "epochs": epochs, "strength": strength}
     tuned = search(
-    check_recipe(recipe, {name: f"--{name}" for name in given})
         recipe,
         output,
         num_trials=trials,
@@ -99,10 +99,16 @@ def tune(
     )
     _print_table(tuned, metric)
     print(verdict(tuned, metric))
-    print(f"{output / TABLE_FILE} and {output / PICTURE_FILE} show what was tried. Next:")
-    print(f"  bara train --config {output / RECIPE_FILE} --output my-adapter")
+    print(f"{output / TABLE_FILE} and {output / PICTURE_FILE} show what was tried.")
+    recipes = {"my-adapter": RECIPE_FILE}
     if tuned.pays is False:
-        print("  or: bara train --method probe ...")
+        recipes["my-probe"] = PROBE_RECIPE_FILE
+    say_next(
+        *(
+            ["bara", "train", "--config", output / file, "--output", folder]
+            for folder, file in recipes.items()
+        )
+    )
 
 
 def verdict(tuned: Any, metric: str) -> str:

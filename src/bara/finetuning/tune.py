@@ -20,8 +20,8 @@ from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
 from bara.finetuning.search import (
     Range,
-    held_out_score,
     check_metric,
+    held_out_score,
     load_predictive,
     paired_difference,
     probe_recipe,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 RECIPE_FILE, TABLE_FILE, PICTURE_FILE = "recipe.yaml", "trials.csv", "trials.png"
+PROBE_RECIPE_FILE = "probe.yaml"
 PROBE = "probe"
 """What the study's attribute with the probe's metric, and its predictions are called."""
 
@@ -114,9 +115,9 @@ def tune(
     check_recipe(recipe)
     space = search_space(recipe, dict(ranges or {}))
     parts = split_tables(recipe, train, validation, num_folds)
+    check_metric(metric, recipe, parts[0][0])
     search = Search(recipe, parts, space, metric, num_draws, Path(folder))
     refusal = f"another `bara tune` is writing to {folder}; wait for it, or give another --output"
-    check_metric(metric, recipe, parts[0][0])
     with only_writer(search.folder / "run.lock", refusal):
         study = open_study(search, seed=recipe.seed)
         begin_or_go_on(search, study)
@@ -199,8 +200,11 @@ def _result(search: Search, trials: list[Trial], probe: float | None) -> Tuned:
 
 
 def _write(search: Search, tuned: Tuned) -> None:
-    """The recipe, the table and the picture."""
+    """The recipes, the table and the picture."""
     atomic_write_text(search.folder / RECIPE_FILE, tuned.recipe.to_yaml())
+    if tuned.probe is not None:
+        recipe = probe_recipe(search.recipe)
+        atomic_write_text(search.folder / PROBE_RECIPE_FILE, recipe.to_yaml())
     buffer = io.StringIO()
     names = list(search.space)
     metrics = list(tuned.best.metrics)
