@@ -170,7 +170,11 @@ def predict_dataset(
         pending = {str(s): str(t) for s, t in targets.items() if s not in done}
         sizes = {source: Path(source).stat().st_size for source in pending}
         with tqdm(  # in bytes: how many rows there are a table says only when it is read
-            total=sum(sizes.values()), desc="predicting", unit="B", unit_scale=True, disable=None
+            total=sum(sizes.values()),
+            desc="predicting",
+            unit="B",
+            unit_scale=True,
+            disable=None if pending else True,
         ) as bar:
 
             def advance(source: str, share: float) -> None:

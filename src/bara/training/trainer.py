@@ -118,7 +118,11 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", disable=None
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            leave=None,  # not below the bar of a search
+            disable=None,
         )
 
     def on_step_end(
