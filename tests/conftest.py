@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,24 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
     """Write rows as JSONL."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
+
+
+def next_commands(printed: str) -> list[list[str]]:
+    """The commands under "Next:", which comes last, without their first word, `bara`."""
+    _, _, after = printed.partition("Next:\n")
+    assert after
+    assert all(line.startswith("  bara ") for line in after.splitlines())
+    return [shlex.split(line)[1:] for line in after.splitlines()]
+
+
+@pytest.fixture
+def terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], str]:
+    """Standard error is a terminal; returns what was shown there since the last call."""
+    # pytest makes a new stream when the test begins
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    return lambda: capsys.readouterr().err
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from bara.bench.images import EfficientNetClassifier, ImageConfig
 from bara.bench.run import RESULTS_FILE, finished, only_writer, pending, run_cells
 from bara.bench.spec import Benchmark
 from bara.cli import main
-from conftest import write_jsonl
+from conftest import next_commands, write_jsonl
 
 STAND_IN = """
 import json, os, sys, time
@@ -248,7 +248,9 @@ def test_bench_command(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.Capt
     page.write_text("before\n<!-- bench tiny -->\nold\n<!-- /bench tiny -->\nafter\n")
     command = ["bench", str(path), str(bad), "--output", str(tmp_path / "out")]
     assert main([*command, "--dry-run"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert next_commands(captured.err) == [command]
     assert main([*command, "--workers", "2", "--page", str(page)]) == 1
     captured = capsys.readouterr()
     assert "1 of 3 cells failed" in captured.err
@@ -270,7 +272,15 @@ def test_bench_command(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.Capt
     assert "old" not in text
     assert "](out/tiny-cost.png)" in text
     again = [*command[:2], "--output", str(out), "--report-only", "--page"]
+    capsys.readouterr()
     assert main([*again, str(page)]) == 0
+    ((train, *_),) = next_commands(capsys.readouterr().out)
+    assert train == "train"
+    assert main([*command[:2], "--output", str(out), "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (report,) = next_commands(captured.err)
+    assert report == [*command[:2], "--output", str(out), "--report-only"]
     assert page.read_text() == text
     pages = tmp_path / "pages"
     pages.mkdir()

@@ -413,7 +413,9 @@ def test_only_certified_classifiers(tmp_path, tiny_model_dir, table, capsys):
     lone.append({"text": "the food", "label": "odd"})
     sole = write_jsonl(tmp_path / "lone.jsonl", lone)
     assert train(tiny_model_dir, sole, tmp_path / "x", "--prior-fraction", 0.1) == 1
-    assert "for the prior have none of the class" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "for the prior have none of the class" in error
+    assert "(--prior-fraction)" in error
     scores = [{"text": f"film {i}", "label": i + 0.5} for i in range(9)]
     scored = write_jsonl(tmp_path / "scores.jsonl", scores)
     assert train(tiny_model_dir, scored, tmp_path / "y") == 1

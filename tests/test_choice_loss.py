@@ -187,7 +187,7 @@ def test_refusals(tokenizer):
 
     refused("row 1: the question has no 'answer'", {"question": "w4", "choices": ["w5", "w6"]})
     refused(
-        "row 1 has 8 tokens, more than max_length, 7",
+        r"row 1 has 8 tokens, more than the 7 of .*\(--max-length",
         {"question": words(4, 5, 6, 7, 8), "choices": ["w9", "w10"], "answer": 0},
     )
     task = LanguageTask("multiple-choice", max_length=64)

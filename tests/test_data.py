@@ -253,7 +253,7 @@ def test_bundled_sentiment_has_no_text_in_two_tables() -> None:
         "positive",
     }
     assert list(load_sentiment(50, 60, 40, seed=1).test["text"]) == list(tables.test["text"])
-    with pytest.raises(BaraError, match="were asked for"):
+    with pytest.raises(BaraError, match=r"were asked for.*\(--num-train, --num-test\)"):
         load_sentiment(10**6)
 
 

@@ -23,7 +23,7 @@ from bara.finetuning.load import load_adapter
 from bara.language.evaluation import token_metrics
 from bara.language.prompts import encode_prompt
 from bara.language.tasks import LanguageTask, tokenise_language
-from conftest import write_jsonl
+from conftest import next_commands, write_jsonl
 from language_models import adapted_lm, tiny_lm, word_tokenizer, words
 
 CHAT = (
@@ -106,7 +106,12 @@ def test_a_language_model_learns_answers_and_abstains(capsys, monkeypatch, base,
     refused = ["generate", out, "--data", table, "--abstain-at-risk", 0.3, *options]
     assert "has no threshold for the risk 0.3" in run(capsys, *refused, code=1)
     calibrate = ["--calibrate-risk", 0.3, "--calibrate-delta", 0.2]
-    run(capsys, "evaluate", out, "--data", table, *calibrate, *options)
+    calibrated = run(capsys, "evaluate", out, "--data", table, *calibrate, *options)
+    (after,) = next_commands(calibrated)  # under the same conditions, so that it is not refused
+    assert after[:3] == ["generate", str(out), "PROMPT"]
+    assert "abstained" in json.loads(run(capsys, *after[:2], TEXTS[0]["prompt"], *after[3:]))
+    answered = run(capsys, *refused, "--output", result)
+    assert next_commands(answered) == [["serve", str(out)]]
     records = [json.loads(line) for line in run(capsys, *refused).splitlines()]
     assert any(record["abstained"] for record in records)
     for record in records:
@@ -177,6 +182,15 @@ def test_multiple_choice_trains_predicts_and_abstains(capsys, base, tmp_path):
             float(predictive.probs[i, 1]), abs=1e-4
         )
         assert (record["prediction"] is None) == record["abstained"]
+
+
+def test_a_question_without_its_answer_is_predicted_and_not_measured(capsys, base, tmp_path):
+    _, out, _ = trained(capsys, base, tmp_path, "multiple-choice", QUESTIONS)
+    rows = [*QUESTIONS[:2], {k: v for k, v in QUESTIONS[2].items() if k != "answer"}]
+    command = ["--data", write_jsonl(tmp_path / "open.jsonl", rows), "--num-draws", 2]
+    assert len(run(capsys, "predict", out, *command).splitlines()) == 3
+    error = run(capsys, "evaluate", out, *command, code=1)
+    assert "row 3 has no answer: fill in the column 'answer'" in error
 
 
 def test_choices_are_scored_at_the_temperature_of_the_untrained_model(capsys, base, tmp_path):
@@ -332,7 +346,7 @@ def test_the_terminal_shades_and_talks(capsys, monkeypatch, base, tmp_path):
             "must end with one of the role 'assistant'",
         ),
         ({"messages": "w4"}, "row 2: 'messages' must be a list of objects"),
-        ({"prompt": words(*[4] * 130), "completion": "w4"}, "more than max_length"),
+        ({"prompt": words(*[4] * 130), "completion": "w4"}, "raise that (--max-length"),
     ],
 )
 def test_bad_training_rows_are_one_line(capsys, base, tmp_path, row, message):

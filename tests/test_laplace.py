@@ -1,5 +1,7 @@
 """The Laplace approximation against an explicitly computed Gauss-Newton matrix."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -130,6 +132,13 @@ def test_the_prior_precision_maximises_the_marginal_likelihood():
     grid = torch.logspace(-3, 4, 2000, dtype=torch.float64)
     best = max(grid, key=lambda t: float(evidence(t)))
     assert float(evidence(torch.tensor(fitted).double())) >= float(evidence(best)) - 0.5
+
+
+def test_the_fit_tells_the_time_left(terminal):
+    laplace(classifier(), rows(7), LaplaceOptions("last-layer", "diag"), batch_size=3)
+    shown = terminal()
+    assert re.search(r"Hessian\]: 100%.* 3/3 \[00:\d\d<00:00", shown)
+    assert "marginal likelihood]: 100%" in shown
 
 
 def test_saved_noise_keeps_its_kind(tmp_path):

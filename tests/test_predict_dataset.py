@@ -106,7 +106,7 @@ def test_a_second_run_does_what_is_missing_or_has_changed(tmp_path, adapter, dat
     assert sorted(first.written) == sorted([*second.written, *second.skipped])
     assert contents(out) == whole
     assert not list(out.rglob("*.tmp"))
-    with pytest.raises(BaraError, match=r"other draws.*give another folder"):
+    with pytest.raises(BaraError, match=r"other draws.*give another folder \(--output\)"):
         predict_dataset(adapter, data, out, output_format="jsonl", num_draws=2, seed=1)
 
 
@@ -128,11 +128,12 @@ def test_what_cannot_be_is_refused(tmp_path, adapter, data):
     refused("one worker or more with executor='ray'", workers=2)
     refused("executor must be", executor="spark")
     refused("output_format must be", output_format="xlsx")
-    refused("no column 'key' to keep", keep_columns=["key"])
+    refused(r"no column \'key\' to keep \(--keep-column\)", keep_columns=["key"])
     write_jsonl(data / "b.jsonl", rows(2, 2))
     refused("two tables would be predicted into", output_format="csv")
-    refused("a 'total' too", source=write_jsonl(tmp_path / "t.jsonl", [{"text": "a", "total": 1}]),
-            output=tmp_path / "other", keep_columns=["total"])  # fmt: skip
+    taken = write_jsonl(tmp_path / "t.jsonl", [{"text": "a", "total": 1}])
+    other = {"source": taken, "output": tmp_path / "other"}
+    refused(r"a 'total' too.*\(--keep-column\)", **other, keep_columns=["total"])
     with pytest.raises(BaraError, match="no adapter folder"):
         predict_dataset(tmp_path / "none", data, tmp_path / "out")
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bara import BaraError
 from bara.cli import main
 from bara.cli.quickstart import duration
 from bara.data.examples import load_sentiment
@@ -89,9 +88,11 @@ def test_examples_are_chosen_by_certainty():
     )
 
 
-def test_too_many_texts_are_refused():
-    with pytest.raises(BaraError, match="were asked for"):
-        load_sentiment(10**6)
+def test_too_many_texts_are_refused(tmp_path, failing):
+    for option in ("--num-train", "--num-test", "--num-ood"):
+        error = failing("quickstart", "--output", tmp_path / "out", option, 10**6)
+        assert "were asked for" in error
+        assert option in error
 
 
 def test_the_estimate_is_the_steps_and_the_predictions(monkeypatch):

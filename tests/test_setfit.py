@@ -1,5 +1,7 @@
 """SetFit's weights in this library's model predict what SetFit predicts."""
 
+import re
+
 import pytest
 import torch
 from datasets import ClassLabel
@@ -63,6 +65,15 @@ def _keeping(train, kept):
         kept.append(self.model)
 
     return keep
+
+
+def test_the_training_tells_the_time_left(base_dir, tmp_path, terminal):  # noqa: F811
+    from sentence_transformers import SentenceTransformer, models
+
+    parts = [models.Transformer(str(base_dir)), models.Pooling(32, pooling_mode="mean")]
+    SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "base"))
+    finetune(recipe_for(tmp_path / "base", tmp_path / "out"), TABLE)
+    assert re.search(r"training: 100%.* 3/3 \[00:\d\d<00:00", terminal())
 
 
 def test_refusals(base_dir, tmp_path):  # noqa: F811

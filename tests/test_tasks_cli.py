@@ -269,7 +269,7 @@ def test_numbers_of_a_csv_are_labels_too(tmp_path):
             {"answers": {"text": ["warm"], "answer_start": [0]}},
             "the context does not say 'warm' at 0",
         ),
-        ("question-answering", {"question": "the film is " * 5}, "raise max_length"),
+        ("question-answering", {"question": "the film is " * 5}, "raise --max-length"),
         (
             "question-answering",
             {

@@ -1,5 +1,7 @@
 """TFB against its paper's formula and an exhaustive search."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -98,6 +100,19 @@ def test_sigma_is_that_of_an_exhaustive_search(tolerance):
     first_failure = next(s for s in grid if s not in bearable)
     assert 2e-4 < sigma < 0.9
     assert sigma == pytest.approx(first_failure, rel=0.03)
+
+
+def test_the_time_left_is_that_of_the_losses_to_come(terminal):
+    """Ten of them with eight rounds; two where the largest noise is borne."""
+    tfb(lora(), batch(), tolerance=0.003)
+    assert re.search(r"fitting the noise: 100%.* 10/10 \[00:\d\d<00:00", terminal())
+    assert tfb(lora(), batch(), tolerance=1e9) == 1.0
+    assert " 2/10 [" in terminal()
+
+
+def test_no_bar_is_shown_where_there_is_no_terminal(capsys):
+    tfb(lora(), batch())
+    assert capsys.readouterr() == ("", "")
 
 
 def test_without_labels_the_own_predictions_count():

@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Not `app(...)`: typer would print errors its own way, over many lines.
         command = typer.main.get_command(app)
-        with command.make_context("bara", arguments or ["--help"]) as context:
+        with command.make_context("bara", arguments or ["--help"], obj=arguments) as context:
             command.invoke(context)
         sys.stdout.flush()
         return 0

@@ -6,9 +6,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
-from bara.cli.terminal import console
+from bara.cli.terminal import console, say_next, say_without_dry_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -28,6 +28,7 @@ class Executor(StrEnum):
 
 
 def bench(
+    context: Context,
     files: Annotated[list[Path], Argument(help="Benchmarks (YAML).")],
     output: Annotated[Path, Option(help="Folder for the results.")] = Path("bara-bench"),
     workers: Annotated[
@@ -63,8 +64,10 @@ def bench(
             raise BaraError(f"two benchmarks are named {benchmark.name!r}; give one another `name`")
         benchmark.check()
     if dry_run:
-        for cell in pending(benchmarks, output):
+        missing = pending(benchmarks, output)
+        for cell in missing:
             print(f"{cell.key}  {cell}")
+        say_without_dry_run(context, *([] if missing or report_only else ["--report-only"]))
         return
 
     def execute(cells: Sequence[Cell]) -> Iterable[Row]:
@@ -88,6 +91,7 @@ def bench(
             f"{len(failures)} of {len(cells)} cells failed; the same command tries them again "
             f"(first: {failures[0]['name']} on {failures[0]['task']}: {failures[0]['error']})"
         )
+    say_next(["bara", "train", "--model", "MODEL", "--data", "TABLE", "--method", "METHOD"])
 
 
 def _follow(rows: Iterable[Row], total: int, terminal: Console) -> list[Row]:

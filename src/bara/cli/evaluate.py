@@ -164,6 +164,12 @@ def evaluate(
         use += ["--abstain-at-risk", f"{calibrate_risk:g}"]
     if calibrate_conformal:
         use += ["--coverage", 0.9]
+    if calibrate_risk is not None or calibrate_conformal:  # it holds for the same draws
+        use += ["--num-draws", num_draws, "--seed", seed]
+    if answers:  # and the same decoding
+        use += ["--chat"] if "messages" in table.column_names else []
+        use += [] if max_new_tokens is None else ["--max-new-tokens", max_new_tokens]
+        use += [word for option in generate_options or [] for word in ("--set", option)]
     say_next(["bara", *use])
 
 

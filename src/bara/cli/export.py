@@ -51,10 +51,11 @@ def export(
     from dataclasses import replace
 
     from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
-    from bara.cli.terminal import calibration_inputs, require_output
+    from bara.cli.terminal import calibration_inputs, require_output, say_next
     from bara.errors import BaraError
     from bara.export.client import Ensemble, EnsembleError
     from bara.export.export_lora import check_mode, export_lora
+    from bara.export.servers import check_server
     from bara.finetuning.load import load_adapter
     from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
@@ -65,6 +66,8 @@ def export(
 
     quieten_libraries()
     chosen = check_mode(mode)
+    if server is not None:
+        check_server(server)
     require_output(output, adapter, force)
     if load_into is not None and chosen != "draws":
         raise BaraError("--load-into is for --mode draws: a server averages nothing by itself")
@@ -130,3 +133,6 @@ def export(
             raise BaraError(f"the export is in {output}, but not loaded: {error}") from error
         print(f"Loaded {len(ensemble.adapters)} draws into {load_into}.")
     print(f"{output / 'README.md'} has the lines that load it.")
+    # a merged model is for others to load: it has no recipe
+    readable = {"mean": output, "draws": output / "draw-0", "merged": adapter}[chosen]
+    say_next(["bara", "evaluate", readable, "--data", "LABELLED"])

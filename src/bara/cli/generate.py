@@ -17,7 +17,7 @@ from bara.cli.options import (
     MaxNewTokens,
     NumDraws,
 )
-from bara.cli.terminal import console, row_count, say_next
+from bara.cli.terminal import console, row_count, say_calibrate, say_next
 from bara.schema import SEEDS, json_text
 
 CHUNK = 8
@@ -89,8 +89,9 @@ def generate(
     if output != "-":
         print(f"The answers are in {output}.")
         if threshold is None:
-            labelled = ["--data", "LABELLED", "--calibrate-risk", 0.1]
-            say_next(["bara", "evaluate", adapter, *labelled])
+            say_calibrate(adapter)
+        else:
+            say_next(["bara", "serve", adapter])
 
 
 def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> dict[str, Any]:

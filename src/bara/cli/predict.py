@@ -29,6 +29,7 @@ from bara.cli.predict_files import (
     predict_files,
     refuse_without_executor,
 )
+from bara.cli.review import REVIEWED_TASKS
 from bara.schema import json_text
 
 CHUNK = 64
@@ -85,7 +86,7 @@ def predict(
     from tqdm.auto import tqdm
 
     from bara.cli.generate import generate
-    from bara.cli.terminal import row_count, say_next
+    from bara.cli.terminal import row_count, say_calibrate, say_next
     from bara.data.images import ImageTask, located
     from bara.data.tables import table_from_records
     from bara.errors import BaraError
@@ -177,8 +178,15 @@ def predict(
             atomic_write_text(output, "".join(predicted()))
             print(f"The predictions are in {output}.")
             if threshold is None:
-                calibrate = [] if task.task == "regression" else ["--calibrate-risk", 0.1]
-                say_next(["bara", "evaluate", adapter, "--data", "LABELLED", *calibrate])
+                say_calibrate(adapter, regression=task.task == "regression")
+            elif task.task in REVIEWED_TASKS:
+                same: list[object] = ["--data", "TABLE" if data == "-" else data]
+                same += [] if split is None else ["--split", split]
+                same += ["--abstain-at-risk", f"{abstain_at_risk:g}"]
+                same += ["--num-draws", num_draws, "--seed", seed]
+                say_next(["bara", "review", adapter, *same, "--output", "review.csv"])
+            else:
+                say_next(["bara", "serve", adapter])
 
 
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:

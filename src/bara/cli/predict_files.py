@@ -49,6 +49,8 @@ def predict_files(
     adapter: Path, data: str, output: str, *, refused: Mapping[str, Any], **options: Any
 ) -> None:
     """Predicts the files and says how many there were."""
+    from bara.cli.terminal import say_calibrate
+    from bara.finetuning.load import read_task
     from bara.finetuning.predict_dataset import predict_dataset
     from bara.machine import quieten_libraries
 
@@ -65,6 +67,7 @@ def predict_files(
         f"{len(done.written)} files written, {len(done.skipped)} were there; "
         f"{done.rows:,} predictions"
     )
+    say_calibrate(adapter, regression=read_task(adapter).task == "regression")
 
 
 def refuse_without_executor(

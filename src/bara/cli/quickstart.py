@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from bara.cli.terminal import console
+from bara.cli.terminal import console, say_next
 from bara.schema import MAX_DRAWS, SEEDS
 
 MINUTES = 5.0
@@ -92,13 +92,21 @@ def quickstart(
     elif not size.judges:
         terminal.print(TOO_SMALL, style="yellow")
     _print_examples(terminal, results["examples"])
-    terminal.print(f"{output / 'report.html'} shows the pictures. Next:", soft_wrap=True)
-    for command in (
-        f"bara predict {output / 'bara'} --data TABLE.csv --output -",
-        f"bara train --model {minilm_path()} --data TABLE.csv --output my-adapter",
-        "bara evaluate my-adapter --data TEST.csv",
-    ):
-        terminal.print(f"  {command}", soft_wrap=True)
+    terminal.print(f"{output / 'report.html'} shows the pictures.", soft_wrap=True)
+    say_next(
+        ["bara", "predict", output / "bara", "--data", "TABLE.csv"],
+        [
+            "bara",
+            "train",
+            "--model",
+            minilm_path(),
+            "--data",
+            "TABLE.csv",
+            "--output",
+            "my-adapter",
+        ],
+        ["bara", "evaluate", "my-adapter", "--data", "TEST.csv"],
+    )
 
 
 def duration(seconds: float) -> str:

@@ -124,7 +124,10 @@ def ranks(
             terminal.print(line, soft_wrap=True)
     gated = isinstance(model.active_peft_config, BaraConfig)
     uses = ("prune", "export") if gated else ("export",)
-    say_next(*(["bara", use, adapter, "--data", data, "--output", "FOLDER"] for use in uses))
+    then = [["bara", use, adapter, "--data", data, "--output", "FOLDER"] for use in uses]
+    if recommend:
+        then.append(["bara", "train", "--config", output / PLAIN_RECIPE])
+    say_next(*then)
 
 
 def _text(cell: Any) -> str:
@@ -151,5 +154,4 @@ def _recommendation(recommended: Any, adapter: Path, output: Path) -> list[str]:
         f"For plain LoRA: {recommended}",
         *(f"{name} = {value}" for name, value in recommended.config_options().items()),
         WARNING,
-        f"To train it: bara train --config {output / PLAIN_RECIPE}",
     ]

@@ -10,6 +10,7 @@ from bara.cli.options import AbstainAtRisk, Adapter, BaseModel, BatchSize, NumDr
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Of the rows, for which the expected error rate of the others is printed."""
+REVIEWED_TASKS = ("classification", "multiple-choice", "image-classification")
 
 
 def review(
@@ -33,7 +34,7 @@ def review(
     """
     from rich.table import Table
 
-    from bara.cli.terminal import console, extended_rows, say_next
+    from bara.cli.terminal import console, extended_rows, say_calibrate, say_train
     from bara.data.tables import check_output_table, write_table
     from bara.evaluation.abstention import load_threshold
     from bara.evaluation.review import review as sort
@@ -91,4 +92,6 @@ def review(
         )
     terminal.print(f"{output} has all of them, the most uncertain first.", soft_wrap=True)
     if threshold is None:
-        say_next(["bara", "evaluate", adapter, "--data", "LABELLED", "--calibrate-risk", 0.1])
+        say_calibrate(adapter)
+    else:
+        say_train(adapter)

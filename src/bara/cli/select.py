@@ -34,9 +34,9 @@ def select(
     The chosen rows are written with their number in the pool and their scores in nats, the first
     to label first.
     """
-    from bara.cli.terminal import extended_rows, say_next
+    from bara.cli.terminal import extended_rows, say_train
     from bara.data.tables import check_output_table, write_table
-    from bara.evaluation.acquisition import FEATURES, check_strategy
+    from bara.evaluation.acquisition import FEATURES, check_count, check_strategy
     from bara.evaluation.acquisition import select as choose
     from bara.finetuning.load import load_adapter, read_task
     from bara.finetuning.task_inputs import model_inputs, predict_table, read_table
@@ -47,6 +47,7 @@ def select(
     check_output_table(output)
     strategy = check_strategy(by)
     table = read_table(data, read_task(adapter), split=split)
+    check_count(k, len(table))
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     options: dict[str, Any] = {"batch_size": batch_size, "progress": None}
     predictive = predict_table(
@@ -71,4 +72,4 @@ def select(
     if output != "-":
         print(f"{output} has {k} of the {len(table)} rows, the first to label first.")
         print("Label them, and train on them with the texts that had labels already.")
-        say_next(["bara", "train", "--data", "LABELLED"])
+        say_train(adapter)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from typer import Context
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -30,12 +31,37 @@ def use_utf8() -> None:
             stream.reconfigure(encoding="utf-8")
 
 
-def say_next(*commands: list[object]) -> None:
-    """What to do after this command, as it is typed; words in capitals are to be filled in."""
+def say_next(*commands: list[object], aside: bool = False) -> None:
+    """What to do after this command, as it is typed; words in capitals are to be filled in.
+
+    Args:
+        *commands: words of each.
+        aside: on standard error, where standard output is something to keep.
+    """
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    print("Next:")
+    stream = sys.stderr if aside else sys.stdout
+    print("Next:", file=stream)
     for command in commands:
-        print(" ", join([str(word) for word in command]))
+        print(" ", join([str(word) for word in command]), file=stream)
+
+
+def say_calibrate(adapter: Path, *, regression: bool = False) -> None:
+    """After predictions: how good they are, and above which uncertainty to abstain."""
+    calibrate = [] if regression else ["--calibrate-risk", 0.1]
+    say_next(["bara", "evaluate", adapter, "--data", "LABELLED", *calibrate])
+
+
+def say_train(adapter: Path) -> None:
+    """After rows have got labels: the adapter's training with them."""
+    from bara.cards.adapter_files import RECIPE_FILE
+
+    config = ["--config", adapter / RECIPE_FILE]
+    say_next(["bara", "train", *config, "--data", "LABELLED", "--output", "FOLDER"])
+
+
+def say_without_dry_run(context: Context, *more: str) -> None:
+    """After a dry run: what was typed, in earnest."""
+    say_next(["bara", *(word for word in context.obj if word != "--dry-run"), *more], aside=True)
 
 
 def row_count(rows: object, data: str | None) -> int | None:

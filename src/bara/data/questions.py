@@ -190,8 +190,8 @@ def _require_room(
         if room <= stride:
             raise BaraError(
                 f"row {first_row + row}: the question leaves {max(room, 0)} of {limit} tokens for "
-                f"the context, which must be more than the stride, {stride}: raise max_length, or "
-                "lower stride"
+                f"the context, which must be more than the stride, {stride}: raise --max-length of "
+                "`bara train`, or lower its stride (--set stride)"
             )
 
 

@@ -72,7 +72,7 @@ def refuse_split(source: str | Path, split: str | None) -> None:
     if split is not None and (str(source) == "-" or Path(source).exists()):
         raise BaraError(
             f"{source} is not a data set of the hub, and only those have splits: leave out the "
-            f"split {shown(split)}"
+            f"split {shown(split)} (--split, or split of a recipe)"
         )
 
 

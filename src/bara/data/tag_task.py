@@ -154,7 +154,7 @@ class TagTask(TaskFile):
             if len(ids) > limit:
                 raise BaraError(
                     f"row {first_row + i} has {len(ids)} tokens, more than the {limit} that the "
-                    "model reads (max_length): shorten it, or raise that"
+                    "model reads: shorten it, or raise --max-length of `bara train`"
                 )
             if missing := sorted(set(range(len(words))) - set(ids)):
                 raise BaraError(

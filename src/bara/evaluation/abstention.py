@@ -103,8 +103,9 @@ def calibrate_threshold(
     needed = math.ceil(math.log(delta) / math.log1p(-risk)) * LEARNING_SHARE / (LEARNING_SHARE - 1)
     if len(loss) < needed + 1:
         raise BaraError(
-            f"{len(loss)} examples cannot show a risk of {risk:g} with delta {delta:g}: at least "
-            f"{math.ceil(needed) + 1} are needed, and more are better"
+            f"{len(loss)} examples cannot show a risk of {risk:g} with delta {delta:g} "
+            f"(--calibrate-risk, --calibrate-delta): at least {math.ceil(needed) + 1} are needed, "
+            "and more are better"
         )
     order = torch.randperm(len(loss), generator=torch.Generator().manual_seed(seed))
     learn, test = order[: len(loss) // LEARNING_SHARE], order[len(loss) // LEARNING_SHARE :]

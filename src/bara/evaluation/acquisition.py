@@ -70,8 +70,7 @@ def select(
     """
     check_strategy(by)
     bald, entropy = _scores(predictive)
-    if not 1 <= k <= len(bald):
-        raise BaraError(f"k must lie between 1 and the {len(bald)} inputs of the pool, not {k}")
+    check_count(k, len(bald))
     if by in ("bald", "batch") and not (bald > ROUNDING).any():
         raise BaraError(
             f"{by} needs draws that differ, and this model's agree on every input (--by): choose "
@@ -94,6 +93,12 @@ def check_strategy(name: str) -> Strategy:
     if name not in get_args(Strategy):
         raise BaraError(f"by must be one of {', '.join(get_args(Strategy))}, not {name!r} (--by)")
     return cast(Strategy, name)
+
+
+def check_count(k: int, inputs: int) -> None:
+    """Raises BaraError for a choice of fewer than 1 or more than all inputs of a pool."""
+    if not 1 <= k <= inputs:
+        raise BaraError(f"k must lie between 1 and the {inputs} inputs of the pool, not {k} (--k)")
 
 
 def _scores(predictive: Predictive) -> tuple[Tensor, Tensor]:

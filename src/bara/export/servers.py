@@ -34,7 +34,8 @@ def check_server(server: str) -> Server:
         BaraError: it is not.
     """
     if server not in get_args(Server):
-        raise BaraError(f"server must be {' or '.join(get_args(Server))}, not {server!r}")
+        known = " or ".join(get_args(Server))
+        raise BaraError(f"the server must be {known}, not {server!r} (--server)")
     return cast(Server, server)
 
 

@@ -125,7 +125,8 @@ def bayesianize(
     """
     folder = Path(adapter)
     if method not in WITHOUT_TRAINING:
-        raise BaraError(f"method must be {' or '.join(WITHOUT_TRAINING)}, not {method!r}")
+        known = " or ".join(WITHOUT_TRAINING)
+        raise BaraError(f"the method must be {known}, not {method!r} (--method)")
     chosen = METHODS[method]
     given = dict(method_options or {})
     refuse_unknown(given, {f.name for f in fields(chosen.options)}, f"method {method}")
@@ -310,8 +311,6 @@ def _loss(
 
     def nll() -> float:
         predictive = predict_table(model, tokenizer, task, table, **options)
-        if predictive.labels is None:
-            raise BaraError("every question needs its answer: fill in the column 'answer'")
         return float(negative_log_likelihood(predictive))
 
     return nll

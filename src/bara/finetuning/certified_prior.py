@@ -57,7 +57,8 @@ def prepare(
     if lacking:
         raise BaraError(
             f"the {len(prior_rows)} texts for the prior have none of the class "
-            f"{task.label_names[min(lacking)]!r}; raise prior_fraction or give more texts"
+            f"{task.label_names[min(lacking)]!r}; raise their part (--prior-fraction) or give "
+            "more texts"
         )
     output = str(Path(recipe.output) / PRIOR_FOLDER)
     options = {"output": output, "method_options.prior_fraction": 0.0, "validation": None}

@@ -33,6 +33,8 @@ UNCHANGED = (
     *("text_column", "text_pair_column", "label_column"),
 )
 """What a run that is resumed learns, and with what."""
+TYPED = {"method_options": "--rank, --set method_options"}
+"""Options of the command line that do not have the name of the recipe's."""
 ZIP_FILES = {
     "optimizer.pt": "optimizer.pt",
     "scheduler.pt": "scheduler.pt",
@@ -73,7 +75,8 @@ def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: 
         for name in UNCHANGED:
             if (before := getattr(earlier, name)) != getattr(recipe, name):
                 raise BaraError(
-                    f"the run in {output} has {name} = {before}: it can only be resumed with that"
+                    f"the run in {output} has {name} = {before}: it can only be resumed with that "
+                    f"({TYPED.get(name, '--' + name.replace('_', '-'))})"
                 )
     trained = any((output / name).exists() for name in (CONFIG_FILE, RECIPE_FILE))
     if not resume and not overwrite and (checkpoint or trained):

@@ -240,7 +240,7 @@ def train_model(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise BaraError(
-            "out of memory; lower training.per_device_train_batch_size or max_length"
+            "out of memory; lower the batch size (--batch-size) or the longest input (--max-length)"
         ) from error
     trainer.finish()
 

@@ -6,11 +6,13 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+from tqdm.auto import tqdm
 
 from bara.data.tables import FILE_SUFFIXES
 from bara.errors import BaraError
@@ -58,20 +60,25 @@ class Job:
     def loaded(self) -> tuple[Any, Any, Any]:
         return load_adapter(self.adapter, base_model=self.base_model)
 
-    def run(self, source: str, target: str) -> dict[str, Any]:
-        """Predicts one file; its output appears when it is whole. An error belongs to the file."""
+    def run(
+        self, source: str, target: str, advance: Callable[[float], object] = lambda share: None
+    ) -> dict[str, Any]:
+        """Predicts one file; its output appears when it is whole. An error belongs to the file.
+
+        `advance` is called after every chunk with its share of the rows.
+        """
         try:
-            records = list(self._records(source))
+            records = list(self._records(source, advance))
             atomic_write_bytes(target, _encoded(records, Path(target).suffix))
         except BaraError as error:
             return {"source": source, "rows": 0, "error": str(error)}
         return {"source": source, "rows": len(records), "error": ""}
 
-    def _records(self, source: str) -> Iterator[dict[str, Any]]:
+    def _records(self, source: str, advance: Callable[[float], object]) -> Iterator[dict[str, Any]]:
         model, tokenizer, task = self.loaded
         table = read_table(source, task)
         if missing := [name for name in self.keep_columns if name not in table.column_names]:
-            raise BaraError(f"there is no column {missing[0]!r} to keep")
+            raise BaraError(f"there is no column {missing[0]!r} to keep (--keep-column)")
         for first in range(0, len(table), CHUNK):
             part = table.select(range(first, min(first + CHUNK, len(table))))
             predictive = predict_table(
@@ -90,9 +97,11 @@ class Job:
             for row, record in zip(kept or [{}] * len(part), predictive.to_records(), strict=True):
                 if twice := sorted(row.keys() & record.keys()):
                     raise BaraError(
-                        f"a prediction has a {twice[0]!r} too; rename the column to keep"
+                        f"a prediction has a {twice[0]!r} too; rename the column to keep "
+                        "(--keep-column)"
                     )
                 yield row | record
+            advance(len(part) / len(table))
 
 
 def predict_dataset(
@@ -113,6 +122,8 @@ def predict_dataset(
     ray_address: str | None = None,
 ) -> PredictedFiles:
     """Predict a file or a folder of tables, file by file, and write a folder of predictions.
+
+    On a terminal a bar on standard error tells how much of the files is done, and the time left.
 
     A file of predictions is written whole or not at all, and has one row for each row of the table,
     in order. A run that was interrupted is started again: files that are there already, and are not
@@ -157,11 +168,25 @@ def predict_dataset(
             left.unlink()
         done = [source for source in targets if _is_finished(source, targets[source])]
         pending = {str(s): str(t) for s, t in targets.items() if s not in done}
-        if executor == "local":
-            results = [job.run(source, target) for source, target in pending.items()]
-        else:
-            options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "concurrency": workers}
-            results = _run_ray(job, pending, ray_address, options) if pending else []
+        sizes = {source: Path(source).stat().st_size for source in pending}
+        with tqdm(  # in bytes: how many rows there are a table says only when it is read
+            total=sum(sizes.values()),
+            desc="predicting",
+            unit="B",
+            unit_scale=True,
+            disable=None if pending else True,
+        ) as bar:
+
+            def advance(source: str, share: float) -> None:
+                bar.update(share * sizes[source])
+
+            if executor == "local":
+                results = [job.run(s, t, partial(advance, s)) for s, t in pending.items()]
+            elif pending:
+                options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "concurrency": workers}
+                results = _run_ray(job, pending, ray_address, options, advance)
+            else:
+                results = []
     if failed := [result for result in results if result["error"]]:
         raise BaraError(
             f"{len(failed)} of {len(targets)} files could not be predicted, the others are in "
@@ -179,13 +204,15 @@ def _targets(data: Path, folder: Path, output_format: Format | None) -> dict[Pat
     if output_format is not None and output_format not in get_args(Format):
         raise BaraError(f"output_format must be csv, jsonl or parquet, not {output_format!r}")
     if folder.exists() and not folder.is_dir():
-        raise BaraError(f"{folder} is a file; give a folder for the predictions")
+        raise BaraError(f"{folder} is a file; give a folder for the predictions (--output)")
     if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
-        raise BaraError(f"{folder} is inside {data}, whose files are read; give another folder")
+        raise BaraError(
+            f"{folder} is inside {data}, whose files are read; give another folder (--output)"
+        )
     found = sorted(data.rglob("*")) if data.is_dir() else [data]
     sources = [p for p in found if p.is_file() and p.suffix.lower() in FILE_SUFFIXES]
     if not sources:
-        raise BaraError(f"there is no table at {data} ({', '.join(FILE_SUFFIXES)})")
+        raise BaraError(f"there is no table at {data}: give {', '.join(FILE_SUFFIXES)} (--data)")
     root = data if data.is_dir() else data.parent
     targets: dict[Path, Path] = {}
     for source in sources:
@@ -222,7 +249,7 @@ def _require_same_settings(folder: Path, job: Job) -> None:
     elif path.read_text("utf-8") != settings:
         raise BaraError(
             f"the predictions in {folder} are of another adapter, other draws, seed, batch size or "
-            "columns: give another folder"
+            "columns: give another folder (--output)"
         )
 
 
@@ -273,21 +300,29 @@ class _Worker:
 
 
 def _run_ray(
-    job: Job, pending: dict[str, str], address: str | None, options: dict[str, Any]
+    job: Job,
+    pending: dict[str, str],
+    address: str | None,
+    options: dict[str, Any],
+    advance: Callable[[str, float], object],
 ) -> list[dict[str, Any]]:
     ray = ray_cluster(address)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # nodes may have other working directories
+    given = {str(Path(source).absolute()): source for source in pending}
     files = [
-        {"source": str(Path(source).absolute()), "target": str(Path(target).absolute())}
-        for source, target in pending.items()
+        {"source": absolute, "target": str(Path(pending[source]).absolute())}
+        for absolute, source in given.items()
     ]
     table = ray.data.from_items(files, override_num_blocks=len(files))
     done = table.map_batches(
         _Worker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy", **options
     )
+    results: list[dict[str, Any]] = []
     try:
-        results: list[dict[str, Any]] = done.take_all()
+        for result in done.iter_rows():
+            results.append(result)
+            advance(given[result["source"]], 1.0)
     except ray.exceptions.RayError as error:
         raise BaraError(
             f"the Ray cluster stopped: {str(error).strip().splitlines()[-1]}; start again, finished"

@@ -49,7 +49,7 @@ def save_adapter(
         if not tensor.isfinite().all():
             raise BaraError(
                 f"the weights of {name} are not finite after training, so the adapter was not "
-                "saved; lower training.learning_rate"
+                "saved; lower the learning rate (--learning-rate)"
             )
     with atomic_directory(folder, drop=OF_EARLIER_WEIGHTS) as temporary:
         options: dict[str, Any] = (

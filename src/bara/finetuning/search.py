@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +30,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAXIMISED = ("accuracy", "spearman")
-MINIMISED = ("nll", "ece", "brier", "aurc", "rmse", "mae", "perplexity")
-"""Metrics to choose by, of `bara.evaluate` and for texts of `bara evaluate`."""
+"""Metrics of which more is better; of the others to choose by less is."""
+OF_CLASSES = ("nll", "accuracy", "ece", "brier", "aurc")
+METRICS = {
+    "regression": ("nll", "aurc", "rmse", "mae", "spearman"),
+    "multi-label": ("nll", "ece", "brier", "aurc"),
+    "question-answering": ("nll", "ece", "aurc"),
+    **dict.fromkeys(GENERATING_TASKS, ("nll", "perplexity", "accuracy")),
+}
+"""Metrics to choose by, where they are not those of classes."""
 OPTION_OF = {
     "learning_rate": "training.learning_rate",
     "epochs": "training.num_train_epochs",
@@ -62,12 +70,13 @@ def search_space(recipe: TrainRecipe, given: dict[str, Range]) -> dict[str, Rang
     method, tempered = parse_method(recipe.method)
     if not method.by_steps:
         raise BaraError(
-            f"method {recipe.method} has no learning rate, epochs or strength to tune: train it"
+            f"method {recipe.method} has no learning rate, epochs or strength to tune (--method): "
+            "train it"
         )
     if tempered:
         raise BaraError(
             "a temperature is fitted to the texts that choices are compared on: tune without "
-            "+temperature, and add it when you train with the recipe"
+            "+temperature (--method), and add it when you train with the recipe"
         )
     rate, epochs = (recipe.training[n] for n in ("learning_rate", "num_train_epochs"))
     space = {
@@ -77,11 +86,20 @@ def search_space(recipe: TrainRecipe, given: dict[str, Range]) -> dict[str, Rang
     if method.has_strength:
         space["strength"] = (1 / STRENGTHS, STRENGTHS)
     for name, (low, high) in given.items():
+        what = f"{name.replace('_', ' ')} (--{name.replace('_', '-')})"
         if name not in space:
-            raise BaraError(f"method {recipe.method} has no {name} to tune")
-        if not 0 < low <= high:
-            raise BaraError(f"the range of {name} must be two numbers, 0 < low <= high")
+            raise BaraError(f"method {recipe.method} has no {what} to tune")
+        if not 0 < low <= high < math.inf:
+            raise BaraError(f"the range of the {what} must be two numbers, 0 < low <= high")
     return space | given
+
+
+def check_metric(metric: str, recipe: TrainRecipe, train: Dataset) -> None:
+    """Raises BaraError for a metric that nothing can be chosen by in the task of a table."""
+    task = task_of(recipe, train).task
+    known = METRICS.get(task, OF_CLASSES)
+    if metric not in known:
+        raise BaraError(f"{task} has the metrics {', '.join(known)}, not {metric!r} (--metric)")
 
 
 def with_choice(recipe: TrainRecipe, choice: dict[str, float]) -> TrainRecipe:
@@ -116,7 +134,7 @@ def split_tables(
     if validation is not None:
         return [(train, validation)]
     if not 2 <= num_folds <= len(train):
-        raise BaraError(f"{len(train)} rows cannot be shared out among {num_folds} folds")
+        raise BaraError(f"{len(train)} rows cannot be shared out among {num_folds} folds (--folds)")
     label = None
     if isinstance(task, TextTask) and task.task == "classification":
         label = task.label_column

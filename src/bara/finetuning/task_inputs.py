@@ -134,17 +134,21 @@ def predict_table(
     Args:
         model, tokenizer, task: what `load_adapter` returns.
         table: its rows.
-        labels: whether the rows have labels, which the predictive then keeps; the answers of
-            multiple choice are kept where there are any.
+        labels: whether the rows have labels, which the predictive then keeps. Without, the answers
+            of multiple choice are kept if all questions have one.
         first_row: number of the first row, for messages.
         command: what the user typed, for messages.
         **options: `num_draws`, `seed`, `deterministic`, `batch_size`, `progress` of `bara.predict`.
 
     Raises:
-        BaraError: the task is causal-lm, or any error of `bara.predict` or `bara.multiple_choice`.
+        BaraError: the task is causal-lm, a label is missing, or any error of `bara.predict` or
+            `bara.multiple_choice`.
     """
     if is_multiple_choice(task):
         asked = questions(table, first_row=first_row)
+        bare = [row for row, q in enumerate(asked, start=first_row) if q.answer is None]
+        if labels and bare:
+            raise BaraError(f"row {bare[0]} has no answer: fill in the column 'answer'")
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
     if isinstance(task, ImageTask):
         known = task if labels else None

@@ -21,7 +21,6 @@ from bara.finetuning.search import (
 )
 from bara.methods.recipe import TrainRecipe
 from bara.reports.tuning import Trial
-from bara.schema import refuse_unknown
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -58,12 +57,7 @@ class Search:
         return -1 if self.metric in MAXIMISED else 1
 
     def value(self, score: Score) -> float:
-        """The metric of a score.
-
-        Raises:
-            BaraError: this task has no such metric.
-        """
-        refuse_unknown([self.metric], score.metrics, "metric")
+        """The metric of a score."""
         return score.metrics[self.metric]
 
     def predictions(self, name: str | int) -> Path:

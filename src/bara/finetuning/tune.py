@@ -14,13 +14,13 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
+from tqdm.auto import tqdm
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
 from bara.finetuning.search import (
-    MAXIMISED,
-    MINIMISED,
     Range,
+    check_metric,
     held_out_score,
     load_predictive,
     paired_difference,
@@ -36,13 +36,13 @@ from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS, check_recipe
 from bara.reports.style import save_figure
 from bara.reports.tuning import Trial, tuning_picture
-from bara.schema import refuse_unknown
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from optuna.study import Study
 
 RECIPE_FILE, TABLE_FILE, PICTURE_FILE = "recipe.yaml", "trials.csv", "trials.png"
+PROBE_RECIPE_FILE = "probe.yaml"
 PROBE = "probe"
 """What the study's attribute with the probe's metric, and its predictions are called."""
 
@@ -113,16 +113,24 @@ def tune(
         raise BaraError('Optuna is missing; run `pip install "bara-peft[tune]"`') from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_recipe(recipe)
-    refuse_unknown([metric], [*MINIMISED, *MAXIMISED], "metric")
     space = search_space(recipe, dict(ranges or {}))
     parts = split_tables(recipe, train, validation, num_folds)
+    check_metric(metric, recipe, parts[0][0])
     search = Search(recipe, parts, space, metric, num_draws, Path(folder))
     refusal = f"another `bara tune` is writing to {folder}; wait for it, or give another --output"
     with only_writer(search.folder / "run.lock", refusal):
         study = open_study(search, seed=recipe.seed)
         begin_or_go_on(search, study)
         probe = _probe(search, study, report)
-        for number in _run(search, study, num_trials, jobs):
+        trials = tqdm(
+            _run(search, study, num_trials, jobs),
+            desc="tuning",
+            unit="trial",
+            total=num_trials,
+            initial=len(ended_trials(study)),
+            disable=None,
+        )
+        for number in trials:
             report(_line(search, next(t for t in ended_trials(study) if t.number == number)))
         tuned = _result(search, ended_trials(study), probe)
         _write(search, tuned)
@@ -192,8 +200,11 @@ def _result(search: Search, trials: list[Trial], probe: float | None) -> Tuned:
 
 
 def _write(search: Search, tuned: Tuned) -> None:
-    """The recipe, the table and the picture."""
+    """The recipes, the table and the picture."""
     atomic_write_text(search.folder / RECIPE_FILE, tuned.recipe.to_yaml())
+    if tuned.probe is not None:
+        recipe = probe_recipe(search.recipe)
+        atomic_write_text(search.folder / PROBE_RECIPE_FILE, recipe.to_yaml())
     buffer = io.StringIO()
     names = list(search.space)
     metrics = list(tuned.best.metrics)

@@ -207,5 +207,5 @@ def require_room(model: nn.Module, longest: int, new_tokens: int = 0) -> None:
         more = f" and {new_tokens} new ones" if new_tokens else ""
         raise BaraError(
             f"A prompt of {longest} tokens{more} does not fit the model's context of {most}: "
-            "shorten it" + (" or lower max_new_tokens." if new_tokens else ".")
+            "shorten it" + (" or lower max_new_tokens (--max-new-tokens)." if new_tokens else ".")
         )

@@ -51,16 +51,19 @@ class LanguageTask(TaskFile):
 
     def __post_init__(self) -> None:
         if self.scoring not in ("text", "letter"):
-            raise BaraError(f"scoring must be 'text' or 'letter', not {self.scoring!r}")
+            raise BaraError(f"scoring must be 'text' or 'letter', not {self.scoring!r} (--scoring)")
         if self.max_length < 2:
-            raise BaraError(f"max_length must be at least 2, not {self.max_length}")
+            raise BaraError(
+                f"the longest input must be at least 2 tokens, not {self.max_length} (--max-length)"
+            )
 
     def require_length(self, number: int, length: int) -> None:
         """Raises BaraError if row `number` is longer than `max_length` tokens."""
         if length > self.max_length:
             raise BaraError(
-                f"row {number} has {length} tokens, more than max_length, {self.max_length}; "
-                "raise it (--max-length, as far as the model's context goes) or shorten the row"
+                f"row {number} has {length} tokens, more than the {self.max_length} of the longest "
+                "input: raise that (--max-length, as far as the model's context goes), or shorten "
+                "the row"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,16 +84,19 @@ def laplace(
     loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)
     was_training = model.training  # laplace-torch changes the mode itself
     with _only(model, names):
-        approximation = Laplace(
+        approximation: Any = Laplace(
             _Logits(model),
             "classification",
             subset_of_weights="all",
             hessian_structure=options.structure,
             prior_precision=options.prior_precision or 1.0,
         )
-        approximation.fit(loader)
+        shown = sys.stderr.isatty()
+        approximation.fit(loader, progress_bar=shown)
         if options.prior_precision is None:
-            approximation.optimize_prior_precision(pred_type="glm", method="marglik")
+            approximation.optimize_prior_precision(
+                pred_type="glm", method="marglik", progress_bar=shown
+            )
     model.train(was_training)
     linearised = options.subset == "adapter"
     attach_draws(model, WeightDraws(model, _factors(model, names, approximation), linearised))

@@ -15,6 +15,7 @@ from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.methods.recipe import TrainRecipe
 from bara.models.sentence import NORMALISE, SentenceClassifier
+from bara.training.trainer import TrainingProgress
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,7 +113,7 @@ def train_setfit(
                 show_progress_bar=False,
             ),
             train_dataset=Dataset.from_dict({"text": task.texts(train)[0], "label": labels}),
-            callbacks=list(callbacks),
+            callbacks=[TrainingProgress(), *callbacks],
         )
         for printing in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(printing)

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from tqdm.auto import tqdm
 
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
@@ -116,19 +117,26 @@ def largest_noise(
     directions = dict(_directions(model))
     if not directions:
         raise BaraError("tfb: the model has no LoRA adapter on linear or convolution layers")
-    without = loss()
-    bound = without + tolerance * abs(without)
-
-    def bearable(sigma: float) -> bool:
-        _attach(model, directions, sigma)
-        return loss() <= bound
-
     low, high = bounds
-    if bearable(high):
-        return high
-    for _ in range(rounds):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if bearable(middle) else (low, middle)
+    with tqdm(total=rounds + 2, desc="fitting the noise", disable=None) as bar:
+
+        def measured() -> float:
+            value = loss()
+            bar.update()
+            return value
+
+        without = measured()
+        bound = without + tolerance * abs(without)
+
+        def bearable(sigma: float) -> bool:
+            _attach(model, directions, sigma)
+            return measured() <= bound
+
+        if bearable(high):
+            return high
+        for _ in range(rounds):
+            middle = (low * high) ** 0.5
+            low, high = (middle, high) if bearable(middle) else (low, middle)
     _attach(model, directions, low)
     return low
 

@@ -91,7 +91,7 @@ class AdapterTrainer(KLMixin, Trainer):
         if not torch.isfinite(loss):
             raise BaraError(
                 f"the loss is {loss.item()} in step {self.state.global_step + 1}, so training "
-                "stopped and nothing was saved over; lower training.learning_rate"
+                "stopped and nothing was saved over; lower the learning rate (--learning-rate)"
             )
         return loss
 
@@ -118,7 +118,11 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="training", disable=None
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            leave=None,  # not below the bar of a search
+            disable=None,
         )
 
     def on_step_end(
