@@ -12,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from bara.data.tables import FILE_SUFFIXES
+from bara.data.images import ImageTask
+from bara.data.tables import FILE_SUFFIXES, parquet_rows
 from bara.errors import BaraError
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
+from bara.finetuning.prediction_parts import CHUNK, Unit, join, units_of
 from bara.finetuning.task_inputs import predict_table, read_table
 from bara.machine import ray_cluster
 from bara.schema import json_text
@@ -25,8 +27,6 @@ Format = Literal["csv", "jsonl", "parquet"]
 SETTINGS_FILE = ".bara-predictions.json"
 """What the files of an output folder were predicted with."""
 LOCK_FILE = ".bara-predictions.lock"
-CHUNK = 1024
-"""Texts that are predicted at a time: the same for any number of workers, and so the batches."""
 
 
 class PredictedFiles(NamedTuple):
@@ -58,18 +58,21 @@ class Job:
     def loaded(self) -> tuple[Any, Any, Any]:
         return load_adapter(self.adapter, base_model=self.base_model)
 
-    def run(self, source: str, target: str) -> dict[str, Any]:
-        """Predicts one file; its output appears when it is whole. An error belongs to the file."""
+    def run(self, unit: Unit) -> dict[str, Any]:
+        """Predicts one unit; its output appears when it is whole. An error belongs to the table."""
         try:
-            records = list(self._records(source))
-            atomic_write_bytes(target, _encoded(records, Path(target).suffix))
+            records = list(self._records(unit))
+            atomic_write_bytes(unit.target, _encoded(records, Path(unit.target).suffix))
         except BaraError as error:
-            return {"source": source, "rows": 0, "error": str(error)}
-        return {"source": source, "rows": len(records), "error": ""}
+            return {"source": unit.source, "rows": 0, "error": str(error)}
+        return {"source": unit.source, "rows": len(records), "error": ""}
 
-    def _records(self, source: str) -> Iterator[dict[str, Any]]:
+    def _records(self, unit: Unit) -> Iterator[dict[str, Any]]:
         model, tokenizer, task = self.loaded
-        table = read_table(source, task)
+        if unit.last:
+            table = parquet_rows(Path(unit.source), unit.first, unit.last)
+        else:
+            table = read_table(unit.source, task)
         if missing := [name for name in self.keep_columns if name not in table.column_names]:
             raise BaraError(f"there is no column {missing[0]!r} to keep")
         for first in range(0, len(table), CHUNK):
@@ -80,7 +83,7 @@ class Job:
                 task,
                 part,
                 labels=False,
-                first_row=first + 1,
+                first_row=unit.first + first + 1,
                 num_draws=self.num_draws,
                 seed=self.seed,
                 batch_size=self.batch_size,
@@ -115,14 +118,17 @@ def predict_dataset(
     """Predict a file or a folder of tables, file by file, and write a folder of predictions.
 
     A file of predictions is written whole or not at all, and has one row for each row of the table,
-    in order. A run that was interrupted is started again: files that are there already, and are not
-    older than their tables, are skipped. The numbers do not depend on the executor, nor on the
-    number of workers, as long as each has as many threads.
+    in order. A Parquet file of more than 65,536 rows is predicted in parts of so many, by as many
+    workers as there are, which are made one file at the end. A run that was interrupted is started
+    again: files and parts that are there already, and are not older than their tables, are skipped.
+    The numbers do not depend on the executor, nor on the number of workers, as long as each has as
+    many threads.
 
     Args:
         adapter: folder that `bara train` wrote.
         data: a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` file, or a folder of them, searched
-            with its subfolders. Each file has to fit a worker's memory.
+            with its subfolders. Each has to fit a worker's memory, or of a Parquet file with texts
+            the row groups that a part is in.
         output: folder for the predictions, each file under its table's name; not inside `data`.
         executor: `local`, this process; or `ray`, a Ray Data pipeline with one model per worker,
             whose lost workers are replaced. All nodes have to see the three paths.
@@ -144,7 +150,7 @@ def predict_dataset(
         raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
     if workers < 1 or (executor == "local" and workers > 1):
         raise BaraError("give one worker or more with executor='ray'; 'local' has one")
-    read_task(adapter)
+    whole = isinstance(read_task(adapter), ImageTask)
     folder = Path(output)
     targets = _targets(Path(data), folder, output_format)
     job = Job(
@@ -156,21 +162,34 @@ def predict_dataset(
         for left in folder.rglob(".*.tmp"):  # by a process that was killed
             left.unlink()
         done = [source for source in targets if _is_finished(source, targets[source])]
-        pending = {str(s): str(t) for s, t in targets.items() if s not in done}
+        pending = {s: t for s, t in targets.items() if s not in done}
+        work = {s: [Unit(str(s), str(t))] if whole else units_of(s, t) for s, t in pending.items()}
+        units = [unit for parts in work.values() for unit in parts]
+        missing = [u for u in units if not _is_finished(Path(u.source), Path(u.target))]
         if executor == "local":
-            results = [job.run(source, target) for source, target in pending.items()]
+            results = [job.run(unit) for unit in missing]
         else:
             options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "concurrency": workers}
-            results = _run_ray(job, pending, ray_address, options) if pending else []
-    if failed := [result for result in results if result["error"]]:
+            results = _run_ray(job, missing, ray_address, options) if missing else []
+        errors = {Path(r["source"]).absolute(): r["error"] for r in results if r["error"]}
+        failed = []
+        for source, parts in work.items():
+            try:
+                if error := errors.get(source.absolute()):
+                    raise BaraError(error)
+                join(parts, targets[source])
+            except BaraError as error:
+                failed.append(f"{source}: {error}")
+    if failed:
         raise BaraError(
             f"{len(failed)} of {len(targets)} files could not be predicted, the others are in "
-            f"{folder}; the first is {failed[0]['source']}: {failed[0]['error']}"
+            f"{folder}; the first is {failed[0]}"
         )
+    before = sum(unit.last - unit.first for unit in set(units) - set(missing))
     return PredictedFiles(
-        [Path(target) for target in pending.values()],
+        list(pending.values()),
         [targets[source] for source in done],
-        sum(result["rows"] for result in results),
+        before + sum(result["rows"] for result in results),
     )
 
 
@@ -258,7 +277,7 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Worker:
-    """One model on a Ray cluster, for one file at a time."""
+    """One model on a Ray cluster, for one unit at a time."""
 
     def __init__(self, job: Job) -> None:
         from bara.machine import quieten_libraries
@@ -267,22 +286,27 @@ class _Worker:
         self.job = job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        pairs = zip(batch["source"], batch["target"], strict=True)
-        results = [self.job.run(str(source), str(target)) for source, target in pairs]
+        columns = (batch[name] for name in Unit._fields)
+        units = [
+            Unit(str(source), str(target), int(first), int(last))
+            for source, target, first, last in zip(*columns, strict=True)
+        ]
+        results = [self.job.run(unit) for unit in units]
         return {name: [result[name] for result in results] for name in results[0]}
 
 
 def _run_ray(
-    job: Job, pending: dict[str, str], address: str | None, options: dict[str, Any]
+    job: Job, units: Sequence[Unit], address: str | None, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     ray = ray_cluster(address)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # nodes may have other working directories
-    files = [
-        {"source": str(Path(source).absolute()), "target": str(Path(target).absolute())}
-        for source, target in pending.items()
+    rows = [
+        unit._asdict()
+        | {"source": str(Path(unit.source).absolute()), "target": str(Path(unit.target).absolute())}
+        for unit in units
     ]
-    table = ray.data.from_items(files, override_num_blocks=len(files))
+    table = ray.data.from_items(rows, override_num_blocks=len(rows))
     done = table.map_batches(
         _Worker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy", **options
     )
