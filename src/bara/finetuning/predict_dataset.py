@@ -171,12 +171,13 @@ def predict_dataset(
         else:
             options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "concurrency": workers}
             results = _run_ray(job, missing, ray_address, options) if missing else []
-        errors = {Path(r["source"]).absolute(): r["error"] for r in results if r["error"]}
+        wrong = [result for result in reversed(results) if result["error"]]
+        errors = {Path(result["source"]).absolute(): result["error"] for result in wrong}
         failed = []
         for source, parts in work.items():
             try:
-                if error := errors.get(source.absolute()):
-                    raise BaraError(error)
+                if why := errors.get(source.absolute()):
+                    raise BaraError(why)
                 join(parts, targets[source])
             except BaraError as error:
                 failed.append(f"{source}: {error}")

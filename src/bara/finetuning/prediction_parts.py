@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from bara.data.tables import parquet_length
-from bara.errors import BaraError
+from bara.errors import BaraError, first_line
 from bara.files import atomic_file
 
 CHUNK = 1024
@@ -92,9 +92,13 @@ def _join_parquet(parts: Sequence[Path], target: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    # a column that is empty in one part has no type there
-    schemas = [parquet.read_schema(part) for part in parts]
-    schema = pa.unify_schemas(schemas, promote_options="permissive")
-    with atomic_file(target) as file, parquet.ParquetWriter(file, schema) as writer:
-        for part in parts:
-            writer.write_table(parquet.read_table(part).cast(schema))
+    try:
+        # a column that is empty in one part has no type there
+        schemas = [parquet.read_schema(part) for part in parts]
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+        with atomic_file(target) as file, parquet.ParquetWriter(file, schema) as writer:
+            for part in parts:
+                writer.write_table(parquet.read_table(part).cast(schema))
+    except pa.ArrowException as error:
+        line = first_line(error)
+        raise BaraError(f"the columns of its parts are not the same: {line}") from error
