@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/serving.py
 
-Against a loop of single calls (`bara.predict`, `bara.generate`) that clients take turns in, and
+Against a loop of single calls (`bara.predict`, `bara.generate`) in order of arrival, and
 against plain transformers that serves a LoRA adapter: a FastAPI app around `pipeline` for MiniLM
 and around `generate` for SmolLM2-135M-Instruct, one request at a time. BaRA has 10 draws for a text
 and 4 for an answer of 16 tokens; LoRA has none, and is also served by `bara serve`. Every client
@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -88,23 +89,22 @@ async def over_http(model: str, clients: int, texts: list[str]) -> Taken:
 
 
 def in_a_loop(call: Callable[[int], Any], model: str, clients: int) -> Taken:
-    """The same with threads that take turns."""
-    turn = threading.Lock()
+    """The same with one thread that calls, for clients in the order in which they came."""
+    caller = ThreadPoolExecutor(1)
 
     def client(first: int) -> list[float]:
         taken, number = [], first
         while not taken or time.perf_counter() < end:
             start = time.perf_counter()
-            with turn:
-                call(number)
+            caller.submit(call, number).result()
             taken.append(time.perf_counter() - start)
             number += clients
         return taken
 
-    call(0)
+    caller.submit(call, 0).result()  # warm-up
     begun = time.perf_counter()
     end = begun + SECONDS[model]
-    with ThreadPoolExecutor(clients) as pool:
+    with caller, ThreadPoolExecutor(clients) as pool:
         taken = [seconds for part in pool.map(client, range(clients)) for seconds in part]
     return taken, time.perf_counter() - begun
 
@@ -162,6 +162,12 @@ def plain_app(folder: Path, model: str) -> Any:
     return app
 
 
+@cache
+def dtype_of(folder: Path) -> str:
+    """What the model computes in: nothing here autocasts."""
+    return str(bara.load_adapter(folder)[0].dtype).removeprefix("torch.")
+
+
 def measure(system: str, model: str, folder: Path, clients: int, texts: list[str]) -> Taken:
     """What clients of one system measure."""
     if system.startswith("loop"):
@@ -217,7 +223,12 @@ def main() -> None:
                         continue
                     taken, wall = measure(system, model, folder, clients, texts)
                     row = key | {"seconds": taken, "wall": wall, "load": os.getloadavg()[0]}
-                    append_row(arguments.output, row | {"versions": versions()})
+                    row["dtype"] = dtype_of(folder)
+                    if system.startswith("loop"):
+                        row["turns"] = "in order of arrival"
+                    # but for the precision, which is what a training would take here
+                    known = {n: v for n, v in versions().items() if n != "precision"}
+                    append_row(arguments.output, row | {"versions": known})
                     p99 = quantiles(taken, n=100)[98] if len(taken) > 1 else taken[0]
                     print(f"{model} {system} {clients}: {len(taken)}, p99 {p99:.2f}", flush=True)
     if arguments.output == RESULTS:

@@ -277,8 +277,8 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
             "",
             f"## {model}",
             "",
-            f"{' or '.join(map(str, steps))} pairs of steps a run, {BATCH[model]} tweets a step; at least {runs} run "
-            f"of every method; {NUM_PREDICT[model]} tweets are predicted.",
+            f"{' or '.join(map(str, steps))} pairs of steps a run, {BATCH[model]} tweets a step; "
+            f"at least {runs} run of every method; {NUM_PREDICT[model]} tweets are predicted.",
             "",
             "| | step, ms | step / LoRA | memory, MiB | memory / LoRA | prediction, s | "
             "/ LoRA's passes | / own passes | bara, torch |",

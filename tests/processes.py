@@ -1,6 +1,7 @@
 """What one process, or each of two, trains: run by tests/test_processes.py.
 
 torchrun --nproc-per-node 2 tests/processes.py RESULTS
+accelerate launch --multi_gpu --num_processes 2 tests/processes.py RESULTS CASE ...
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import bara
 from bara.adapter.elbo import elbo_of
 from bara.draws.draws import FreshNoise
 from conftest import tiny_bert_config
-from helpers import CONFIGS, adapt, gradients, stir, tiny_llama
+from helpers import CONFIGS, adapt, stir, tiny_llama
 
 ROWS = 37
 CASES = ("model", "own loss", "smoothing", "sft")
+ACCELERATED = ("model", "sft")
+"""Those that `accelerate launch` starts too."""
 
 
 class SmoothedTrainer(bara.KLMixin, Trainer):
@@ -70,12 +76,9 @@ def trained(case: str, folder: Path, processes: int) -> dict[str, Any]:
     elif case == "sft":
         import trl
 
-        class SFT(bara.KLMixin, trl.SFTTrainer):
-            pass
-
         from language_models import word_tokenizer
 
-        kind, arguments = SFT, trl.SFTConfig
+        kind, arguments = trl.SFTTrainer, trl.SFTConfig
         common |= {"bf16": False, "gradient_checkpointing": False}
         more = {"processing_class": word_tokenizer()}
     trainer = kind(
@@ -87,9 +90,11 @@ def trained(case: str, folder: Path, processes: int) -> dict[str, Any]:
     )
     with bara.sampling(model, seed=1):
         trainer.train()
+    logged = [row for row in trainer.state.log_history if "loss" in row]
     return {
         "n": model.peft_config["default"].resolved.num_observations,
-        "loss": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "loss": [row["loss"] for row in logged],
+        "kl": [row["kl_global"] for row in logged],
         "weights": {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
     }
 
@@ -117,32 +122,65 @@ def adapted(method: str) -> nn.Module:
     return model
 
 
-def differentiated(model: nn.Module, inputs: dict[str, Tensor], share: int) -> dict[str, Tensor]:
-    """Gradients of one draw's ELBO, of which these inputs are a part."""
-    items = batch()["labels"][:, 1:].ne(-100).sum()
+Step = tuple[Tensor, dict[str, Tensor]]
+"""The loss of a step and its gradients by parameter, both of the whole batch and on the CPU."""
+
+
+def differentiated(model: nn.Module, inputs: dict[str, Tensor], share: int = 1) -> Step:
+    """One draw's ELBO, of which these inputs are a part."""
+    items = batch()["labels"][:, 1:].ne(-100).sum().to(inputs["labels"].device)
     with bara.sampling(model, seed=0):
-        (share * model(**inputs, num_items_in_batch=items).loss).backward()
-    return gradients(model)
+        loss = share * model(**inputs, num_items_in_batch=items).loss
+        loss.backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: whole(gradient).cpu() for name, gradient in named.items()}
 
 
-def sharded(method: str, checkpointing: bool) -> dict[str, Tensor]:
-    """Gradients of one step with every block and the whole sharded over the processes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    model = adapted(method)
+
+def sharded(method: str, checkpointing: bool, device: str = "cpu") -> Step:
+    """A step with every block and the model sharded over the processes."""
+    model = adapted(method).to(device)
     if checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model.enable_input_require_grads()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    processes = dist.get_world_size()
+    mesh = init_device_mesh(device, (processes,))
     for block in model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    rank = dist.get_rank()
-    part = {name: value.chunk(2)[rank] for name, value in batch().items()}
-    found = differentiated(model, part, share=2)
-    return {name: gradient.full_tensor() for name, gradient in found.items()}
+    rows = {name: value.chunk(processes)[dist.get_rank()] for name, value in batch().items()}
+    part = {name: value.to(device) for name, value in rows.items()}
+    loss, found = differentiated(model, part, share=processes)
+    dist.all_reduce(loss)
+    return loss.cpu() / processes, found
+
+
+def sharded_alone(method: str, checkpointing: bool, device: str, folder: Path) -> Step:
+    """The same in a group of this process alone."""
+    dist.init_process_group(
+        {"cpu": "gloo", "cuda": "nccl"}[device],
+        init_method=f"file://{folder / 'group'}",
+        rank=0,
+        world_size=1,
+    )
+    try:
+        return sharded(method, checkpointing, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def require_same(found: Step, expected: Step) -> None:
+    """Fails unless two steps are the same, up to rounding."""
+    torch.testing.assert_close(found[0], expected[0].cpu(), rtol=1e-4, atol=1e-6)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = gradient.abs().max()
+        assert (found[1][name] - gradient).abs().max() <= 1e-4 * scale + 1e-6, name
 
 
 def fresh(fuse: bool) -> list[list[float]]:
@@ -172,25 +210,36 @@ def told() -> Tensor:
     return ((x - x.mean(0)) @ torch.linalg.svd(x - x.mean(0))[2][0] > 0).long()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *cases: str) -> None:
+    """All there is to find, or what these cases train."""
     results: dict[str, Any] = {
         case: trained(case, folder / case, dist.get_world_size() if dist.is_initialized() else 2)
-        for case in CASES
+        for case in cases or CASES
     }
-    torch.manual_seed(7)
-    noise = FreshNoise(1000, torch.device("cpu"))
-    rows = [noise.normal("", ()), noise.uniform("", ()), noise.sign(()), noise.shared((1000,))]
-    results["noise"] = torch.tensor(gather_object([torch.stack(rows).tolist()]))
-    results["states"] = gather_object([torch.get_rng_state()])
-    results["fused"], results["alone"] = fresh(True), fresh(False)
-    labels = [told(), torch.arange(40) % 2]  # process 1 alone would have a slower head
-    results["scales"] = gather_object([scale(labels[dist.get_rank()])])
-    results["sharded"] = {method: sharded(method, False) for method in CONFIGS}
-    results["checkpointed"] = sharded("bara", True)
+    if not cases:
+        results |= measured()
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
 
 
+def measured() -> dict[str, Any]:
+    """What is not a training."""
+    torch.manual_seed(7)
+    noise = FreshNoise(1000, torch.device("cpu"))
+    rows = [noise.normal("", ()), noise.uniform("", ()), noise.sign(()), noise.shared((1000,))]
+    states = gather_object([torch.get_rng_state()])
+    labels = [told(), torch.arange(40) % 2]  # process 1 alone would have a slower head
+    return {
+        "noise": torch.tensor(gather_object([torch.stack(rows).tolist()])),
+        "states": states,
+        "fused": fresh(True),
+        "alone": fresh(False),
+        "scales": gather_object([scale(labels[dist.get_rank()])]),
+        "sharded": {method: sharded(method, False) for method in CONFIGS},
+        "checkpointed": sharded("bara", True),
+    }
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

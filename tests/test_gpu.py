@@ -20,6 +20,7 @@ from helpers import (
     tiny_llama,
     train_log,
 )
+from processes import adapted, batch, differentiated, require_same, sharded_alone
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -103,6 +104,15 @@ def test_gradient_checkpointing_repeats_the_noise_of_the_gpu(method):
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fully_sharded_step_is_the_whole_one(method, checkpointing, tmp_path):
+    """FSDP2 with NCCL, in one process; tests/test_processes.py has two, on CPUs."""
+    torch.cuda.set_device(0)
+    expected = differentiated(adapted(method).to(DEVICE), on_gpu(batch()))
+    require_same(sharded_alone(method, checkpointing, DEVICE, tmp_path), expected)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -12,7 +12,10 @@ import pytest
 
 import bara
 from bara import BaraError, predict_dataset
+from bara.data import tables
+from bara.finetuning import prediction_parts
 from bara.finetuning.finetune import finetune
+from bara.finetuning.predict_dataset import Job
 from bara.methods.recipe import TrainRecipe
 from conftest import WORDS, write_jsonl
 from test_cli import base_and_table
@@ -110,6 +113,66 @@ def test_a_second_run_does_what_is_missing_or_has_changed(tmp_path, adapter, dat
         predict_dataset(adapter, data, out, output_format="jsonl", num_draws=2, seed=1)
 
 
+@pytest.fixture
+def long(tmp_path, monkeypatch):
+    """A Parquet table of 21 rows whose row groups end elsewhere than its parts of 8."""
+    monkeypatch.setattr("bara.finetuning.predict_dataset.CHUNK", 4)
+    monkeypatch.setattr(prediction_parts, "PART", 8)
+    frame = pd.DataFrame(rows(1, 21)).assign(note=[None] * 12 + ["late"] * 9)
+    frame.to_parquet(tmp_path / "long.parquet", row_group_size=5)
+    return tmp_path / "long.parquet"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_long_table_is_predicted_in_parts(tmp_path, adapter, long, monkeypatch, kind):
+    """The same file as in one go, from the first row to the last."""
+    options = {"output_format": kind, "keep_columns": ["id", "note"], "num_draws": 2}
+    units = prediction_parts.units_of(long, tmp_path / f"x.{kind}")
+    assert [(unit.first, unit.last) for unit in units] == [(0, 8), (8, 16), (16, 21)]
+    done = predict_dataset(adapter, long, tmp_path / "parts", **options)
+    assert (done.written, done.rows) == ([tmp_path / "parts" / f"long.{kind}"], 21)
+    monkeypatch.setattr(prediction_parts, "PART", 1000)
+    predict_dataset(adapter, long, tmp_path / "whole", **options)
+    files = [tmp_path / folder / f"long.{kind}" for folder in ("parts", "whole")]
+    if kind == "parquet":
+        first, second = map(pd.read_parquet, files)
+        pd.testing.assert_frame_equal(first, second)
+        assert first["note"].isna().sum() == 12
+    else:
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert not [p for p in (tmp_path / "parts").rglob("*") if p.is_dir()]
+
+
+def test_parts_that_are_there_are_not_predicted_again(tmp_path, adapter, long, monkeypatch):
+    run, ran = Job.run, []
+
+    def killed_in_the_third(job, unit, advance):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(unit.first)
+        return run(job, unit, advance)
+
+    monkeypatch.setattr(Job, "run", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        predict_dataset(adapter, long, tmp_path / "out", num_draws=2)
+    assert not (tmp_path / "out" / "long.parquet").exists()
+    monkeypatch.setattr(Job, "run", lambda job, unit, _: ran.append(unit.first) or run(job, unit))
+    done = predict_dataset(adapter, long, tmp_path / "out", num_draws=2)
+    assert ran == [0, 8, 16]
+    assert done.rows == len(pd.read_parquet(tmp_path / "out" / "long.parquet")) == 21
+
+
+def test_a_bad_row_of_a_part_is_told_by_its_number(tmp_path, adapter, long, monkeypatch):
+    frame = pd.DataFrame(rows(1, 21))
+    frame.loc[13, "text"] = ""
+    frame.to_parquet(long, row_group_size=5)
+    with pytest.raises(BaraError, match=r"1 of 1 files.*column 'text' is empty in row 14"):
+        predict_dataset(adapter, long, tmp_path / "out", num_draws=1)
+    monkeypatch.setattr(tables, "MOST_CELLS", 9)
+    with pytest.raises(BaraError, match="5 rows in row groups 1 to 1"):
+        tables.parquet_rows(long, 5, 10)
+
+
 def test_a_bad_file_stops_no_other(tmp_path, adapter, data):
     write_jsonl(data / "a0.jsonl", [{"text": "good"}, {"text": ""}])
     with pytest.raises(BaraError, match=r"1 of 4 files.*a0\.jsonl: column 'text' is empty in row"):
@@ -150,13 +213,15 @@ def test_the_command(tmp_path, adapter, data, run, failing):
     assert "--workers is for --executor ray" in failing(*given, "--workers", 2)
 
 
-def test_workers_on_ray_one_of_them_killed(tmp_path, adapter):
+def test_workers_on_ray_one_of_them_killed(tmp_path, adapter, monkeypatch):
     ray = pytest.importorskip("ray")
     psutil = pytest.importorskip("psutil")
     folder, out = tmp_path / "data", tmp_path / "out"
     folder.mkdir()
     for number in range(6):
         write_jsonl(folder / f"{number}.jsonl", rows(number, 100))
+    pd.DataFrame(rows(6, 1100)).to_parquet(folder / "6.parquet", row_group_size=300)
+    monkeypatch.setattr(prediction_parts, "PART", 1024)
     here = {"num_draws": 10, "batch_size": 64}
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ray.init(
@@ -184,9 +249,9 @@ def test_workers_on_ray_one_of_them_killed(tmp_path, adapter):
     finally:
         ray.shutdown()
     assert killed
-    assert killed[0] < 6
-    assert (len(done.written), done.rows) == (6, 600)
-    assert (again.written, len(again.skipped)) == ([], 6)
+    assert killed[0] < 7
+    assert (len(done.written), done.rows) == (7, 1700)
+    assert (again.written, len(again.skipped)) == ([], 7)
     shutil.move(out, tmp_path / "by_ray")
     predict_dataset(adapter, folder, out, **here)
     assert contents(out) == contents(tmp_path / "by_ray")

@@ -16,15 +16,27 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from bara import BaraError, BayesianCallback
 from bara.draws.draws import FreshNoise
 from helpers import CONFIGS, TinyNet, adapt
-from processes import CASES, adapted, batch, differentiated, scale, texts, told, trained
+from processes import (
+    ACCELERATED,
+    CASES,
+    adapted,
+    batch,
+    differentiated,
+    require_same,
+    scale,
+    sharded_alone,
+    texts,
+    told,
+    trained,
+)
 
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+ACCELERATE += ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes found."""
-    folder = tmp_path_factory.mktemp("two")
+def two_processes(launcher, folder, *cases):
+    """What two processes found that a launcher has started."""
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -32,7 +44,7 @@ def two(tmp_path_factory):
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join([str(here), *sys.path]),
     }
-    command = [sys.executable, *LAUNCHER, str(here / "processes.py"), str(folder)]
+    command = [sys.executable, *launcher, str(here / "processes.py"), str(folder), *cases]
     launched = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -45,16 +57,37 @@ def two(tmp_path_factory):
     return torch.load(folder / "results.pt")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_trainer_with_two_processes_trains_as_with_one(two, tmp_path, case):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return two_processes(TORCHRUN, tmp_path_factory.mktemp("torchrun"))
+
+
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory):
+    """By `accelerate launch`, whose --multi_gpu starts processes without looking for GPUs."""
+    return two_processes(ACCELERATE, tmp_path_factory.mktemp("accelerate"), *ACCELERATED)
+
+
+@pytest.mark.parametrize(
+    ("launched", "case"),
+    [*(("two", case) for case in CASES), *(("accelerated", case) for case in ACCELERATED)],
+)
+def test_trainer_with_two_processes_trains_as_with_one(request, tmp_path, launched, case):
     if case == "sft":
         pytest.importorskip("trl")
-    expected, found = trained(case, tmp_path, 1), two[case]
+    expected, found = trained(case, tmp_path, 1), request.getfixturevalue(launched)[case]
     labels = sum(label != -100 for row in texts() for label in row["labels"][1:])
     assert found["n"] == expected["n"] == labels
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_trl_s_trainer_has_the_kl_by_the_callback_alone(accelerated):
+    """Its loss is that of `Trainer` on the same rows, which is the model's own ELBO."""
+    sft, whole = (accelerated[case] for case in ("sft", "model"))
+    assert sft["kl"] == pytest.approx(whole["kl"], rel=1e-3)
+    assert sft["loss"] == pytest.approx(whole["loss"], rel=1e-3)
 
 
 def test_every_process_draws_noise_of_its_own(two):
@@ -82,12 +115,17 @@ def test_a_lone_process_draws_from_torchs_global_generator():
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_fully_sharded_step_is_the_whole_one(two, method):
-    expected = differentiated(adapted(method), batch(), share=1)
-    found = [two["sharded"][method], *([two["checkpointed"]] if method == "bara" else [])]
-    for gradients in found:
-        assert gradients.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
+    expected = differentiated(adapted(method), batch())
+    require_same(two["sharded"][method], expected)
+    if method == "bara":
+        require_same(two["checkpointed"], expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_lone_process_can_shard(checkpointing, tmp_path):
+    """As tests/test_gpu.py does on a GPU."""
+    expected = differentiated(adapted("bara"), batch())
+    require_same(sharded_alone("bara", checkpointing, "cpu", tmp_path), expected)
 
 
 def test_what_would_share_an_input_between_processes_is_refused(tmp_path, monkeypatch):

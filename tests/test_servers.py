@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import LlamaForSequenceClassification
 
 import bara
@@ -197,6 +198,22 @@ def test_what_a_server_cannot_load_is_refused(tmp_path, tiny_bert):
     bara.export_lora(conv, tmp_path / "draws", mode="draws", num_draws=1)
     manifest = json.loads((tmp_path / "draws" / "manifest.json").read_text())
     assert "convolution" in manifest["refused_by"]["vLLM 0.33.0"]
+
+
+class TwoHeads(TinyConv):
+    """A model with both of the heads that vLLM knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.score = nn.Linear(8, 4), nn.Linear(8, 4)
+
+
+def test_two_heads_are_refused(tmp_path):
+    options = {"target_modules": ["head"], "modules_to_save": ["classifier", "score"]}
+    model = stir(adapt(TwoHeads(), "blob", **options)).eval()
+    with pytest.raises(BaraError, match="loads one head, and this adapter has 2"):
+        bara.export_lora(model, tmp_path / "out", server="vllm")
+    assert not (tmp_path / "out").exists()
 
 
 def test_linearised_draws_are_refused(tmp_path):

@@ -17,6 +17,7 @@ import torch
 
 import bara
 from bara.data.text_task import encode_texts
+from bara.evaluation.abstention import FILE as THRESHOLDS
 from bara.evaluation.abstention import Threshold, save_threshold
 from bara.evaluation.conformal import FILE, Conformal, save_conformal
 from bara.serving import prediction
@@ -24,7 +25,9 @@ from bara.serving.app import create_app
 from bara.serving.limits import Limits
 from bara.serving.served import load_served, share_parameters
 from bara.serving.server import read_key
-from serving import TEXTS, held_predictions, running
+from conftest import write_jsonl
+from language_models import words
+from serving import TEXTS, held_predictions, make_adapter, running
 
 LIMITS = Limits(body=20_000, texts=4, tokens=30, draws=16, seconds=20)
 KEY = "0123456789abcdef0123456789abcdef"
@@ -92,6 +95,36 @@ def test_an_answer_is_that_of_predict(client, served, name, texts, options):
     assert answer["num_draws"] == draws
     assert answer["seed"] == options.get("seed", 0)
     assert answer["task"] == served[name].task.task
+
+
+def test_an_adapter_from_elsewhere_with_its_posterior(served_folders, tmp_path, run):
+    """Folders of `bara bayesianize`: a classifier's and a language model's."""
+    bases = served_folders["reviews"].parent
+    labelled = [{"text": text, "label": "yn"[i % 2]} for i, text in enumerate(TEXTS * 3)]
+    completed = [{"prompt": words(i) + " ", "completion": words(6)} for i in range(9, 21)]
+    for name, base, rows, named in (
+        ("reviews", "bert", labelled, ["--labels", "n,y"]),
+        ("words", "llama", completed, []),
+    ):
+        plain = tmp_path / f"{name}-lora"
+        make_adapter(bases / base, plain, name, "lora", init_lora_weights=False)
+        table = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        run("bayesianize", plain, "--data", table, "--output", tmp_path / name, *named)
+    served = load_served([str(tmp_path / "reviews"), str(tmp_path / "words")])
+    classifier, writer = served
+    with running(create_app(served)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        body = {"model": "reviews", "texts": TEXTS, "num_draws": 4, "seed": 3}
+        records = ask(client, **body)["predictions"]
+        asked = {"prompt": words(4, 5), "max_tokens": 4, "num_draws": 3}
+        (choice,) = ask(client, "/v1/completions", model="words", **asked)["choices"]
+    assert records == close_to(expected(classifier, [[t] for t in TEXTS], num_draws=4, seed=3))
+    assert all(record["epistemic"] > 1e-4 for record in records)
+    options = {"num_draws": 3, "max_new_tokens": 4, "agreement": False}
+    (answer,) = bara.generate(writer.model, writer.tokenizer, [words(4, 5)], **options)
+    assert choice["text"] == answer.text
+    found = choice["uncertainty"]["epistemic"]
+    assert found == pytest.approx(answer.to_record()["epistemic"], rel=1e-4)
+    assert found > 1e-6
 
 
 def test_draws_and_seeds_make_a_difference(client):
@@ -313,19 +346,35 @@ def test_a_body_that_is_too_large(client, chunked):
     assert told(answer, "more than 20000 bytes", 413)["type"] == "request_too_large"
 
 
-def test_a_failing_model_is_the_server_s_fault(client, monkeypatch, served_folders):
+@pytest.mark.parametrize("kind", [OSError, bara.BaraError])
+def test_a_failing_model_is_the_server_s_fault(client, monkeypatch, caplog, kind):
+    """The log says why; the client is told nothing that might name a file."""
+
     def broken(*args, **options):
-        raise OSError(f"cannot read {served_folders['reviews']}/secret")
+        raise kind("models/minilm is not ../x/y, nor /home/a b/c")
 
     monkeypatch.setattr(prediction, "predict", broken)
     error = refused(client, "the server failed", 500, model="reviews", texts=["a"])
+    assert error["message"] == "the server failed; its log says why"
     assert error["type"] == "server_error"
+    assert "models/minilm is not ../x/y, nor /home/a b/c" in caplog.text
 
-    def damaged(*args, **options):
-        raise bara.BaraError(f"{served_folders['reviews']}/x is damaged")
 
-    monkeypatch.setattr(prediction, "predict", damaged)
-    refused(client, "(a file of the server) is damaged", 500, model="reviews", texts=["a"])
+@pytest.mark.parametrize("spelling", ["my models/film", "my models/../my models/film/", "{}"])
+def test_an_adapter_s_files_are_told_by_its_name(served_folders, tmp_path, monkeypatch, spelling):
+    """However its folder was written, and with a name that is a part of other words."""
+    folder = shutil.copytree(served_folders["reviews"], tmp_path / "my models" / "film")
+    (folder / THRESHOLDS).unlink(missing_ok=True)  # another test's
+    monkeypatch.chdir(tmp_path)
+    asked = {"texts": ["a"], "abstain_at_risk": 0.2}
+    app = create_app(load_served([f"a={spelling.format(folder)}"]))
+    with running(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        none = refused(client, "a has no threshold for the risk 0.2: make one", **asked)["message"]
+        assert none.endswith("bara evaluate a --data LABELLED --calibrate-risk 0.2")
+        (folder / THRESHOLDS).write_text("{")
+        damaged = refused(client, f"a/{THRESHOLDS}", **asked)["message"]
+    assert "models" not in none + damaged
+    assert "film" not in none + damaged
 
 
 def test_a_request_that_takes_too_long(served, monkeypatch):

@@ -169,7 +169,7 @@ def test_nothing_is_loaded_from_elsewhere(client, root, served_folders, tmp_path
     assert names(client) == ["reviews", "words"]
 
 
-def test_what_cannot_be_loaded_is_one_clear_line(client, root):
+def test_what_cannot_be_loaded_is_one_clear_line(client, root, caplog):
     named = {"lora_name": "x"}
     refused(client, "lora_path is missing", **named)
     refused(client, "lora_name", lora_name="a b", lora_path="pairs")
@@ -178,9 +178,12 @@ def test_what_cannot_be_loaded_is_one_clear_line(client, root):
     refused(client, "words was there from the start", path=UNLOAD, lora_name="words")
     damaged = shutil.copytree(root / "pairs", root / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"nothing")
-    refused(client, "x", **named, lora_path="damaged")
+    line = "the adapter cannot be loaded; the server's log says why"
+    assert refused(client, "", **named, lora_path="damaged") == line
+    assert f"{damaged}: " in caplog.text
     (damaged / "adapter_config.json").write_text("{")
-    refused(client, "the adapter", **named, lora_path="damaged")
+    assert refused(client, "", **named, lora_path="damaged") == line
+    assert "adapter_config.json" in caplog.text
     foreign = shutil.copytree(root / "pairs", root / "foreign")
     config = json.loads((foreign / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "somebody/another-model"

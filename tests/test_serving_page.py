@@ -87,7 +87,7 @@ def url(served):
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
+        pytest.skip("there is no Chromium here (chromium or google-chrome)")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

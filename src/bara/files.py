@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -16,25 +17,36 @@ from bara.errors import BaraError
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Put ``content`` into the file ``path``; missing parent folders are made.
+    """`atomic_file` with these bytes."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write the file ``path`` in the body; missing parent folders are made.
 
     The bytes go to a temporary file beside ``path``, which takes its place only when complete.
     What is not a file (``/dev/null``, a named pipe) is written to as it is.
 
+    Yields:
+        The file to write to.
+
     Raises:
-        BaraError: it cannot be written (a full disk, no permission, …). A file that was there
-            before is then unchanged and nothing else is left behind.
+        BaraError: it cannot be written (a full disk, no permission, …). On this and on any other
+            exception a file that was there before is unchanged and nothing else is left behind.
     """
     target = Path(os.path.realpath(path))
     temporary = _sibling(target)
     try:
         if _is_device(Path(path)):
-            Path(path).write_bytes(content)
+            with open(path, "wb") as file:
+                yield file
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)

@@ -32,6 +32,7 @@ from bara.adapter.peft_020 import (
     refuse_what_is_not_saved,
 )
 from bara.adapter.scaled_head import restore_head
+from bara.adapter.unread_heads import require_read
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig
 from bara.posteriors.posterior import LayerSetup
@@ -112,6 +113,8 @@ class BayesianLoraModel(LoraModel):
             posterior.requires_grad_(active and not config.inference_mode)
         if family.head is not None:
             add_heads(model, adapter_name, family.head, config, self.elbo)
+        if config.inference_mode:
+            require_read(model, adapter_name)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:

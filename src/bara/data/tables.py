@@ -238,6 +238,54 @@ def _read_parquet(path: Path) -> Dataset:
         raise BaraError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
+def parquet_length(path: Path) -> int:
+    """Rows of a Parquet file; 0 for what is none, which reading it says."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return int(parquet.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError, ValueError):
+        return 0
+
+
+def parquet_rows(path: Path, first: int, last: int) -> Dataset:
+    """Rows of a Parquet file from `first` on and before `last`, counted from 0.
+
+    The row groups that they are in are read, and no others.
+
+    Raises:
+        BaraError: the file is damaged, has a column twice, or these row groups are too large.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path))
+            groups: list[int] = []
+            start = rows = end = 0
+            for number in range(file.num_row_groups):
+                begin, end = end, end + file.metadata.row_group(number).num_rows
+                if begin < last and end > first:
+                    start = start if groups else begin
+                    groups.append(number)
+                    rows += end - begin
+            if rows * file.metadata.num_columns > MOST_CELLS:
+                raise BaraError(
+                    f"{path} has {rows:,} rows in row groups {groups[0]} to {groups[-1]}; write it "
+                    f"with smaller ones, {MOST_CELLS:,} cells at most are read at a time"
+                )
+            table = file.read_row_groups(groups)
+        return Dataset(InMemoryTable(table.slice(first - start, last - first)))
+    except BaraError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise BaraError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
+
+
 def table_from_records(
     records: Iterable[dict[str, Any]], name: str, *, first_row: int = 1
 ) -> Dataset:

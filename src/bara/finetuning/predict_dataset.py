@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from tqdm.auto import tqdm
 
-from bara.data.tables import FILE_SUFFIXES
+from bara.data.images import ImageTask
+from bara.data.tables import FILE_SUFFIXES, parquet_rows
 from bara.errors import BaraError
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
+from bara.finetuning.prediction_parts import CHUNK, Unit, join, units_of
 from bara.finetuning.task_inputs import predict_table, read_table
 from bara.machine import ray_cluster
 from bara.schema import json_text
@@ -27,8 +29,6 @@ Format = Literal["csv", "jsonl", "parquet"]
 SETTINGS_FILE = ".bara-predictions.json"
 """What the files of an output folder were predicted with."""
 LOCK_FILE = ".bara-predictions.lock"
-CHUNK = 1024
-"""Texts that are predicted at a time: the same for any number of workers, and so the batches."""
 
 
 class PredictedFiles(NamedTuple):
@@ -61,22 +61,25 @@ class Job:
         return load_adapter(self.adapter, base_model=self.base_model)
 
     def run(
-        self, source: str, target: str, advance: Callable[[float], object] = lambda share: None
+        self, unit: Unit, advance: Callable[[float], object] = lambda share: None
     ) -> dict[str, Any]:
-        """Predicts one file; its output appears when it is whole. An error belongs to the file.
+        """Predicts one unit; its output appears when it is whole. An error belongs to the table.
 
         `advance` is called after every chunk with its share of the rows.
         """
         try:
-            records = list(self._records(source, advance))
-            atomic_write_bytes(target, _encoded(records, Path(target).suffix))
+            records = list(self._records(unit, advance))
+            atomic_write_bytes(unit.target, _encoded(records, Path(unit.target).suffix))
         except BaraError as error:
-            return {"source": source, "rows": 0, "error": str(error)}
-        return {"source": source, "rows": len(records), "error": ""}
+            return {"source": unit.source, "rows": 0, "error": str(error)}
+        return {"source": unit.source, "rows": len(records), "error": ""}
 
-    def _records(self, source: str, advance: Callable[[float], object]) -> Iterator[dict[str, Any]]:
+    def _records(self, unit: Unit, advance: Callable[[float], object]) -> Iterator[dict[str, Any]]:
         model, tokenizer, task = self.loaded
-        table = read_table(source, task)
+        if unit.last:
+            table = parquet_rows(Path(unit.source), unit.first, unit.last)
+        else:
+            table = read_table(unit.source, task)
         if missing := [name for name in self.keep_columns if name not in table.column_names]:
             raise BaraError(f"there is no column {missing[0]!r} to keep (--keep-column)")
         for first in range(0, len(table), CHUNK):
@@ -87,7 +90,7 @@ class Job:
                 task,
                 part,
                 labels=False,
-                first_row=first + 1,
+                first_row=unit.first + first + 1,
                 num_draws=self.num_draws,
                 seed=self.seed,
                 batch_size=self.batch_size,
@@ -126,14 +129,17 @@ def predict_dataset(
     On a terminal a bar on standard error tells how much of the files is done, and the time left.
 
     A file of predictions is written whole or not at all, and has one row for each row of the table,
-    in order. A run that was interrupted is started again: files that are there already, and are not
-    older than their tables, are skipped. The numbers do not depend on the executor, nor on the
-    number of workers, as long as each has as many threads.
+    in order. A Parquet file of more than 65,536 rows is predicted in parts of so many, by as many
+    workers as there are, which are made one file at the end. A run that was interrupted is started
+    again: files and parts that are there already, and are not older than their tables, are skipped.
+    The numbers do not depend on the executor, nor on the number of workers, as long as each has as
+    many threads.
 
     Args:
         adapter: folder that `bara train` wrote.
         data: a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` file, or a folder of them, searched
-            with its subfolders. Each file has to fit a worker's memory.
+            with its subfolders. Each has to fit a worker's memory, or of a Parquet file with texts
+            the row groups that a part is in.
         output: folder for the predictions, each file under its table's name; not inside `data`.
         executor: `local`, this process; or `ray`, a Ray Data pipeline with one model per worker,
             whose lost workers are replaced. All nodes have to see the three paths.
@@ -155,7 +161,7 @@ def predict_dataset(
         raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
     if workers < 1 or (executor == "local" and workers > 1):
         raise BaraError("give one worker or more with executor='ray'; 'local' has one")
-    read_task(adapter)
+    whole = isinstance(read_task(adapter), ImageTask)
     folder = Path(output)
     targets = _targets(Path(data), folder, output_format)
     job = Job(
@@ -167,35 +173,49 @@ def predict_dataset(
         for left in folder.rglob(".*.tmp"):  # by a process that was killed
             left.unlink()
         done = [source for source in targets if _is_finished(source, targets[source])]
-        pending = {str(s): str(t) for s, t in targets.items() if s not in done}
-        sizes = {source: Path(source).stat().st_size for source in pending}
+        pending = {s: t for s, t in targets.items() if s not in done}
+        work = {s: [Unit(str(s), str(t))] if whole else units_of(s, t) for s, t in pending.items()}
+        units = [unit for parts in work.values() for unit in parts]
+        missing = [u for u in units if not _is_finished(Path(u.source), Path(u.target))]
+        sizes = {str(s.absolute()): s.stat().st_size / len(parts) for s, parts in work.items()}
         with tqdm(  # in bytes: how many rows there are a table says only when it is read
-            total=sum(sizes.values()),
+            total=sum(sizes[str(Path(unit.source).absolute())] for unit in missing),
             desc="predicting",
             unit="B",
             unit_scale=True,
-            disable=None if pending else True,
+            disable=None if missing else True,
         ) as bar:
 
             def advance(source: str, share: float) -> None:
-                bar.update(share * sizes[source])
+                bar.update(share * sizes[str(Path(source).absolute())])
 
             if executor == "local":
-                results = [job.run(s, t, partial(advance, s)) for s, t in pending.items()]
-            elif pending:
+                results = [job.run(unit, partial(advance, unit.source)) for unit in missing]
+            elif missing:
                 options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "concurrency": workers}
-                results = _run_ray(job, pending, ray_address, options, advance)
+                results = _run_ray(job, missing, ray_address, options, advance)
             else:
                 results = []
-    if failed := [result for result in results if result["error"]]:
+        wrong = [result for result in reversed(results) if result["error"]]
+        errors = {Path(result["source"]).absolute(): result["error"] for result in wrong}
+        failed = []
+        for source, parts in work.items():
+            try:
+                if why := errors.get(source.absolute()):
+                    raise BaraError(why)
+                join(parts, targets[source])
+            except BaraError as error:
+                failed.append(f"{source}: {error}")
+    if failed:
         raise BaraError(
             f"{len(failed)} of {len(targets)} files could not be predicted, the others are in "
-            f"{folder}; the first is {failed[0]['source']}: {failed[0]['error']}"
+            f"{folder}; the first is {failed[0]}"
         )
+    before = sum(unit.last - unit.first for unit in set(units) - set(missing))
     return PredictedFiles(
-        [Path(target) for target in pending.values()],
+        list(pending.values()),
         [targets[source] for source in done],
-        sum(result["rows"] for result in results),
+        before + sum(result["rows"] for result in results),
     )
 
 
@@ -285,7 +305,7 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Worker:
-    """One model on a Ray cluster, for one file at a time."""
+    """One model on a Ray cluster, for one unit at a time."""
 
     def __init__(self, job: Job) -> None:
         from bara.machine import quieten_libraries
@@ -294,14 +314,18 @@ class _Worker:
         self.job = job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        pairs = zip(batch["source"], batch["target"], strict=True)
-        results = [self.job.run(str(source), str(target)) for source, target in pairs]
+        columns = (batch[name] for name in Unit._fields)
+        units = [
+            Unit(str(source), str(target), int(first), int(last))
+            for source, target, first, last in zip(*columns, strict=True)
+        ]
+        results = [self.job.run(unit) for unit in units]
         return {name: [result[name] for result in results] for name in results[0]}
 
 
 def _run_ray(
     job: Job,
-    pending: dict[str, str],
+    units: Sequence[Unit],
     address: str | None,
     options: dict[str, Any],
     advance: Callable[[str, float], object],
@@ -309,12 +333,12 @@ def _run_ray(
     ray = ray_cluster(address)
     ray.data.DataContext.get_current().enable_progress_bars = False
     # nodes may have other working directories
-    given = {str(Path(source).absolute()): source for source in pending}
-    files = [
-        {"source": absolute, "target": str(Path(pending[source]).absolute())}
-        for absolute, source in given.items()
+    rows = [
+        unit._asdict()
+        | {"source": str(Path(unit.source).absolute()), "target": str(Path(unit.target).absolute())}
+        for unit in units
     ]
-    table = ray.data.from_items(files, override_num_blocks=len(files))
+    table = ray.data.from_items(rows, override_num_blocks=len(rows))
     done = table.map_batches(
         _Worker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy", **options
     )
@@ -322,7 +346,7 @@ def _run_ray(
     try:
         for result in done.iter_rows():
             results.append(result)
-            advance(given[result["source"]], 1.0)
+            advance(result["source"], 1.0)
     except ray.exceptions.RayError as error:
         raise BaraError(
             f"the Ray cluster stopped: {str(error).strip().splitlines()[-1]}; start again, finished"

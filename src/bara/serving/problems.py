@@ -1,7 +1,7 @@
 """What goes wrong, told in one form: a status that says whose fault it is, and one line.
 
 The form is that of OpenAI's API, so that its clients show the line. No path of this machine is in
-it.
+it: what goes wrong here, and may name one, is told by the server's log alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from bara.errors import BaraError
 from bara.schema import WHAT, shown
 
 TYPES = {
@@ -64,8 +63,6 @@ def problem_of(error: BaseException) -> Problem:
     """How an error of a model's pass is told. What the client can mend is a `Problem` already."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, BaraError):
-        return Problem(500, without_paths(str(error)))
     return Problem(500, "the server failed; its log says why")
 
 
@@ -74,13 +71,6 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
     line = " ".join(message.encode(errors="replace").decode().split())
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": line[:LONGEST], "type": kind, "param": param, "code": None}}
-
-
-def without_paths(message: str) -> str:
-    """A message without the machine's paths."""
-    return re.sub(
-        r"(?<![\w.<])(?:[A-Za-z]:)?[/\\][^\s'\",;:()]+", "(a file of the server)", message
-    )
 
 
 def handle_problems(app: FastAPI) -> None:

@@ -38,7 +38,7 @@ class Served:
 
     Attributes:
         name: of the adapter on this server.
-        folder: where its thresholds are.
+        folder: where its thresholds are; absolute.
         model, tokenizer, task: what `bara.load_adapter` returned.
         created: when it was loaded, in seconds since 1970.
     """
@@ -94,7 +94,7 @@ class Served:
         return found
 
     def without_folder(self, error: BaraError) -> str:
-        """A message about the adapter by its name."""
+        """A message about the adapter by its name; no other path is in those about its files."""
         return str(error).replace(str(self.folder), self.name)
 
     def described(self) -> dict[str, Any]:
@@ -158,7 +158,8 @@ def load_one(
     read_thresholds(folder)  # a damaged file is refused now, not when it is asked for
     if (folder / CONFORMAL_FILE).is_file():
         load_conformal(folder)
-    one = Served(name, folder, *load_adapter(folder, base_model=base_model))
+    loaded = load_adapter(folder, base_model=base_model)
+    one = Served(name, folder.resolve(), *loaded)
     for other in others:
         share_parameters(one.model, other.model)
     return one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,11 @@ from bara.serving.decoding import Decoder
 from bara.serving.limits import Limits
 from bara.serving.metrics import Metrics
 from bara.serving.prediction import Predictor
-from bara.serving.problems import Problem, without_paths
+from bara.serving.problems import Problem
 from bara.serving.schemas import LoadRequest
 from bara.serving.served import Served, base_of, load_one
+
+LOG = logging.getLogger("bara.serving")
 
 
 class Shelf:
@@ -142,8 +145,7 @@ class Shelf:
                 base = self._base(folder) or self.base_model
                 job.finish(load_one(name, folder, self.served, base_model=base))
             except BaraError as error:
-                message = without_paths(str(error).replace(str(folder), name))
-                raise Problem(400, message, param="lora_path") from error
+                raise _not_loaded(folder, error) from error
 
     def _base(self, folder: Path) -> PreTrainedModel | None:
         """The base model of a language model's adapter: read once, its weights one memory with
@@ -187,9 +189,15 @@ class Shelf:
         try:
             known = base_of(folder) in bases - {None}
         except BaraError as error:
-            message = without_paths(str(error).replace(str(folder), "the adapter"))
-            raise Problem(400, message, param="lora_path") from error
+            raise _not_loaded(folder, error) from error
         if not known:
             message = "the adapter is not on a base model that this server has"
             raise Problem(400, message, param="lora_path")
         return folder
+
+
+def _not_loaded(folder: Path, error: BaraError) -> Problem:
+    """How it is told that an adapter is damaged, which may be about any file of the machine."""
+    LOG.warning("%s: %s", folder, error)
+    message = "the adapter cannot be loaded; the server's log says why"
+    return Problem(400, message, param="lora_path")
