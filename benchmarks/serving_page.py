@@ -89,10 +89,11 @@ def _soak(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Half an hour of mixed load",
         "",
-        "`python benchmarks/soak.py`: eight clients, a server of MiniLM and SmolLM2-135M-Instruct "
-        f"under a supervisor, {minutes[-1]['minute']:.0f} minutes, {minutes[-1]['life'] - 1} times "
-        "killed with SIGKILL and started again. `right` is the answer of `bara.predict` or "
-        "`bara.generate` with that seed, computed before; the largest difference of a probability "
+        f"`python benchmarks/soak.py`: {minutes[0]['clients']} clients, a server of MiniLM and "
+        f"SmolLM2-135M-Instruct under a supervisor, {minutes[-1]['minute']:.0f} minutes, "
+        f"{minutes[-1]['life'] - 1} times killed with SIGKILL and started again. "
+        "`right` is the answer of `bara.predict` or `bara.generate` with that seed, computed "
+        "before; the largest difference of a probability "
         f"was {max(row['largest difference'] for row in minutes):.1g}. `lost` would be a request "
         "with neither answer nor error. `late` is a 504 after the server's 20 seconds, in a stream "
         "that has begun an error event. Connections are refused or broken while the server is dead "

@@ -3,7 +3,7 @@
     python benchmarks/soak.py
 
 A supervisor starts the server (a MiniLM classifier and SmolLM2-135M-Instruct, both with BaRA) and
-starts it again when it has ended; twice it is killed with SIGKILL. Eight clients ask without pause:
+starts it again when it has ended; twice it is killed with SIGKILL. Four clients ask without pause:
 predictions, completions and streams whose answers were computed before by `bara.predict` and
 `bara.generate`, requests that are given up, bodies that are too large or broken. Whatever comes
 back is one of: the right answer, an error with a status, a broken connection, or wrong, or lost (no
@@ -43,7 +43,7 @@ from serving_page import write_page
 
 RESULTS = Path(__file__).parent / "results/soak.jsonl"
 PORT = 8765
-CLIENTS = 8
+CLIENTS = 4
 PATIENCE = 45.0
 """Seconds that a client waits; the server's limit is 20, and it needs about 15 to start."""
 KILLS = (2 / 15, 4 / 15)
@@ -285,6 +285,7 @@ async def soak(minutes: float, supervisor: Supervisor, load: Load, output: Path)
     start = time.monotonic()
     end = start + 60 * minutes
     clients = [asyncio.create_task(load.client(end)) for _ in range(CLIENTS)]
+    about = {"clients": CLIENTS, "versions": versions()}
     kills = [start + part * 60 * minutes for part in KILLS]
     last, memory = time.monotonic(), list[float]()
     while (now := time.monotonic()) < end:
@@ -294,14 +295,14 @@ async def soak(minutes: float, supervisor: Supervisor, load: Load, output: Path)
         memory.append(supervisor.memory())
         if now - last >= 60 or end - now < 5:
             row = {"minute": (now - start) / 60, "life": supervisor.starts, "memory_mib": memory}
-            append_row(output, row | load.minute() | {"versions": versions()})
+            append_row(output, row | load.minute() | about)
             last, memory = now, []
             if end - now < 5:
                 break
         await asyncio.sleep(5)
     await asyncio.gather(*clients)
     row = {"minute": minutes, "life": supervisor.starts, "memory_mib": [supervisor.memory()]}
-    append_row(output, row | load.minute() | {"versions": versions()})
+    append_row(output, row | load.minute() | about)
     watching.cancel()
 
 

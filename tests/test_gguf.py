@@ -53,9 +53,9 @@ def tiny_gguf(tmp_path_factory):
     writer.add_rope_dimension_count(8)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<pad>", "<s>", "</s>", *map(chr, range(65, 125)), "AB"])
+    writer.add_token_list(["<pad>", "<s>", "</s>", *map(chr, range(65, 124)), "AB", "CD"])
     writer.add_token_types([3, 3, 3] + [1] * 61)
-    writer.add_token_merges(["A B"])
+    writer.add_token_merges(["A B", "C D"])  # transformers 5.16 reads a single one as a text
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -82,6 +82,13 @@ def bfloat16_speed(size: int = 1024, repeats: int = 3) -> float:
     return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
+def gguf_stays_packed() -> bool:
+    """Whether transformers keeps a GGUF file's weights packed unless told otherwise: since 5.17."""
+    import transformers
+
+    return hasattr(transformers, "GgufConfig")
+
+
 def ray_cluster(address: str | None) -> Any:
     """The package `ray`, connected to a cluster.
 

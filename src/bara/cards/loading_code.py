@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bara.cards.adapter_files import read_shapes
 from bara.errors import BaraError
+from bara.machine import gguf_stays_packed
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -165,9 +166,10 @@ def _source(name: str, imports: list[str], auto_class: str) -> str:
     if not name.lower().endswith(".gguf"):
         imports.append(f"from transformers import {auto_class}")
         return json.dumps(name)
-    imports.append(f"from transformers import {auto_class}, GgufConfig")
     file = Path(name)
-    return (
-        f"{json.dumps(str(file.parent))}, gguf_file={json.dumps(file.name)}, "
-        "quantization_config=GgufConfig(dequantize=True)"
-    )
+    found = f"{json.dumps(str(file.parent))}, gguf_file={json.dumps(file.name)}"
+    if not gguf_stays_packed():
+        imports.append(f"from transformers import {auto_class}")
+        return found
+    imports.append(f"from transformers import {auto_class}, GgufConfig")
+    return f"{found}, quantization_config=GgufConfig(dequantize=True)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bara.errors import BaraError
+from bara.machine import gguf_stays_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,11 +39,14 @@ def load_gguf(origin: Mapping[str, str], options: Mapping[str, Any]) -> PreTrain
         origin: what `source` returned.
         options: further arguments of `from_pretrained`.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    import transformers
 
+    unpack: dict[str, Any] = {}
+    if gguf_stays_packed():
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(StringIO()):  # a progress bar that no option switches off
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            **origin, quantization_config=GgufConfig(dequantize=True), **options
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **origin, **unpack, **options
         )
     # it has become an ordinary model, and may be trained and saved
     model.hf_quantizer = None
