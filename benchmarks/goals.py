@@ -2,10 +2,11 @@
 
     python benchmarks/goals.py
 
-Reads benchmarks/results/suite/results.jsonl and writes the tables of docs/results/suite/goals.md,
-and the overview of docs/benchmarks.md: the means over tasks, and how many goals are met. Means over
-the tasks of a seed, then mean ± standard error over seeds, and only seeds that all methods have
-finished. The rival is the best of the other methods that train a single model.
+Reads benchmarks/results/suite/results.jsonl, and for equal labels those of development, and writes
+the tables of docs/results/suite/goals.md, and the overview of docs/benchmarks.md: the means over
+tasks, and how many goals are met. Means over the tasks of a seed, then mean ± standard error over
+seeds, and only seeds that all methods have finished. The rival is the best of the other methods
+that train a single model.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from statistics import fmean
 from scipy.stats import binom
 
 from bara.bench.page import update_page
-from bara.bench.results import Row
+from bara.bench.results import Row, read_lines
 from bara.bench.run import finished
 from bara.bench.spec import Benchmark
 from bara.bench.summary import ALL_TASKS, METRICS, Estimate, Table, by_seed, group, overview
+from equal_labels import METHODS as EQUAL_LABELS
+from equal_labels import RESULTS as DEVELOPMENT
+from equal_labels import complete
 
 ROOT = Path(__file__).parent.parent
 SUITE = ROOT / "benchmarks/suite"
@@ -31,6 +35,8 @@ OVERVIEW_PAGE = ROOT / "docs/benchmarks.md"
 GOALS_PAGE = ROOT / "docs/results/suite/goals.md"
 ENSEMBLE = "ensemble"
 OURS = ("bara", "balora")
+SLICE = "equal-labels"
+"""What the names of the benchmarks on equal labels begin with."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,8 @@ class Goal:
 def main() -> None:
     tables, counts = [], []
     for name, goals in GOALS.items():
-        rows = whole_seeds(Benchmark.load(SUITE / f"{name}.yaml"))
-        if rows:
-            seeds = ", ".join(str(seed) for seed in group(rows, lambda row: row["seed"]))
+        if rows := equal_labels() if name == SLICE else whole_seeds(SUITE / f"{name}.yaml"):
+            seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
             lines = [goal.cells() for goal in goals(rows)]
             hours = sum(row["seconds"] for row in rows) / 3600
             title = f"{name}, seeds {seeds} ({hours:.1f} hours of one core)"
@@ -71,8 +76,15 @@ def means_over_tasks() -> Table:
     return replace(table, headings=table.headings[1:], rows=means)
 
 
-def whole_seeds(benchmark: Benchmark) -> list[Row]:
+def equal_labels() -> list[Row]:
+    """The rows of the slice on equal labels."""
+    rows = complete([r for r in read_lines(DEVELOPMENT) if r["benchmark"].startswith(SLICE)])
+    return [row for row in rows if row["name"] in EQUAL_LABELS]
+
+
+def whole_seeds(path: Path) -> list[Row]:
     """The rows of the seeds of which no cell is missing."""
+    benchmark = Benchmark.load(path)
     cells = Counter(cell.seed for cell in benchmark.cells())
     seeds = group(finished(benchmark, RESULTS), lambda row: row["seed"])
     return [row for seed in sorted(seeds) if len(seeds[seed]) == cells[seed] for row in seeds[seed]]
@@ -134,6 +146,36 @@ def classification_goals(rows: Sequence[Row]) -> Iterator[Goal]:
     yield Goal(text, f"{error:+.3f}", beside, error > 0.1)
     text = "BaRA: the rank varies between inputs"
     yield Goal(text, f"sd {spread:.3f}", f"s_bar {mean('bara', 's_bar'):.2f}", spread > 0.1)
+
+
+def equal_label_goals(rows: Sequence[Row]) -> Iterator[Goal]:
+    methods = group(rows, lambda row: row["name"])
+    ours, *peers = sorted(methods, key=lambda name: name != "bara as it is")
+
+    def values(method: str, metric: str) -> list[float]:
+        return list(by_seed(methods[method], metric).values())
+
+    for metric in ("nll", "brier"):
+        for peer in peers:
+            mine, theirs = values(ours, metric), values(peer, metric)
+            below = Estimate.of([100 * (1 - a / b) for a, b in zip(mine, theirs, strict=True)])
+            text = f"{ours}: {METRICS[metric].heading} at least 5% below that of {peer}"
+            beside = f"{peer} {fmean(theirs):.3f}, {below.mean:.1f} ± {below.error:.1f}% below"
+            yield Goal(text, show(mine), beside, below.mean >= 5)
+    for peer in peers:
+        mine, theirs = values(ours, "accuracy"), values(peer, "accuracy")
+        above = Estimate.of([a - b for a, b in zip(mine, theirs, strict=True)])
+        text = f"{ours}: accuracy at least 0.01 above that of {peer}"
+        beside = f"{peer} {fmean(theirs):.3f}, difference {signed(above)}"
+        yield Goal(text, show(mine), beside, above.mean >= 0.01)
+    ece = values(ours, "ece")
+    yield Goal(f"{ours}: ECE at most 0.05", show(ece), "", fmean(ece) <= 0.05)
+    by_task = group(rows, lambda row: (row["task"], row["name"]))
+    nll = {key: fmean(row["nll"] for row in mine) for key, mine in by_task.items()}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    worse = [task for task in tasks if nll[task, ours] > nll[task, "probe"]]
+    beside = f"above it: {', '.join(worse) or 'nowhere'}"
+    yield Goal(f"{ours}: NLL nowhere above the probe's", f"{len(tasks)} tasks", beside, not worse)
 
 
 def cost(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
@@ -219,6 +261,7 @@ def signed(estimate: Estimate) -> str:
 
 
 GOALS = {
+    SLICE: equal_label_goals,
     "classification": classification_goals,
     "ranks": rank_goals,
     "band-gap": regression_goals,
