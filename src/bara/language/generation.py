@@ -139,8 +139,8 @@ class DrawSampler:
         self.source = draw_source(model)
         if self.source and not (self.source.batched or deterministic):
             raise BaraError(
-                "This model's method draws whole weights, one draw at a time, and generation "
-                "decodes all draws in one batch: pass deterministic=True (--set "
+                "This model's method makes one draw at a time, and generation decodes all draws "
+                "in one batch: pass deterministic=True (--set "
                 "deterministic=true) for its mean, or train a method that draws in rank space, "
                 "such as bara."
             )
