@@ -34,9 +34,7 @@ def write_page() -> None:
 
 def _speed(rows: list[dict[str, Any]]) -> list[str]:
     first = rows[0]["versions"]
-    types = ", ".join(sorted({row["dtype"] for row in rows if "dtype" in row}))
-    if not all("dtype" in row for row in rows):
-        types += f"{' and ' if types else ''}the type of the checkpoint's weights (not recorded)"
+    types = ", ".join(sorted({row["dtype"] for row in rows}))
     lines = [
         "## Throughput and latency",
         "",
@@ -44,19 +42,12 @@ def _speed(rows: list[dict[str, Any]]) -> list[str]:
         "answer; clients and server share the two cores. BaRA answers with 10 draws for a tweet "
         "and with 4 for a text, LoRA with its one. The loop has no server: single calls "
         "of `bara.predict` and `bara.generate`, one at a time. Plain transformers is one pass for "
-        "each request behind FastAPI.",
+        "each request behind FastAPI, in order of arrival.",
         "",
         f"{first['machine']}, {types}, without autocast, torch {first['torch']}, transformers "
         f"{first['transformers']}. Load average of the machine at the end of the cells: "
         f"{min(row['load'] for row in rows):.1f} to {max(row['load'] for row in rows):.1f}.",
     ]
-    if any(row["system"].startswith("loop") and "turns" not in row for row in rows):
-        lines += [
-            "",
-            "The rows of the loop were measured with a lock that any of the waiting threads may "
-            "get, and mostly the one that had it last. At 8 and 64 clients their requests per "
-            "second stand; their p50 and p99 are not what a queue in order of arrival gives.",
-        ]
     for model, title in TITLES.items():
         mine = [row for row in rows if row["model"] == model]
         if not mine:
