@@ -34,13 +34,12 @@ from bara.bench.tasks import load_task
 from bara.data.examples import minilm_path
 from bara.data.text_task import TextTask, tokenise
 from bara.evaluation.metrics import classification_metrics
-from bara.files import atomic_write_text
 from bara.machine import fast_bfloat16, versions
+from pages import write_between
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/first_token.jsonl"
 PAGE = ROOT / "docs/results/development/first-token.md"
-MARKS = ("<!-- first token -->\n", "<!-- /first token -->\n")
 DATA = ROOT.parent / "shared/data"
 TASKS = ("tweet_eval_emotion", "tweet-sentiment")
 SEEDS = (10, 11)
@@ -120,10 +119,7 @@ def main() -> None:
             row = rows[task, name, seed] = run(name, task, seed)
             append_row(RESULTS, row)
             print(name, task, seed, {metric: round(row[metric], 3) for metric in METRICS})
-    before, rest = PAGE.read_text("utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    text = table(rows)
-    atomic_write_text(PAGE, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+    write_between(PAGE, "first token", f"\n{table(rows)}")
 
 
 if __name__ == "__main__":

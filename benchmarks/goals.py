@@ -20,13 +20,12 @@ from statistics import fmean
 from scipy.stats import binom
 
 from bara.bench.page import update_page
-from bara.bench.results import Row, read_lines
+from bara.bench.results import Row
 from bara.bench.run import finished
 from bara.bench.spec import Benchmark
 from bara.bench.summary import ALL_TASKS, METRICS, Estimate, Table, by_seed, group, overview
-from equal_labels import METHODS as EQUAL_LABELS
-from equal_labels import RESULTS as DEVELOPMENT
-from equal_labels import complete
+from equal_labels import SLICE
+from equal_labels import finished as equal_labels
 
 ROOT = Path(__file__).parent.parent
 SUITE = ROOT / "benchmarks/suite"
@@ -35,8 +34,6 @@ OVERVIEW_PAGE = ROOT / "docs/benchmarks.md"
 GOALS_PAGE = ROOT / "docs/results/suite/goals.md"
 ENSEMBLE = "ensemble"
 OURS = ("bara", "balora")
-SLICE = "equal-labels"
-"""What the names of the benchmarks on equal labels begin with."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,6 @@ def means_over_tasks() -> Table:
     table = overview(rows, "Classification, 300 examples, means over four tasks")
     means = [row[1:] for row in table.rows if row[0] == ALL_TASKS]
     return replace(table, headings=table.headings[1:], rows=means)
-
-
-def equal_labels() -> list[Row]:
-    """The rows of the slice on equal labels."""
-    rows = complete([r for r in read_lines(DEVELOPMENT) if r["benchmark"].startswith(SLICE)])
-    return [row for row in rows if row["name"] in EQUAL_LABELS]
 
 
 def whole_seeds(path: Path) -> list[Row]:

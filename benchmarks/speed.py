@@ -12,7 +12,6 @@ to docs/speed.md.
 from __future__ import annotations
 
 import argparse
-import itertools
 import multiprocessing
 import tempfile
 import time
@@ -160,13 +159,12 @@ def run_pair(model: str, method: str) -> dict[str, Any]:
     record: dict[str, Any] = {f"{name}_steps": [] for name in runners}
     record |= {f"{name}_{request}": [] for name, request in predictions}
     try:
-        waiting = dict(runners)
-        for pair in itertools.count():
-            if not waiting:
-                break
+        waiting, pair = dict(runners), 0
+        while waiting:
             turns = list(waiting.items())
             if pair % 2:  # long and short batches alternate; each has either one first in turn
                 waiting = dict(reversed(turns))
+            pair += 1
             for name, runner in turns:
                 answer = runner.ask("step")
                 if isinstance(answer, dict):
