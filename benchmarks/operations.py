@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks/results/operations.json"
 PAGE = ROOT / "docs/speed.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BEGIN, END = "<!-- operations -->", "<!-- /operations -->"
-METHODS = ("lora", "mc-dropout", "scalabl", "rankwise", "blob", "balora", "bara")
+METHODS = ("lora", "mc-dropout", "scalabl", "rankwise", "sgp-lora", "blob", "balora", "bara")
 
 
 class Counter(TorchDispatchMode):

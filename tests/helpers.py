@@ -26,6 +26,7 @@ from bara import (
     McDropoutConfig,
     RankwiseConfig,
     ScalablConfig,
+    SgpLoraConfig,
 )
 
 CONFIGS = {
@@ -35,6 +36,7 @@ CONFIGS = {
     "scalabl": ScalablConfig,
     "rankwise": RankwiseConfig,
     "clora": CloraConfig,
+    "sgp-lora": SgpLoraConfig,
     "mc-dropout": McDropoutConfig,
 }
 

@@ -1,4 +1,4 @@
-"""BLoB, C-LoRA, ScalaBL, rank-wise dropout and MC-dropout against their papers' formulas."""
+"""The peers' posterior families against their papers' formulas."""
 
 import math
 
@@ -274,6 +274,66 @@ def test_clora_refuses_grouped_convolutions():
     module = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2))
     with pytest.raises(bara.BaraError, match="grouped convolution"):
         adapt(module, "clora", target_modules=["0"])
+
+
+def test_sgp_lora_draws_and_kl():
+    model = net("sgp-lora", init_noise=0.05, max_noise=0.2).eval()
+    layer, posterior = layer_posterior(model)
+    with torch.no_grad():
+        posterior.log_std.add_(0.02 * torch.randn(4, 4))
+        posterior.log_std[0, 1] = 1.0  # beyond max_noise
+    a, b = matrices(layer)
+    std = (10 * posterior.log_std.detach()).exp().clamp(max=0.2)
+    assert std[0, 1] == 0.2
+    cholesky = torch.linalg.cholesky((a @ a.T + 1e-4 * torch.eye(4)).double())
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        expected = layer.base_layer(x) + 2.0 * x @ (b @ a).T
+        torch.testing.assert_close(model(x=x)["logits"], expected, atol=1e-5, rtol=1e-4)
+        with bara.sampling(model, num_draws=2, seed=5) as draws:
+            logits = model(x=x.repeat(2, 1))["logits"].view(2, 3, -1)
+        eps = draws.numbers("layer/U", "normal", (16,), CPU)
+        for d in range(2):
+            core = cholesky + std * eps[d].view(4, 4)
+            weight = b.double() @ core @ torch.linalg.inv(cholesky) @ a.double()
+            expected = layer.base_layer(x) + 2.0 * x @ weight.float().T
+            torch.testing.assert_close(logits[d], expected, atol=1e-5, rtol=1e-4)
+    model.train()(x=x)
+    prior = Normal(torch.zeros(4, 4, dtype=torch.float64), 1.0)
+    kl = kl_divergence(Normal(cholesky, std.double()), prior).sum()
+    assert bara.kl_terms(model)["kl_global"] == pytest.approx(kl.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["layer", "conv"])
+def test_sgp_lora_draws_as_plain_lora_are_its_draws(kind):
+    torch.manual_seed(0)
+    module = TinyNet() if kind == "layer" else TinyConv()
+    model = stir(adapt(module, "sgp-lora", target_modules=[kind])).eval()
+    layer, posterior = layer_posterior(model)
+    a = layer.lora_A["default"].weight
+    draws = Draws(1, seed=3)
+    drawn, scale = posterior.lora_draw(a, FixedNoise(draws, torch.tensor([0]), kind))
+    shape, name = ((2, 6), "x") if kind == "layer" else ((2, 3, 5, 5), "pixel_values")
+    x = torch.randn(shape)
+    with torch.no_grad(), bara.sampling(model, num_draws=1, seed=3):
+        expected = model(**{name: x})["logits"]
+    with torch.no_grad():
+        a.copy_(drawn)
+        plain = model(**{name: x})["logits"]
+    assert scale is None
+    torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"init_noise": 0.2}, {"max_noise": 0.0}])
+def test_sgp_lora_refuses_noise_that_cannot_be(options):
+    with pytest.raises(bara.BaraError, match=r"init_noise|max_noise"):
+        bara.SgpLoraConfig(**options)
+
+
+def test_sgp_lora_refuses_grouped_convolutions():
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, groups=2))
+    with pytest.raises(bara.BaraError, match="grouped convolution"):
+        adapt(module, "sgp-lora", target_modules=["0"])
 
 
 def test_scalabl_needs_as_many_inputs_as_factors():

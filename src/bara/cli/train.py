@@ -50,9 +50,8 @@ def train(
     method: Annotated[
         str | None,
         Option(
-            help="bara, balora, probe, lora, full, setfit, adalora, blob, clora, scalabl, "
-            "rankwise, "
-            "mc-dropout, ensemble, tfb, laplace, ivon, monteclora, pvera or certified; "
+            help="bara, balora, probe, lora, full, setfit, adalora, blob, clora, sgp-lora, "
+            "scalabl, rankwise, mc-dropout, ensemble, tfb, laplace, ivon, monteclora, pvera or certified; "
             "NAME+temperature also fits a temperature on the validation table."
         ),
     ] = None,

@@ -82,6 +82,26 @@ class Multiplied:
         return product(dy, multiplier, u.dtype), None, (gradient,)
 
 
+class Mixed:
+    """A x times a matrix per input, (K, B, r, r)."""
+
+    part = None
+
+    def forward(
+        self, u: Tensor, s: Tensor | None, weights: Tensor | None, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None, Saved]:
+        (matrix,) = tensors
+        return (u.to(matrix.dtype) @ matrix.mT).to(u.dtype), None, (u, matrix)
+
+    def backward(
+        self, saved: Saved, dy: Tensor, dpart: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Gradients]:
+        u, matrix = saved
+        dy_wide = dy.to(matrix.dtype)
+        gradient = dy_wide.mT @ u.to(matrix.dtype)
+        return (dy_wide @ matrix).to(u.dtype), None, (gradient,)
+
+
 class Signed:
     """A x plus the second projection times random signs, (K, B, 1, r) (Flipout)."""
 
