@@ -51,8 +51,8 @@ def train(
         str | None,
         Option(
             help="bara, balora, probe, lora, full, setfit, adalora, blob, clora, sgp-lora, "
-            "scalabl, rankwise, mc-dropout, ensemble, tfb, laplace, ivon, monteclora, pvera or certified; "
-            "NAME+temperature also fits a temperature on the validation table."
+            "scalabl, rankwise, mc-dropout, ensemble, tfb, laplace, ivon, monteclora, pvera or "
+            "certified; NAME+temperature also fits a temperature on the validation table."
         ),
     ] = None,
     rank: Annotated[int | None, Option("--rank", "-r", help="Maximum rank r.")] = None,
