@@ -23,18 +23,18 @@ from bara.certificates.certificate import certify
 from bara.data.examples import minilm_path
 from bara.data.text_task import tokenise
 from bara.evaluation.evaluate import evaluate
-from bara.files import atomic_write_text
 from bara.finetuning.certified_prior import certification_rows
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.methods.recipe import TrainRecipe
 from bara.quickstart import MAX_LENGTH
+from pages import write_between
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/certificate.jsonl"
 DOCS = ROOT / "docs/certificates.md"
-START, END = "<!-- certificate-table -->", "<!-- /certificate-table -->"
+MARK = "certificate-table"
 NUM_TEST = 600
 
 
@@ -100,9 +100,7 @@ def write_table(cells: list[dict[str, Any]]) -> None:
             f"{cell['gibbs_risk']:.3f} | {cell['kl']:.1f} | **{cell['bound']:.3f}** | "
             f"{cell['majority_error']:.3f} | {cell['test_error_mixture']:.3f} |"
         )
-    before, _, rest = DOCS.read_text("utf-8").partition(START)
-    after = rest.partition(END)[2]
-    atomic_write_text(DOCS, before + "\n".join([START, "", *lines, "", END]) + after)
+    write_between(DOCS, MARK, "\n".join(["", *lines, ""]))
 
 
 def main() -> None:

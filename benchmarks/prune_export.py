@@ -26,11 +26,12 @@ from bara.data.text_task import tokenise
 from bara.files import atomic_write_text
 from bara.finetuning.load import load_adapter
 from bara.machine import versions
+from pages import write_between
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/prune_export.json"
 DOCS = ROOT / "docs/ranks-and-export.md"
-MARKS = ("<!-- benchmark -->\n", "<!-- /benchmark -->")
+MARK = "benchmark"
 THRESHOLDS = (0.2, 0.5, 0.9)
 TEXTS = 60
 DRAWS = 5
@@ -119,9 +120,7 @@ def main() -> None:
     for threshold in THRESHOLDS:
         make = partial(prune_cell, model, fit, held_out, threshold)
         cell(results, f"prune-{threshold:g}", make)
-    before, _, after = DOCS.read_text("utf-8").partition(MARKS[0])
-    after = after.partition(MARKS[1])[2]
-    atomic_write_text(DOCS, before + MARKS[0] + table(results) + MARKS[1] + after)
+    write_between(DOCS, MARK, table(results).rstrip("\n"))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from bara.machine import quieten_libraries, versions
 from bara.posteriors.bara import LOGIT_SCALE, OPEN, BaraPosterior
 from bara.posteriors.distributions import open_logit
 from bara.quickstart import METHODS, run_method
+from pages import write_between
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/quickstart_seeds.jsonl"
@@ -163,12 +164,7 @@ def write_table(cells: list[dict[str, Any]], epochs: float) -> None:
 
 def put_into_readme(table: list[str], caption: str) -> None:
     """Replaces what stands between the README's two marks."""
-    start, end = "<!-- quickstart-table -->", "<!-- /quickstart-table -->"
-    text = README.read_text("utf-8")
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    content = "\n".join([start, "", *table, "", caption, "", end])
-    atomic_write_text(README, before + content + after)
+    write_between(README, "quickstart-table", "\n".join(["", *table, "", caption, ""]))
 
 
 def main() -> None:

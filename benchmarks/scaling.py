@@ -10,7 +10,6 @@ measured too; the same formulae then work out large models. The tables go to doc
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import bara
 from bara.machine import versions
+from pages import write_between
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/scaling.json"
@@ -276,13 +276,8 @@ def page() -> None:
         "paper": paper_table(),
         "day": day_table(),
     }
-    text = PAGE.read_text("utf-8")
     for name, lines in sections.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        body = "\n".join([begin, "", *lines, "", end])
-        text, count = re.subn(f"{begin}.*{end}", lambda _, b=body: b, text, flags=re.DOTALL)
-        assert count == 1, name
-    PAGE.write_text(text, "utf-8")
+        write_between(PAGE, name, "\n".join(["", *lines, ""]))
 
 
 if __name__ == "__main__":
