@@ -2,11 +2,13 @@
 
     python benchmarks/first_token.py
 
-`AutoModelForSequenceClassification` on MiniLM with `transformers.Trainer`, 300 texts of two
+`AutoModelForSequenceClassification` on MiniLM with `transformers.Trainer`, 300 texts of three
 development tasks, 20 epochs. The head's input hardly varies, so that the head learns slowly. Does
-BaRA's default pace of the head (`head_input_std`) bring its accuracy and NLL to LoRA's there? Each
-finished run is written to benchmarks/results/first_token.jsonl at once and not made again; the
-table goes to docs/results/development/first-token.md.
+BaRA's default for such a head (left slow, with KL and noise on A that wait, where a linear head
+makes little of the features but not nothing; quicker where it makes nothing) bring its accuracy and
+NLL to LoRA's? The default was found with seeds 10 and 11; 12 is for the answer alone. Each finished
+run is written to benchmarks/results/first_token.jsonl at once and not made again; the table goes to
+docs/results/development/first-token.md.
 """
 
 from __future__ import annotations
@@ -41,15 +43,12 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/first_token.jsonl"
 PAGE = ROOT / "docs/results/development/first-token.md"
 DATA = ROOT.parent / "shared/data"
-TASKS = ("tweet_eval_emotion", "tweet-sentiment")
-SEEDS = (10, 11)
+TASKS = ("tweet_eval_emotion", "tweet-sentiment", "tweet_eval_irony")
+SEEDS = (10, 11, 12)
 RUNS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA": ({}, 1e-3),
-    "LoRA, learning rate 3e-3": ({}, 3e-3),
     "BaRA": ({}, 1e-3),
-    "BaRA, head as PEFT trains it": ({"head_input_std": 0.0}, 1e-3),
-    "BaRA, no noise on A": ({"weight_noise": 0.0}, 1e-3),
-    "BaRA, learning rate 3e-3": ({}, 3e-3),
+    "BaRA, head at 0.2": ({"head_input_std": 0.2}, 1e-3),
 }
 """Options of the config, and the learning rate."""
 METRICS = ("accuracy", "nll", "ece")
@@ -103,12 +102,14 @@ def run(name: str, task: str, seed: int) -> dict[str, Any]:
 
 
 def table(rows: dict[Cell, dict[str, Any]]) -> str:
-    """The means over seeds as Markdown."""
+    """The means over the seeds that have every run, as Markdown."""
+    whole = [s for s in SEEDS if all((*cell, s) in rows for cell in product(TASKS, RUNS))]
     lines = ["| task | run | accuracy | NLL | ECE |", "|---|---|---|---|---|"]
-    for task, name in product(TASKS, RUNS):
-        mine = [rows[task, name, seed] for seed in SEEDS]
+    for task, name in [*product(TASKS, RUNS), *product([None], RUNS)]:
+        mine = [rows[t, name, s] for t in ([task] if task else TASKS) for s in whole]
         numbers = [f"{fmean(row[metric] for row in mine):.3f}" for metric in METRICS]
-        lines.append(f"| {' | '.join([task, name, *numbers])} |")
+        lines.append(f"| {' | '.join([task or 'mean', name, *numbers])} |")
+    lines += ["", f"Means over the seeds {', '.join(map(str, whole))}."]
     return "\n".join(lines) + "\n"
 
 

@@ -31,9 +31,10 @@ from transformers import (
 )
 
 import bara
+from bara.adapter.elbo import elbo_of
 from bara.adapter.scaled_head import ScaledLinear, restore_head
-from bara.training.head import scale_head_of
-from bara.training.logistic import VARIANCES, cross_validate
+from bara.training.head import Pace, _pace, scale_head_of
+from bara.training.logistic import VARIANCES, CrossValidated, cross_validate
 from conftest import VOCABULARY, tiny_bert_config
 from helpers import adapt, tiny_llama, train_log
 
@@ -106,12 +107,63 @@ def test_a_head_is_quicker_where_frozen_features_tell_the_classes_apart(tiny_ber
     quick = [{**b, "labels": y} for b, y in zip(batches, told, strict=True)]
     slow = [{**b, "labels": torch.full((10,), k)} for b in batches for k in (0, 1)]  # either label
     scales = [bara.scale_head(model, rows) for rows in (quick, slow)]
-    assert scales[0] > scales[1] == 2.0 ** round(math.log2(0.2 / std))
+    narrowest = 2.0 ** round(math.log2(0.2 / std))
+    assert scales[0] > narrowest == scales[1]
     for labels in (torch.rand(10), torch.rand(10, 3)):  # a regression, several labels
         rows = [{**batch, "labels": labels} for batch in batches]
-        assert bara.scale_head(model, rows) == scales[1]
+        assert bara.scale_head(model, rows) == narrowest
     bare = [{name: b[name] for name in ("input_ids", "attention_mask")} for b in batches]
-    assert bara.scale_head(model, bare) == scales[1]
+    assert bara.scale_head(model, bare) == narrowest
+
+
+def spread_signal(strength):
+    """Features that hardly vary, and labels that many of them tell a little of."""
+    generator = torch.Generator().manual_seed(2)
+    x = 0.03 * torch.randn(600, 64, generator=generator, dtype=torch.double)
+    logits = strength * (x / 0.03).sum(1) / 8
+    return x, (logits + torch.randn(600, generator=generator) > 0).long()
+
+
+def test_a_head_is_left_slow_where_features_tell_little_but_not_nothing():
+    nothing, little, much = (_pace(*spread_signal(strength), None, 2) for strength in (0, 0.9, 9))
+    narrowest = 2.0 ** round(math.log2(0.2 / 0.03))
+    assert (nothing.scale, nothing.pace) == (narrowest, 1.0)
+    assert (little.scale, little.pace) == (1.0, 2.0 ** round(math.log2(0.03 / 0.2)))
+    assert much.scale >= narrowest
+    assert much.pace == 1.0
+    x, labels = spread_signal(0.9)
+    assert _pace(10 * x, labels, None, 2) == Pace(1.0, 1.0, little.frozen_nll)  # wide enough
+    entropy = math.log(2)
+    assert nothing.frozen_nll > 0.93 * entropy > little.frozen_nll
+
+
+@pytest.mark.parametrize("warmup", [None, 0.3])
+def test_where_a_head_is_left_slow_kl_and_noise_wait_for_it(
+    tiny_bert, batches, warmup, monkeypatch
+):
+    with torch.no_grad():
+        for parameter in tiny_bert.bert.pooler.parameters():
+            parameter.mul_(0.5)
+        pooled = torch.cat([tiny_bert.eval().bert(b["input_ids"]).pooler_output for b in batches])
+    std = float((pooled - pooled.mean(0)).square().mean().sqrt())
+    model = adapted(copy.deepcopy(tiny_bert), warmup=warmup)
+    resolved = elbo_of(model).adapters["default"].resolved
+    with monkeypatch.context() as patch:  # a linear head makes little of them
+        patch.setattr("bara.training.head.cross_validate", lambda *_: CrossValidated(0.003, 0.5))
+        assert bara.scale_head(model, batches) == 1.0
+    bara.set_progress(model, 0.0, num_steps=200)
+    pace = resolved.head_pace
+    assert pace == 2.0 ** round(math.log2(std / 0.2)) < 0.5
+    assert resolved.warmup == (0.9 if warmup is None else warmup)
+    part = min(1.0, max(0.0, (200 * pace - 40) / 80))
+    assert resolved.weight_noise == pytest.approx(part * resolved.whole_weight_noise)
+    # a head that was given its pace learns from the start
+    model = adapted(copy.deepcopy(tiny_bert), head_input_std=0.2, warmup=warmup)
+    bara.scale_head(model, batches)
+    bara.set_progress(model, 0.0, num_steps=200)
+    resolved = elbo_of(model).adapters["default"].resolved
+    assert (resolved.head_pace, resolved.warmup) == (1.0, warmup or 0.5)
+    assert resolved.weight_noise == resolved.whole_weight_noise
 
 
 def test_outputs_and_files_do_not_change(tiny_bert, batches, tmp_path):

@@ -163,7 +163,7 @@ class Elbo(DrawSource):
             forward.draw_seed()
         if training:
             for adapter in self.adapters.values():
-                adapter.resolved.held = self._part_of_warmup(adapter.config) == 0
+                adapter.resolved.held = self._part_of_warmup(adapter.resolved) == 0
             self.check_consumed()
             self.last = None
             forward.loss_terms = loss_terms(model, given)
@@ -216,16 +216,16 @@ class Elbo(DrawSource):
                 (terms.kl_local, resolved.local_kl_weight),
             ):
                 if kl is not None:
-                    ramp = resolved.strength * self.ramp(adapter.config)
+                    ramp = resolved.strength * self.ramp(resolved)
                     weighted.append(ramp * weight * kl)
         if not weighted:
             return None
         kl = sum(weighted[1:], weighted[0])
         return kl / forward.loss_terms if forward.loss_terms > 1 else kl
 
-    def ramp(self, config: BayesianConfig) -> float:
+    def ramp(self, resolved: Resolved) -> float:
         """The warm-up's factor on both KL weights, in [0, 1]."""
-        if self.progress is None and config.warmup > 0 and not self._warned_of_progress:
+        if self.progress is None and resolved.warmup > 0 and not self._warned_of_progress:
             self._warned_of_progress = True
             warnings.warn(
                 "The KL's warm-up does not know how far training is, so the KL has its full "
@@ -233,14 +233,14 @@ class Elbo(DrawSource):
                 "steps) in every step (bara.BayesianCallback does), or configure warmup=0.",
                 stacklevel=2,
             )
-        return self._part_of_warmup(config)
+        return self._part_of_warmup(resolved)
 
-    def _part_of_warmup(self, config: BayesianConfig) -> float:
+    def _part_of_warmup(self, resolved: Resolved) -> float:
         # Adam takes full steps along even the smallest KL gradient while B is still near zero, so
         # a weight that starts to rise at once would close the gates before the data has a say.
-        if config.warmup == 0 or self.progress is None:
+        if resolved.warmup == 0 or self.progress is None:
             return 1.0
-        return rise(self.progress / config.warmup, HOLD, 1)
+        return rise(self.progress / resolved.warmup, HOLD, 1)
 
     # -- the objective -------------------------------------------------------------------------
 

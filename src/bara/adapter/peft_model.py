@@ -22,6 +22,7 @@ from bara.adapter.heads import HEAD_CONTAINER, add_heads, in_heads, with_late_he
 from bara.adapter.layer import (
     CONTAINER,
     RankSpaceVariant,
+    adapted_layers,
     add_posterior,
     posteriors,
     renamed_key,
@@ -84,7 +85,16 @@ class BayesianLoraModel(LoraModel):
         An adapter to train gets a copy of the configuration, so that the numbers in force,
         `resolved`, are not left on the object that the user goes on with; one that is loaded keeps
         the object, as PEFT promises.
+
+        Raises:
+            BaraError: the model's layers have a Bayesian adapter of that name already.
         """
+        if next(adapted_layers(model, adapter_name), None) is not None:
+            raise BaraError(
+                f"The model has a Bayesian adapter {adapter_name!r} already: call unload() on the "
+                "PEFT model, or load the base model again, before giving it to get_peft_model "
+                "once more."
+            )
         config = self.peft_config[adapter_name]
         assert isinstance(config, BayesianConfig)
         refuse_what_is_not_saved(config)

@@ -13,6 +13,8 @@ GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
 the variance of the factors' noise at the start."""
 FIRST_NOISY, FULLY_NOISY = 40, 120
 """Optimiser steps up to which the default of A's noise is 0, and from which it is whole."""
+WARMUP, LONGEST_WARMUP = 0.5, 0.9
+"""The default of the KL's warm-up where a new head is quick, and at most."""
 
 
 @dataclass
@@ -23,11 +25,16 @@ class BaraResolved(Resolved):
         init_noise: where the factors' relative variance alpha starts.
         weight_noise: the relative variance of the noise on A.
         whole_weight_noise: what it is in a long training; None if it does not depend on the steps.
+        head_pace: how quickly a new head learns, in (0, 1]: as if its input had this part of the
+            standard deviation 0.2, or more. Steps count for so much less.
+        warmup_by_head: the warm-up is longer where the head is slow.
     """
 
     init_noise: float = 0.5
     weight_noise: float = 0.0
     whole_weight_noise: float | None = None
+    head_pace: float = 1.0
+    warmup_by_head: bool = True
 
     def used_by_draws(self) -> dict[str, float]:
         return {"weight_noise": self.strength * self.weight_noise}
@@ -36,10 +43,18 @@ class BaraResolved(Resolved):
         super().give(name, value)
         if name == "weight_noise":
             self.whole_weight_noise = None
+        if name == "warmup":
+            self.warmup_by_head = False
 
     def set_by_steps(self, num_steps: int) -> None:
         if self.whole_weight_noise is not None:
-            self.weight_noise = self.whole_weight_noise * rise(num_steps, FIRST_NOISY, FULLY_NOISY)
+            steps = num_steps * self.head_pace
+            self.weight_noise = self.whole_weight_noise * rise(steps, FIRST_NOISY, FULLY_NOISY)
+
+    def set_by_head(self, pace: float) -> None:
+        self.head_pace = pace
+        if self.warmup_by_head:
+            self.warmup = min(LONGEST_WARMUP, WARMUP / pace)
 
 
 @dataclass
@@ -75,6 +90,16 @@ class BaraConfig(BayesianConfig):
         metadata={
             "help": "Weight of KL_local, what is drawn per input. >= 0. None stands for 0.018 / "
             "number of adapted layers."
+        },
+    )
+    warmup: float | None = field(
+        default=None,
+        metadata={
+            "help": "Fraction of training, in [0, 1], after which the KL has its full weight. For "
+            "the first 40% of it the weight is 0, then it rises linearly. None stands for 0.5, and "
+            "where a new head is left slow for up to 0.9 (see head_input_std). Needs the "
+            "training's progress, from bara.BayesianCallback or bara.set_progress; without either "
+            "the weight is full at once."
         },
     )
     global_gate: bool = field(
@@ -121,7 +146,8 @@ class BaraConfig(BayesianConfig):
             "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
             "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
             "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
-            "(steps - 40) / 80 of it, at least 0 and at most 1."
+            "(steps - 40) / 80 of it, at least 0 and at most 1; steps count for less where a new "
+            "head is left slow (see head_input_std)."
         },
     )
     prior_std: float | None = field(
@@ -136,8 +162,9 @@ class BaraConfig(BayesianConfig):
         metadata={
             "help": "How quickly a new head of one row of logits per input learns: as if its input "
             "had this standard deviation (bara.BayesianCallback sees to it, or bara.scale_head in "
-            "a loop of your own). >= 0; 0 leaves the head as PEFT trains it. None finds it, "
-            "from 0.2 to 1, by what a linear head makes of the frozen features."
+            "a loop of your own). >= 0; 0 leaves the head as PEFT trains it. None finds it, up to "
+            "1, by what a linear head makes of the frozen features; where that is little but "
+            "not nothing, a head with an input below 0.2 is left slow, and KL and noise on A wait."
         },
     )
     init_local_logit: float | None = field(

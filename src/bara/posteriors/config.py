@@ -70,6 +70,7 @@ class Resolved:
         kl_weight: of KL_global / N.
         local_kl_weight: of KL_local.
         strength: multiplies both.
+        warmup: part of the training after which the KL has its full weight.
         frozen_nll: what a linear head on the frozen model loses on training examples that are left
             out, in nats; None where `bara.scale_head` did not look.
     """
@@ -78,6 +79,7 @@ class Resolved:
     kl_weight: float = 1.0
     local_kl_weight: float = 0.0
     strength: float = 1.0
+    warmup: float = 0.5
     frozen_nll: float | None = None
 
     held = False
@@ -94,6 +96,9 @@ class Resolved:
 
     def set_by_steps(self, num_steps: int) -> None:
         """Adjusts defaults to the optimiser steps that training is going to take."""
+
+    def set_by_head(self, pace: float) -> None:
+        """Adjusts defaults to how quickly a new head learns, in (0, 1]; known before the steps."""
 
 
 class PeftName(str):
@@ -163,7 +168,7 @@ class BayesianConfig(LoraConfig):
             "adapter closer to its prior."
         },
     )
-    warmup: float = field(
+    warmup: float | None = field(
         default=0.5,
         metadata={
             "help": "Fraction of training, in [0, 1], after which the KL has its full weight. For "
@@ -222,7 +227,7 @@ class BayesianConfig(LoraConfig):
         self._require("num_observations", n, n is None or n >= 1, "None or an integer >= 1")
         for name in ("kl_weight", "local_kl_weight"):
             self._require_real(name, low=0, optional=getattr(type(self), name) is None)
-        self._require_real("warmup", low=0, high=1)
+        self._require_real("warmup", low=0, high=1, optional=type(self).warmup is None)
         self._require_real("head_input_std", low=0, optional=True)
         for name in ("strength", *self.POSITIVE):
             self._require_real(name, low=0, strict=True)

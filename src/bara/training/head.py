@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from bara.training.logistic import CrossValidated, cross_validate
 
 NARROWEST, WIDEST = 0.2, 1.0
 """Bounds of the default width of a head's input."""
+LITTLE, NOTHING = 0.01, 0.93
+"""C up to which a linear head makes little of the features, and the part of the labels' entropy
+that it loses at least where it makes nothing of them."""
 EXPONENT = 0.3
 """The default width is C**EXPONENT, of the cross-validated C of a logistic regression."""
 NUM_ROWS = 1000
@@ -56,7 +59,10 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
     BaRA's default of it is C^0.3, from 0.2 to 1, with the C (variance of the prior) of a logistic
     regression on these features that three-fold cross-validation finds best: a head for features
     that tell the classes apart learns quickly, one that would learn noise slowly. 0.2 where labels
-    are no single classes.
+    are no single classes. Features that vary by less than 0.2 are left so where C is at most 0.01
+    and yet the regression loses less than 0.93 of the labels' entropy: there is something to learn,
+    and not for the head. BaRA's defaults hold KL and noise on A back until the adapter has learned
+    it.
 
     Args:
         model: with Bayesian adapters, and their heads in `modules_to_save`.
@@ -82,31 +88,54 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
         with _frozen_model(model):
             x, labels = head_inputs(model, original, batches, NUM_ROWS)
         wanted = adapter.config.head_input_std
-        scale, frozen = _of_first_process(_scale(x, labels, wanted, trained.out_features))
-        adapter.resolved.frozen_nll = frozen
-        if scale is not None and scale_layer(trained, scale):
-            given = scale
+        found = _of_first_process(_pace(x, labels, wanted, trained.out_features))
+        adapter.resolved.frozen_nll = found.frozen_nll
+        if found.scale is not None and scale_layer(trained, found.scale):
+            given = found.scale
+            adapter.resolved.set_by_head(found.pace)
     return given
 
 
-def _scale(
-    x: Tensor, labels: Tensor | None, std: float | None, num_classes: int
-) -> tuple[float | None, float | None]:
-    """What brings a head's input to its standard deviation, and what a linear head loses on the
-    frozen features where the default had to know; None where it cannot be told."""
+class Pace(NamedTuple):
+    """How quickly a head is to learn.
+
+    Attributes:
+        scale: what brings its input to its standard deviation; None where it cannot be told.
+        pace: that standard deviation over `NARROWEST`, at most 1.
+        frozen_nll: what a linear head loses on the frozen features, in nats; None where the default
+            did not have to know.
+    """
+
+    scale: float | None = None
+    pace: float = 1.0
+    frozen_nll: float | None = None
+
+
+def _pace(x: Tensor, labels: Tensor | None, std: float | None, num_classes: int) -> Pace:
+    """How quickly a head of this input (n, d) is to learn; `std` is what was asked for, or None."""
     if x.dim() != 2:
-        return None, None
+        return Pace()
     found = float((x - x.mean(0)).square().mean().sqrt())
     if not NOISE * float(x.square().mean().sqrt()) < found < math.inf:
-        return None, None
+        return Pace()
     nll = None
     if std is None:
         best = _linear_head(x, labels, num_classes)
         std = NARROWEST
         if best is not None:
-            std = min(WIDEST, max(NARROWEST, best.variance**EXPONENT))
-            nll = best.nll
-    return 2.0 ** round(math.log2(std / found)), nll
+            std, nll = min(WIDEST, max(NARROWEST, best.variance**EXPONENT)), best.nll
+            little = best.variance <= LITTLE and best.nll < NOTHING * _entropy(labels)
+            if found < NARROWEST and little:
+                std = found
+    scale = 2.0 ** round(math.log2(std / found))
+    pace = min(1.0, 2.0 ** round(math.log2(scale * found / NARROWEST)))
+    return Pace(scale, pace, nll)
+
+
+def _entropy(labels: Tensor | None) -> float:
+    """Of the classes' frequencies, in nats."""
+    assert labels is not None  # a linear head has read them
+    return float(torch.special.entr(labels[labels >= 0].bincount() / len(labels)).sum())
 
 
 def _linear_head(x: Tensor, labels: Tensor | None, num_classes: int) -> CrossValidated | None:
@@ -118,7 +147,7 @@ def _linear_head(x: Tensor, labels: Tensor | None, num_classes: int) -> CrossVal
     return cross_validate(x[known], labels[known].long(), num_classes)
 
 
-def _of_first_process(found: tuple[float | None, float | None]) -> Any:
+def _of_first_process(found: Pace) -> Pace:
     """What the first process found, whose examples may be others: all have one weight."""
     values = [found]
     if several_processes():
