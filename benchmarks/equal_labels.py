@@ -23,6 +23,8 @@ METHODS = {"probe": "probe", "lora": "LoRA that chose", "bara as it is": "BaRA, 
 METRICS = ("accuracy", "nll", "ece")
 SLICE = "equal-labels"
 """What the names of its benchmarks begin with."""
+PEERS = "equal-labels-peers"
+"""The benchmark of the other methods with LoRA's search, one seed."""
 SEEDS_OF_THE_PACE = (0,)
 """On which the default of `head_input_std` was found."""
 
@@ -114,15 +116,55 @@ def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def finished() -> list[dict[str, Any]]:
     """The rows of the comparison, of the seeds that every method has finished."""
+    return complete([row for row in everything() if row["name"] in METHODS])
+
+
+def everything() -> list[dict[str, Any]]:
+    """Every row on equal labels that has numbers."""
     rows = [r for r in read_lines(RESULTS) if str(r["benchmark"]).startswith(SLICE)]
-    return complete([row for row in rows if row["name"] in METHODS])
+    return [row for row in rows if "nll" in row]
+
+
+def peers(rows: list[dict[str, Any]]) -> str:
+    """The means of all methods over the tasks and the seed that the peers have finished."""
+    of_peers = [row for row in rows if row["benchmark"] == PEERS]
+    seeds = {row["seed"] for row in of_peers}
+    names = {row["name"] for row in of_peers}
+    tasks = [
+        task
+        for task in dict.fromkeys(row["task"] for row in of_peers)
+        if {row["name"] for row in of_peers if row["task"] == task} == names
+    ]
+    means = {
+        name: {
+            metric: mean(
+                row[metric]
+                for row in rows
+                if (row["name"], row["task"] in tasks, row["seed"] in seeds) == (name, True, True)
+            )
+            for metric in METRICS
+        }
+        for name in [*METHODS, *names]
+    }
+    order = sorted(means, key=lambda name: means[name]["nll"])
+    shown = "; ".join(
+        f"{METHODS.get(name, name)} "
+        + " / ".join(f"{means[name][metric]:.3f}" for metric in METRICS)
+        for name in order
+    )
+    return (
+        f"The other methods with LoRA's search ([seed {', '.join(map(str, sorted(seeds)))}, "
+        f"{len(tasks)} tasks: {', '.join(tasks)}](results/development/{PEERS}.md)), by NLL; "
+        f"accuracy / NLL / ECE: {shown}."
+    )
 
 
 def main() -> None:
     rows = finished()
     answer = sentence(rows)
     write_between(ROOT / "README.md", "equal labels", f"\n{answer}\n\n{table(means(rows))}\n")
-    write_between(ROOT / "docs/benchmarks.md", "equal labels", answer)
+    both = f"{answer} {peers(everything())}"
+    write_between(ROOT / "docs/benchmarks.md", "equal labels", both)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ class BaraResolved(Resolved):
         init_noise: where the factors' relative variance alpha starts.
         weight_noise: the relative variance of the noise on A.
         whole_weight_noise: what it is in a long training; None if it does not depend on the steps.
-        head_pace: how quickly a new head learns, in (0, 1]: as if its input had this part of the
-            standard deviation 0.2, or more. Steps count for so much less.
+        head_pace: how quickly a new head learns that is left slow, in (0, 1]: its input's standard
+            deviation over 0.2. Steps count for so much less. 1 for the others.
         warmup_by_head: the warm-up is longer where the head is slow.
     """
 
@@ -164,7 +164,7 @@ class BaraConfig(BayesianConfig):
             "had this standard deviation (bara.BayesianCallback sees to it, or bara.scale_head in "
             "a loop of your own). >= 0; 0 leaves the head as PEFT trains it. None finds it, up to "
             "1, by what a linear head makes of the frozen features; where that is little but "
-            "not nothing, a head with an input below 0.2 is left slow, and KL and noise on A wait."
+            "not nothing, a head with an input below 0.1 is left slow, and KL and noise on A wait."
         },
     )
     init_local_logit: float | None = field(

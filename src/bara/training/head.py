@@ -59,7 +59,7 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
     BaRA's default of it is C^0.3, from 0.2 to 1, with the C (variance of the prior) of a logistic
     regression on these features that three-fold cross-validation finds best: a head for features
     that tell the classes apart learns quickly, one that would learn noise slowly. 0.2 where labels
-    are no single classes. Features that vary by less than 0.2 are left so where C is at most 0.01
+    are no single classes. Features that vary by less than 0.1 are left so where C is at most 0.01
     and yet the regression loses less than 0.93 of the labels' entropy: there is something to learn,
     and not for the head. BaRA's defaults hold KL and noise on A back until the adapter has learned
     it.
@@ -101,7 +101,7 @@ class Pace(NamedTuple):
 
     Attributes:
         scale: what brings its input to its standard deviation; None where it cannot be told.
-        pace: that standard deviation over `NARROWEST`, at most 1.
+        pace: 1, and the standard deviation over `NARROWEST` of a head that is left slow.
         frozen_nll: what a linear head loses on the frozen features, in nats; None where the default
             did not have to know.
     """
@@ -124,12 +124,10 @@ def _pace(x: Tensor, labels: Tensor | None, std: float | None, num_classes: int)
         std = NARROWEST
         if best is not None:
             std, nll = min(WIDEST, max(NARROWEST, best.variance**EXPONENT)), best.nll
-            little = best.variance <= LITTLE and best.nll < NOTHING * _entropy(labels)
-            if found < NARROWEST and little:
-                std = found
-    scale = 2.0 ** round(math.log2(std / found))
-    pace = min(1.0, 2.0 ** round(math.log2(scale * found / NARROWEST)))
-    return Pace(scale, pace, nll)
+            little = best.variance <= LITTLE and nll < NOTHING * _entropy(labels)
+            if found < NARROWEST / 2 and little:
+                return Pace(1.0, found / NARROWEST, nll)
+    return Pace(2.0 ** round(math.log2(std / found)), 1.0, nll)
 
 
 def _entropy(labels: Tensor | None) -> float:
