@@ -575,15 +575,3 @@ def test_the_undocumented_parts_of_peft_that_are_used():
     for table in ("CONFIG", "TUNER", "PREFIX"):
         assert "LORA" in getattr(mapping, f"PEFT_TYPE_TO_{table}_MAPPING")
     assert hotswap.CONFIG_KEYS_TO_CHECK
-
-
-def test_a_cell_that_runs_twice_is_told_what_to_do():
-    """As in a notebook, where `get_peft_model` runs again on the base model that it changed."""
-    base = TinyNet()
-    config = BaraConfig(r=4, target_modules=["layer"], num_observations=2, warmup=0.0)
-    model = get_peft_model(base, config)
-    with pytest.warns(UserWarning, match="second time"), pytest.raises(BaraError) as error:
-        get_peft_model(base, config)
-    assert "'default' already: call unload()" in str(error.value)
-    again = get_peft_model(model.unload(), config)
-    again(x=torch.randn(2, 6), labels=torch.randn(2, 5))

@@ -165,6 +165,8 @@ class Elbo(DrawSource):
             for adapter in self.adapters.values():
                 adapter.resolved.held = self._part_of_warmup(adapter.resolved) == 0
             self.check_consumed()
+            if self.last is not None and self.last.awaits_loss:
+                forward.before = self.last
             self.last = None
             forward.loss_terms = loss_terms(model, given)
             items = loss_items(model, given)
@@ -192,6 +194,9 @@ class Elbo(DrawSource):
             self.last = forward
             forward.reduce()
             forward.kl = self._weighted_kl(forward)
+            if not forward.terms and forward.before is not None:
+                self.last = forward.before  # this one was made without the adapter
+            forward.before = None
         self._watch_gradients(forward, outputs)
         self._reopen_in_backward(forward, outputs)
         forward.fused = {}  # the graph is to go when the loss goes
@@ -351,6 +356,7 @@ class Elbo(DrawSource):
         """
         last = self.last
         if last is not None and last.terms and last.reached.data and not last.reached.kl:
+            self.last = None  # said once: what comes next may be right
             raise BaraError(
                 "The last training step differentiated the model's outputs but not its KL: it "
                 "trained without the prior, as plain LoRA does. Use the model's own outputs.loss, "

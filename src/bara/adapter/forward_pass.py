@@ -105,6 +105,7 @@ class ForwardPass:
         kl: the weighted KL, until it is in a loss.
         kl_in_loss: whether it is in one.
         kl_given: whether `kl_loss` gave it to whoever computes a loss.
+        before: an earlier training pass whose KL nobody has taken yet.
         shared: the latest input of a layer, which its siblings may read too, and whose it is.
         seed: of the fused layers' fresh noise; None where none is drawn.
         fuse: whether layers may be prepared together (`adapter/fused_pass`).
@@ -128,11 +129,17 @@ class ForwardPass:
     kl: Tensor | None = None
     kl_in_loss: bool = False
     kl_given: bool = False
+    before: ForwardPass | None = None
     reached: Reached = field(default_factory=Reached)
     shared: tuple[SharedInput, tuple[object, ...]] | None = None
     fuse: bool = False
     seed: int | None = None
     fused: dict[tuple[object, ...], dict[str, FusedLayer]] = field(default_factory=dict)
+
+    @property
+    def awaits_loss(self) -> bool:
+        """Whether its KL is there, and neither in a loss nor given away, nor the pass over."""
+        return self.kl is not None and not (self.kl_in_loss or self.kl_given or self.reached.data)
 
     def draw_seed(self) -> None:
         """Takes a seed for fresh noise from torch's global generator."""

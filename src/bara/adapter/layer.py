@@ -65,6 +65,11 @@ class RankSpaceVariant(LoraVariant):
     def supports_lora_conversion(self) -> bool:
         return False
 
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        """PEFT's hook, for a layer that gets a second adapter of this name."""
+        raise BaraError(already_there(adapter_name))
+
     def forward(  # type: ignore[override]
         self,
         module: LoraLayer,
@@ -313,6 +318,14 @@ def scaled_columns(lora_b: Any, scale: Tensor | None) -> Tensor:
     grouped = weight.reshape(groups, -1, *weight.shape[1:])
     shape = (groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
     return (grouped * scale.to(weight).reshape(shape)).reshape(weight.shape)
+
+
+def already_there(adapter: str) -> str:
+    """What to do about a second adapter of one name."""
+    return (
+        f"The model has a Bayesian adapter {adapter!r} already: call unload() on the PEFT model, "
+        "or load the base model again, before giving it to get_peft_model once more."
+    )
 
 
 def add_posterior(module: LoraLayer, adapter: str, posterior: Posterior) -> None:

@@ -24,6 +24,7 @@ from bara.adapter.layer import (
     RankSpaceVariant,
     adapted_layers,
     add_posterior,
+    already_there,
     posteriors,
     renamed_key,
 )
@@ -90,11 +91,7 @@ class BayesianLoraModel(LoraModel):
             BaraError: the model's layers have a Bayesian adapter of that name already.
         """
         if next(adapted_layers(model, adapter_name), None) is not None:
-            raise BaraError(
-                f"The model has a Bayesian adapter {adapter_name!r} already: call unload() on the "
-                "PEFT model, or load the base model again, before giving it to get_peft_model "
-                "once more."
-            )
+            raise BaraError(already_there(adapter_name))
         config = self.peft_config[adapter_name]
         assert isinstance(config, BayesianConfig)
         refuse_what_is_not_saved(config)

@@ -16,7 +16,8 @@ from bara.errors import BaraError
 _REGISTER = Lock()
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _STREAMED: WeakSet[nn.Module] = WeakSet()
-_USERS: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_USERS: WeakKeyDictionary[nn.Module, tuple[int, set[nn.Module]]] = WeakKeyDictionary()
+"""How many evaluate a model, and which of its modules were in training mode before."""
 
 
 def lock_of(model: nn.Module) -> Any:
@@ -36,19 +37,22 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model is in evaluation mode; whoever leaves last puts it back as it was."""
     with _REGISTER:
-        users, was_training = _USERS.get(model, (0, model.training))
-        _USERS[model] = users + 1, was_training
+        users, trained = _USERS.get(model, (0, set()))
         if users == 0:
+            trained = {module for module in model.modules() if module.training}
             model.eval()
+        _USERS[model] = users + 1, trained
     try:
         yield
     finally:
         with _REGISTER:
-            users, was_training = _USERS.pop(model)
+            users, trained = _USERS.pop(model)
             if users > 1:
-                _USERS[model] = users - 1, was_training
+                _USERS[model] = users - 1, trained
             else:
-                model.train(was_training)
+                model.train(model in trained)
+                for module in model.modules():  # parts may be in evaluation mode for good
+                    module.training = module in trained
 
 
 @contextmanager

@@ -29,7 +29,7 @@ LABELS = ("label", "label_ids")
 
 
 def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
-    """Stacks rows to tensors, padding sequences on the right; columns of text are left out.
+    """Stacks rows to tensors, padding sequences on the right; what is no numbers is left out.
 
     Raises:
         BaraError: rows of unequal length without an attention mask, or a column that only some
@@ -43,10 +43,10 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
             raise BaraError(
                 f"The column {name!r} is empty in some rows: fill these in or drop them."
             )
-        if isinstance(first, str) or empty:
+        if empty or not _has_numbers(first):
             continue
         tensors = [torch.as_tensor(value) for value in values]
-        lengths = {len(tensor) for tensor in tensors if tensor.dim() == 1}
+        lengths = {len(tensor) for tensor in tensors if tensor.dim() > 0}
         if len(lengths) > 1:
             if name == "input_ids" and "attention_mask" not in rows[0]:
                 raise BaraError("Texts of unequal length need an attention_mask column.")
@@ -66,6 +66,8 @@ def num_rows(batch: Mapping[str, Any]) -> int:
     tensors = batch.values() if isinstance(batch, Mapping) else ()
     for value in tensors:
         if isinstance(value, Tensor) and value.dim() > 0:
+            if not len(value):
+                raise BaraError("The batch is empty: it has no row.")
             return int(value.shape[0])
     raise BaraError(
         "A batch must be a mapping of names to tensors, such as a tokeniser gives with "
@@ -183,13 +185,20 @@ def _is_numeric(value: Any) -> bool:
     return isinstance(value, (int, float, list, tuple, Tensor)) or hasattr(value, "__array__")
 
 
+def _has_numbers(value: Any) -> bool:
+    """Whether a tensor can hold it: no text, date or mapping, nor a list of them."""
+    if isinstance(value, (list, tuple)):
+        return not value or _has_numbers(value[0])
+    return _is_numeric(value)
+
+
 def _by_length(data: Any, first: Mapping[str, Any]) -> list[int]:
     if "input_ids" not in first:
         return list(range(len(data)))
     lengths = (
         [len(ids) for ids in data["input_ids"]]
-        if hasattr(data, "column_names")
-        else [len(row["input_ids"]) for row in data]
+        if "input_ids" in (getattr(data, "column_names", None) or ())
+        else [len(data[i]["input_ids"]) for i in range(len(data))]
     )
     return sorted(range(len(lengths)), key=lengths.__getitem__)
 

@@ -10,12 +10,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from bara.adapter.call_inputs import predicts_next_token
-from bara.adapter.elbo import Elbo, adapted_root, elbo_of
+from bara.adapter.elbo import AttachedAdapter, Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
 from bara.adapter.scaled_head import restore_head
 from bara.errors import BaraError
@@ -48,10 +48,21 @@ def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None
 
 def _set_by_steps(model: nn.Module, elbo: Elbo, num_steps: int) -> None:
     """Adjusts the numbers of the adapters in training."""
-    for name, adapter in elbo.adapters.items():
-        posteriors = (posterior for _, _, posterior in adapted_layers(model, name))
-        if any(p.requires_grad for posterior in posteriors for p in posterior.parameters()):
-            adapter.resolved.set_by_steps(num_steps)
+    for adapter in trained_adapters(model, elbo).values():
+        adapter.resolved.set_by_steps(num_steps)
+
+
+def trained_adapters(model: nn.Module, elbo: Elbo) -> dict[str, AttachedAdapter]:
+    """The adapters of which something is in training, by name."""
+
+    def in_training(name: str) -> bool:
+        for _, layer, posterior in adapted_layers(model, name):
+            parts = layer.lora_A[name], layer.lora_B[name], posterior
+            if any(p.requires_grad for part in parts for p in part.parameters()):
+                return True
+        return False
+
+    return {name: adapter for name, adapter in elbo.adapters.items() if in_training(name)}
 
 
 STREAM_BATCHES = 20
@@ -91,7 +102,7 @@ class BayesianCallback(TrainerCallback):
         n = self.num_observations
         if n is None:
             n = count_observations(kwargs["train_dataloader"], model, state.max_steps, args)
-        for name, adapter in elbo.adapters.items():
+        for name, adapter in trained_adapters(model, elbo).items():
             given = adapter.config.num_observations
             if given not in (None, n):
                 warnings.warn(
@@ -104,9 +115,10 @@ class BayesianCallback(TrainerCallback):
         scale_head_of(model, kwargs.get("train_dataloader"))
         if state.max_steps > 0:
             _set_by_steps(model, elbo, state.max_steps)
-        self._set_progress(elbo, state)
         trainer = calling_trainer(self)
-        if trainer is not None:
+        if trainer is None:
+            self._set_progress(elbo, state)
+        else:
             add_kl(trainer)
             callbacks = trainer.callback_handler.callbacks
             callbacks.remove(self)  # those that report logs elsewhere come after what adds to them
@@ -115,7 +127,9 @@ class BayesianCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._set_progress(elbo_of(kwargs["model"]), state)
+        elbo = elbo_of(kwargs["model"])
+        if elbo.progress is not None:  # nobody sets it around the loss (`add_kl`)
+            self._set_progress(elbo, state)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,6 +181,11 @@ def count_observations(
     if dataset is None:
         raise BaraError(
             "The training data cannot be counted: pass bara.BayesianCallback(num_observations=...)."
+        )
+    if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+        raise BaraError(
+            "The training data is a stream that can be read only once: looking at it to find N "
+            "would take its first batches. Pass bara.BayesianCallback(num_observations=...)."
         )
     first: Any = next(iter(dataloader), {})
     labels = first.get("labels") if hasattr(first, "get") else None

@@ -73,9 +73,17 @@ class _ElboLoss:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        return _with_kl(
-            self.trainer, self.compute_loss, model, inputs, return_outputs, num_items_in_batch
-        )
+        elbo, state = Elbo.of(model), self.trainer.state
+        before = None if elbo is None else elbo.progress
+        if elbo is not None and state.max_steps > 0:
+            elbo.progress = min(1.0, state.global_step / state.max_steps)
+        try:
+            return _with_kl(
+                self.trainer, self.compute_loss, model, inputs, return_outputs, num_items_in_batch
+            )
+        finally:
+            if elbo is not None:
+                elbo.progress = before  # also where training stops in the middle
 
 
 def _with_kl(
