@@ -10,6 +10,7 @@ frozen model?
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -125,16 +126,16 @@ def everything() -> list[dict[str, Any]]:
     return [row for row in rows if "nll" in row]
 
 
-def peers(rows: list[dict[str, Any]]) -> str:
-    """The means of all methods over the tasks and the seed that the peers have finished."""
+def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The means over the peers' tasks and seed of all methods that have finished them, and the
+    answer in a sentence."""
     of_peers = [row for row in rows if row["benchmark"] == PEERS]
     seeds = {row["seed"] for row in of_peers}
-    names = {row["name"] for row in of_peers}
-    tasks = [
-        task
-        for task in dict.fromkeys(row["task"] for row in of_peers)
-        if {row["name"] for row in of_peers if row["task"] == task} == names
-    ]
+    tasks = list(dict.fromkeys(row["task"] for row in of_peers))
+    done: dict[str, set[str]] = defaultdict(set)
+    for row in of_peers:
+        done[row["name"]].add(row["task"])
+    names = [name for name, mine in done.items() if len(mine) == len(tasks)]
     means = {
         name: {
             metric: mean(
@@ -152,19 +153,27 @@ def peers(rows: list[dict[str, Any]]) -> str:
         + " / ".join(f"{means[name][metric]:.3f}" for metric in METRICS)
         for name in order
     )
+    where = f"seed {', '.join(map(str, sorted(seeds)))}, {len(tasks)} tasks: {', '.join(tasks)}"
+    ours = means["bara as it is"]["nll"]
+    others = [name for name in order if name in names and not name.startswith("bara")]
+    below = [f"{1 - ours / means[name]['nll']:.0%}" for name in others]
+    listed = ", ".join(f"{name} {part}" for name, part in zip(others, below, strict=True))
+    chose = means["bara that chose"]["nll"] / ours - 1
     return (
-        f"The other methods with LoRA's search ([seed {', '.join(map(str, sorted(seeds)))}, "
-        f"{len(tasks)} tasks: {', '.join(tasks)}](results/development/{PEERS}.md)), by NLL; "
-        f"accuracy / NLL / ECE: {shown}."
+        f"The other methods with LoRA's search ([{where}](results/development/{PEERS}.md)), by "
+        f"NLL; accuracy / NLL / ECE: {shown}.",
+        f"By which part BaRA's NLL is below that of other methods that chose in LoRA's way "
+        f"({where}): {listed}. BaRA that chooses too: {chose:+.1%}.",
     )
 
 
 def main() -> None:
     rows = finished()
     answer = sentence(rows)
-    write_between(ROOT / "README.md", "equal labels", f"\n{answer}\n\n{table(means(rows))}\n")
-    both = f"{answer} {peers(everything())}"
-    write_between(ROOT / "docs/benchmarks.md", "equal labels", both)
+    details, short = peers(everything())
+    text = f"\n{answer}\n\n{table(means(rows))}\n\n{short}\n"
+    write_between(ROOT / "README.md", "equal labels", text)
+    write_between(ROOT / "docs/benchmarks.md", "equal labels", f"{answer} {details}")
 
 
 if __name__ == "__main__":

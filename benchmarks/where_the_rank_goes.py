@@ -359,11 +359,9 @@ def main() -> None:
         "### Whether it travels",
         "",
         *travel_answer(travels),
-        "",
-        "### Rank per input, by number of texts",
-        "",
-        *size_answer([row for row in rows if row["part"] == "size"]),
     ]
+    if sizes := [row for row in rows if row["part"] == "size"]:
+        parts += ["", "### Rank per input, by number of texts", "", *size_answer(sizes)]
     write_between(PAGE, MARK, "\n" + "\n".join(parts) + "\n")
 
 
