@@ -1,6 +1,6 @@
 """The plain PEFT path on a sentence encoder: a head on the first token, which it never trained.
 
-    python benchmarks/first_token.py
+    python benchmarks/first_token.py [--analyse]
 
 `AutoModelForSequenceClassification` on MiniLM with `transformers.Trainer`, 300 texts of three
 development tasks, 20 epochs. The head's input hardly varies, so that the head learns slowly. Does
@@ -13,6 +13,7 @@ docs/results/development/first-token.md.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -116,7 +117,7 @@ def table(rows: dict[Cell, dict[str, Any]]) -> str:
 def main() -> None:
     rows = {(row["task"], row["run"], row["seed"]): row for row in read_lines(RESULTS)}
     for task, name, seed in product(TASKS, RUNS, SEEDS):
-        if (task, name, seed) not in rows:
+        if (task, name, seed) not in rows and "--analyse" not in sys.argv:
             row = rows[task, name, seed] = run(name, task, seed)
             append_row(RESULTS, row)
             print(name, task, seed, {metric: round(row[metric], 3) for metric in METRICS})
