@@ -133,7 +133,8 @@ def _pace(x: Tensor, labels: Tensor | None, std: float | None, num_classes: int)
 def _entropy(labels: Tensor | None) -> float:
     """Of the classes' frequencies, in nats."""
     assert labels is not None  # a linear head has read them
-    return float(torch.special.entr(labels[labels >= 0].bincount() / len(labels)).sum())
+    known = labels[labels >= 0]
+    return float(torch.special.entr(known.bincount() / len(known)).sum())
 
 
 def _linear_head(x: Tensor, labels: Tensor | None, num_classes: int) -> CrossValidated | None:
