@@ -141,7 +141,7 @@ def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
             metric: mean(
                 row[metric]
                 for row in rows
-                if (row["name"], row["task"] in tasks, row["seed"] in seeds) == (name, True, True)
+                if row["name"] == name and row["task"] in tasks and row["seed"] in seeds
             )
             for metric in METRICS
         }

@@ -140,7 +140,9 @@ def test_gates_on_inputs_of_zeros_have_gradients():
 
 
 @pytest.mark.parametrize(
-    ("method", "scale"), [*product(FIXED, [0.05, 0.3]), ("bara", 1.0), ("balora", 1.0)]
+    ("method", "scale"),
+    # not sgp-lora at 1: its noise then saturates the attention, where a rounding decides
+    [case for case in product(FIXED, [0.05, 0.3, 1.0]) if case != ("sgp-lora", 1.0)],
 )
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_without(method, scale):
     """Whatever the gates: both are held against 64-bit numbers."""

@@ -17,7 +17,7 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
-from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput, refuse_grouped
 from bara.posteriors.rank_space import RankSpace, position_mean, wide
 from bara.posteriors.registry import register
 
@@ -59,11 +59,7 @@ class CloraPosterior(Posterior):
 
     def __init__(self, setup: LayerSetup[CloraConfig]) -> None:
         super().__init__(setup)
-        if setup.b.shape[1] != self.rank:
-            raise BaraError(
-                "C-LoRA mixes a layer's factors, which a grouped convolution keeps apart: leave it "
-                "out of target_modules."
-            )
+        refuse_grouped(setup, "C-LoRA")
         self.config = config = setup.config
         hidden = nn.Linear(self.rank, config.hidden_size)
         output = nn.Linear(config.hidden_size, 2 * self.rank**2)

@@ -187,6 +187,15 @@ class Posterior(nn.Module):
         return self.calibrated
 
 
+def refuse_grouped(setup: LayerSetup[Any], title: str) -> None:
+    """Raises BaraError for a grouped convolution, in a family with a matrix between B and A."""
+    if setup.b.shape[1] != setup.a.shape[0]:
+        raise BaraError(
+            f"{title} mixes a layer's factors, which a grouped convolution keeps apart: leave it "
+            "out of target_modules."
+        )
+
+
 def relative_noise_draw(a: Tensor, variance: Tensor | float, noise: Noise) -> Tensor:
     """One draw of A whose elements have variance `variance` * a^2, in the shape of A."""
     std = variance**0.5 * wide(a).abs()

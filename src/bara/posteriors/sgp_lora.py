@@ -19,11 +19,17 @@ from torch.linalg import cholesky, solve_triangular
 
 from bara.draws.draws import Noise
 from bara.draws.noise_stack import NoiseStack
-from bara.errors import BaraError
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
 from bara.posteriors.fused import Fused, Stack, put
-from bara.posteriors.posterior import LOG_SCALE, Kl, LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.posterior import (
+    LOG_SCALE,
+    Kl,
+    LayerSetup,
+    Posterior,
+    PosteriorOutput,
+    refuse_grouped,
+)
 from bara.posteriors.rank_functions import Mixed
 from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
@@ -65,11 +71,7 @@ class SgpLoraPosterior(Posterior):
 
     def __init__(self, setup: LayerSetup[SgpLoraConfig]) -> None:
         super().__init__(setup)
-        if setup.b.shape[1] != self.rank:
-            raise BaraError(
-                "Bayesian-LoRA mixes a layer's factors, which a grouped convolution keeps apart: "
-                "leave it out of target_modules."
-            )
+        refuse_grouped(setup, "Bayesian-LoRA")
         self.config = config = setup.config
         start = math.log(config.init_noise) / LOG_SCALE
         self.log_std = nn.Parameter(torch.full((self.rank, self.rank), start))

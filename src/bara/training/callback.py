@@ -19,8 +19,8 @@ from bara.adapter.elbo import AttachedAdapter, Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
 from bara.adapter.scaled_head import restore_head
 from bara.errors import BaraError
-from bara.training.head import scale_head_of
-from bara.training.kl_mixin import add_kl, calling_trainer
+from bara.training.head import read_once, scale_head_of
+from bara.training.kl_mixin import add_kl, calling_trainer, progress_of
 from bara.training.loss import kl_terms, rank_terms
 
 
@@ -157,8 +157,8 @@ class BayesianCallback(TrainerCallback):
 
     @staticmethod
     def _set_progress(elbo: Elbo, state: TrainerState) -> None:
-        if state.max_steps > 0:
-            elbo.progress = min(1.0, state.global_step / state.max_steps)
+        if (progress := progress_of(state)) is not None:
+            elbo.progress = progress
 
 
 def count_observations(
@@ -182,7 +182,7 @@ def count_observations(
         raise BaraError(
             "The training data cannot be counted: pass bara.BayesianCallback(num_observations=...)."
         )
-    if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+    if isinstance(dataset, IterableDataset) and read_once(dataset):
         raise BaraError(
             "The training data is a stream that can be read only once: looking at it to find N "
             "would take its first batches. Pass bara.BayesianCallback(num_observations=...)."

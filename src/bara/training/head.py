@@ -171,6 +171,11 @@ def scale_head_of(model: nn.Module, dataloader: DataLoader[Any] | None) -> None:
         )
 
 
+def read_once(stream: Iterable[Any]) -> bool:
+    """Whether a look at a stream takes what it looks at."""
+    return iter(stream) is iter(stream)
+
+
 def _examples(dataloader: DataLoader[Any] | None) -> Iterator[Mapping[str, Any]]:
     """Batches from all over a training set; of a stream its first ones."""
     dataset: Any = getattr(dataloader, "dataset", None)
@@ -182,7 +187,7 @@ def _examples(dataloader: DataLoader[Any] | None) -> Iterator[Mapping[str, Any]]
         rows = range(0, len(dataset), -(-len(dataset) // NUM_ROWS))
         size = None if dataloader.batch_sampler is None else dataloader.batch_size or 8
         dataloader = DataLoader(Subset(dataset, rows), size, collate_fn=dataloader.collate_fn)
-    elif iter(dataset) is iter(dataset):
+    elif read_once(dataset):
         raise BaraError("the stream can be read only once")
     yield from dataloader
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from bara.adapter.call_inputs import loss_items, share_of
 from bara.adapter.elbo import Elbo, adapted_root
@@ -34,7 +35,14 @@ class KLMixin:
     ) -> Any:
         """The trainer's loss plus `bara.kl_loss`, weighted as the trainer weighs the batch."""
         compute_loss = super().compute_loss  # type: ignore[misc]
-        return _with_kl(self, compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        return _with_kl(
+            self, Elbo.of(model), compute_loss, model, inputs, return_outputs, num_items_in_batch
+        )
+
+
+def progress_of(state: TrainerState) -> float | None:
+    """How far a training is, in [0, 1]; None where its steps are not known."""
+    return min(1.0, state.global_step / state.max_steps) if state.max_steps > 0 else None
 
 
 def add_kl(trainer: Trainer) -> None:
@@ -73,28 +81,40 @@ class _ElboLoss:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        elbo, state = Elbo.of(model), self.trainer.state
-        before = None if elbo is None else elbo.progress
-        if elbo is not None and state.max_steps > 0:
-            elbo.progress = min(1.0, state.global_step / state.max_steps)
-        try:
+        elbo = Elbo.of(model)
+        with nullcontext() if elbo is None else _in_progress(elbo, self.trainer.state):
             return _with_kl(
-                self.trainer, self.compute_loss, model, inputs, return_outputs, num_items_in_batch
+                self.trainer,
+                elbo,
+                self.compute_loss,
+                model,
+                inputs,
+                return_outputs,
+                num_items_in_batch,
             )
-        finally:
-            if elbo is not None:
-                elbo.progress = before  # also where training stops in the middle
+
+
+@contextmanager
+def _in_progress(elbo: Elbo, state: TrainerState) -> Iterator[None]:
+    """The ELBO knows how far training is, and no longer, also where training stops inside."""
+    before = elbo.progress
+    if (progress := progress_of(state)) is not None:
+        elbo.progress = progress
+    try:
+        yield
+    finally:
+        elbo.progress = before
 
 
 def _with_kl(
     trainer: Any,
+    elbo: Elbo | None,
     compute_loss: Callable[..., Any],
     model: Any,
     inputs: Any,
     return_outputs: bool,
     num_items_in_batch: Any,
 ) -> Any:
-    elbo = Elbo.of(model)
     items = None
     if elbo is not None and isinstance(inputs, Mapping):
         items = loss_items(adapted_root(model), dict(inputs))  # a trainer may take labels out
