@@ -2,7 +2,9 @@
 
 import csv
 import math
+import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +17,7 @@ import bara
 from bara.cli.tune import verdict
 from bara.errors import BaraError
 from bara.evaluation.metrics import measure
-from bara.finetuning import trials
+from bara.finetuning import runners, trials
 from bara.finetuning import tune as tuning
 from bara.finetuning.load import load_adapter
 from bara.finetuning.search import (
@@ -266,7 +268,7 @@ def test_folds_of_a_validation_table_are_refused(tmp_path, failing):
 def test_trials_run_side_by_side(tmp_path, quick, monkeypatch):
     """Two threads in place of processes: each opens the journal and asks for its own trials."""
     monkeypatch.setattr(
-        tuning, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(max_workers=jobs)
+        runners, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(max_workers=jobs)
     )
     tuned = tune(recipe_for("m"), tmp_path, TABLE, num_trials=8, jobs=2)
     assert [t.number for t in tuned.trials] == list(range(8))
@@ -278,6 +280,54 @@ def test_a_trial_runs_in_a_process_of_its_own(base_dir, tmp_path):  # noqa: F811
     held_out = TABLE.select(range(8))
     tuned = tune(recipe_for(base_dir, "lora"), tmp_path / "out", TABLE, held_out, **options)
     assert [t.state for t in tuned.trials] == ["finished"]
+
+
+def test_trials_run_on_ray(base_dir, tmp_path, monkeypatch):  # noqa: F811
+    """With the same trials as in this process; a relative folder is this process's."""
+    ray = pytest.importorskip("ray")
+    recipe = recipe_for(base_dir, "lora")
+    options = {"num_trials": 2, "ranges": {"epochs": (1, 1)}}
+    tables = (TABLE, TABLE.select(range(8)))
+    here = tune(recipe, tmp_path / "here", *tables, **options)
+    monkeypatch.chdir(tmp_path)
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        _system_config={"worker_niceness": 0},
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        there = tune(recipe, "there", *tables, executor="ray", **options)
+        options["num_trials"] = 3
+        monkeypatch.setattr(runners, "run_trial", lambda search, number: os._exit(1))
+        with pytest.raises(BaraError, match=r"a trial was lost .*the same command goes on"):
+            tune(recipe, "there", *tables, executor="ray", **options)
+    finally:
+        ray.shutdown()
+    assert [t.choice for t in there.trials] == [t.choice for t in here.trials]
+    for one, other in zip(here.trials, there.trials, strict=True):
+        assert one.value == pytest.approx(other.value, rel=1e-4)
+    with pytest.raises(BaraError, match="executor must be 'local' or 'ray'"):
+        tune(recipe, "there", *tables, executor="slurm")
+
+
+def test_a_killed_process_is_told_in_a_line(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(runners, "run_trial", end)
+    with pytest.raises(BaraError, match=r"a trial was lost .*the same command goes on"):
+        tune(recipe_for("m"), tmp_path, TABLE, num_trials=2, jobs=2)
+
+
+def end(search, number):
+    os._exit(1)
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--ray-address"])
+def test_options_of_ray_are_refused_without_it(option, failing):
+    command = ["tune", "--model", "m", "--data", "d.csv", option, "1"]
+    assert f"{option} is for --executor ray" in failing(*command)
+    assert f"{option} is for --executor ray" in failing("bench", "b.yaml", option, "1")
 
 
 def test_hyperparameter_search_of_the_trainer(tmp_path):

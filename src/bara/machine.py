@@ -7,12 +7,17 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 
 from bara.errors import BaraError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # PEFT imports bitsandbytes where it is installed, which on some processors then says, with every
 # command, that it found no faster kernel for 4-bit weights.
@@ -110,3 +115,69 @@ def ray_cluster(address: str | None) -> Any:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise BaraError(f"cannot reach the Ray cluster: {error}") from error
     return ray
+
+
+def gpus_each(ray: Any, num_gpus: float | None) -> float:
+    """GPUs of each worker on a Ray cluster: as many as are given; else 1 where there are any."""
+    if num_gpus is not None:
+        return num_gpus
+    return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+
+
+def map_on_ray(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    address: str | None = None,
+    at_once: int | None = None,
+    num_cpus: float = 1,
+    num_gpus: float | None = None,
+) -> Iterator[tuple[Item, Result | Exception]]:
+    """Calls a function on every item, each in a process of its own on a Ray cluster.
+
+    The processes work in this one's folder, where their machine has it.
+
+    Args:
+        function, items: what is called, and on what.
+        address: see `ray_cluster`.
+        at_once: at most so many at a time; None leaves it to the cluster.
+        num_cpus, num_gpus: what each takes; None gives each a GPU where there are any.
+
+    Yields:
+        An item and what the function returned, in the order in which they end; Ray's error in place
+        of it where the function raised one, or its process was lost.
+
+    Raises:
+        BaraError: Ray is missing, or the cluster cannot be reached.
+    """
+    ray = ray_cluster(address)
+    # max_calls: the memory of one call is not the next one's
+    options = {"num_cpus": num_cpus, "num_gpus": gpus_each(ray, num_gpus), "max_calls": 1}
+    remote = ray.remote(max_retries=0, **options)(_call_in)
+    shared, here, left = ray.put(function), os.getcwd(), iter(items)
+    running: dict[Any, Item] = {}
+    try:
+        while True:
+            room = None if at_once is None else at_once - len(running)
+            running |= {remote.remote(shared, here, item): item for item in islice(left, room)}
+            if not running:
+                return
+            ended, _ = ray.wait(list(running))
+            yield running.pop(ended[0]), _result(ray, ended[0])
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return error
+
+
+def _call_in(function: Callable[[Item], Result], folder: str, item: Item) -> Result:
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    quieten_libraries()
+    return function(item)

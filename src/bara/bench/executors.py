@@ -14,7 +14,7 @@ from typing import Any
 
 from bara.bench.results import Row
 from bara.bench.spec import Cell
-from bara.machine import ray_cluster
+from bara.machine import map_on_ray
 
 LOG_LENGTH = 4000
 """Characters that are kept of what a failed cell printed."""
@@ -99,38 +99,28 @@ def failed(cell: Cell, error: str, start: float, log: str = "") -> Row:
     return {"key": cell.key, **asdict(cell), "error": error, "log": kept, "seconds": seconds}
 
 
-def run_ray(cells: Sequence[Cell], *, address: str | None = None, **options: Any) -> Iterator[Row]:
+def run_ray(cells: Sequence[Cell], **options: Any) -> Iterator[Row]:
     """Run the cells on a Ray cluster and yield rows as they come.
 
     Args:
         cells: what to run.
-        address: of the cluster; None joins the one that the environment names, or starts a local
-            one.
-        **options: of `ray.remote`, such as `num_cpus` and `num_gpus` for each cell.
+        **options: `address`, `num_cpus` and `num_gpus` of `bara.machine.map_on_ray`.
 
     Raises:
         BaraError: Ray is missing, or the cluster cannot be reached.
     """
-    ray = ray_cluster(address)
-    # max_calls: a process of its own for each cell, as `run_local` gives it.
-    remote = ray.remote(**{"num_cpus": 1, "max_calls": 1, "max_retries": 0, **options})(_run_here)
     start = time.perf_counter()
-    waiting = {remote.remote(cell): cell for cell in cells}
-    while waiting:
-        done, _ = ray.wait(list(waiting))
-        cell = waiting.pop(done[0])
-        try:
-            yield ray.get(done[0])
-        except ray.exceptions.RayError as error:
-            yield failed(cell, str(error).strip().splitlines()[-1], start)
+    for cell, row in map_on_ray(_run_here, cells, **options):
+        if isinstance(row, Exception):
+            yield failed(cell, str(row).strip().splitlines()[-1], start)
+        else:
+            yield row
 
 
 def _run_here(cell: Cell) -> Row:
     from bara.bench.cell import run_cell
     from bara.bench.worker import describe
-    from bara.machine import quieten_libraries
 
-    quieten_libraries()
     start = time.perf_counter()
     try:
         return run_cell(cell)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Context, Option
 
+from bara.cli.options import Executor, Gpus, RayAddress, refuse_without_ray
 from bara.cli.terminal import console, say_next, say_without_dry_run
 
 if TYPE_CHECKING:
@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from bara.bench.summary import Table
 
 
-class Executor(StrEnum):
-    """Where the cells run."""
-
-    local = "local"
-    ray = "ray"
-
-
 def bench(
     context: Context,
     files: Annotated[list[Path], Argument(help="Benchmarks (YAML).")],
@@ -36,7 +29,8 @@ def bench(
     ] = None,
     threads: Annotated[int, Option(min=1, max=1024, help="CPU threads of each cell.")] = 1,
     executor: Annotated[Executor, Option(help="This machine, or a Ray cluster.")] = Executor.local,
-    ray_address: Annotated[str | None, Option(help="Address of the Ray cluster.")] = None,
+    ray_address: RayAddress = None,
+    gpus: Gpus = None,
     baseline: Annotated[str, Option(help="Method that others are compared to.")] = "lora",
     page: Annotated[
         Path | None,
@@ -56,6 +50,7 @@ def bench(
     from bara.errors import BaraError
     from bara.machine import quieten_libraries
 
+    refuse_without_ray(executor, {"--ray-address": ray_address, "--gpus": gpus})
     quieten_libraries()
     benchmarks = [Benchmark.load(file) for file in files]
     names = [benchmark.name for benchmark in benchmarks]
@@ -72,7 +67,7 @@ def bench(
 
     def execute(cells: Sequence[Cell]) -> Iterable[Row]:
         if executor is Executor.ray:
-            return run_ray(cells, address=ray_address, num_cpus=threads)
+            return run_ray(cells, address=ray_address, num_cpus=threads, num_gpus=gpus)
         return run_local(cells, workers=workers or min(_cores(), len(cells)), threads=threads)
 
     cells, failures = [], []

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, BadParameter, Option
 
+from bara.errors import BaraError
 from bara.schema import MAX_DRAWS, SEEDS
+
+
+class Executor(StrEnum):
+    """Who does the work: this machine, or a Ray cluster."""
+
+    local = "local"
+    ray = "ray"
+
+
+def refuse_without_ray(executor: Executor | None, options: dict[str, object]) -> None:
+    """Refuses options that only Ray has.
+
+    Raises:
+        BaraError: one of them is given without `--executor ray`.
+    """
+    for name, value in options.items():
+        if value is not None and executor != Executor.ray:
+            raise BaraError(f"{name} is for --executor ray")
 
 
 def probability(value: float | None) -> float | None:
@@ -44,5 +64,12 @@ GenerateOptions = Annotated[
         metavar="NAME=VALUE",
         help="Any option of transformers.generate, e.g. num_beams=4. Repeatable.",
     ),
+]
+RayAddress = Annotated[
+    str | None, Option(help="Address of the Ray cluster; that of the environment by default.")
+]
+Gpus = Annotated[
+    float | None,
+    Option(min=0, help="GPUs of each worker on Ray; by default 1 where there are any."),
 ]
 Force = Annotated[bool, Option("--force", help="Replace files in the output folder.")]

@@ -16,13 +16,14 @@ from bara.cli.options import (
     Adapter,
     BaseModel,
     BatchSize,
+    Gpus,
     NumDraws,
     Seed,
     Split,
     probability,
 )
 from bara.cli.predict_files import (
-    Executor,
+    ExecutorOfFiles,
     KeepColumn,
     OutputFormat,
     Workers,
@@ -57,8 +58,9 @@ def predict(
         ),
     ] = None,
     base_model: BaseModel = None,
-    executor: Executor = None,
+    executor: ExecutorOfFiles = None,
     workers: Workers = None,
+    gpus: Gpus = None,
     output_format: OutputFormat = None,
     keep_column: KeepColumn = None,
 ) -> None:
@@ -75,14 +77,15 @@ def predict(
             output,
             refused=refused,
             executor=executor,
-            workers=workers or 1,
+            workers=workers,
+            num_gpus=gpus,
             output_format=output_format,
             keep_columns=keep_column or (),
             base_model=base_model,
             **common,
         )
         return
-    refuse_without_executor(workers, output_format, keep_column)
+    refuse_without_executor(workers, gpus, output_format, keep_column)
     from tqdm.auto import tqdm
 
     from bara.cli.generate import generate

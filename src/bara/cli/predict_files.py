@@ -10,14 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
+from bara.cli.options import Executor, refuse_without_ray
 from bara.errors import BaraError
-
-
-class Executors(StrEnum):
-    """Who predicts the files of a folder."""
-
-    local = "local"
-    ray = "ray"
 
 
 class Formats(StrEnum):
@@ -28,8 +22,8 @@ class Formats(StrEnum):
     parquet = "parquet"
 
 
-Executor = Annotated[
-    Executors | None,
+ExecutorOfFiles = Annotated[
+    Executor | None,
     Option(
         help="Predict a file or a folder of tables file by file, here or by Ray's workers; "
         "--output is a folder, and a second run goes on with what is missing."
@@ -57,12 +51,12 @@ def predict_files(
     for name, value in refused.items():
         if value is not None:
             raise BaraError(f"{name} does not go with --executor")
-    if options["workers"] > 1 and options["executor"] == Executors.local:
-        raise BaraError("--workers is for --executor ray: local has one")
+    ray_only = {"--workers": options["workers"], "--gpus": options["num_gpus"]}
+    refuse_without_ray(options["executor"], ray_only)
     if "-" in (data, output):
         raise BaraError("--executor reads and writes files: give --data and --output")
     quieten_libraries()
-    done = predict_dataset(adapter, data, output, **options)
+    done = predict_dataset(adapter, data, output, **options | {"workers": options["workers"] or 1})
     typer.echo(
         f"{len(done.written)} files written, {len(done.skipped)} were there; "
         f"{done.rows:,} predictions"
@@ -71,10 +65,13 @@ def predict_files(
 
 
 def refuse_without_executor(
-    workers: int | None, output_format: str | None, keep_column: list[str] | None
+    workers: int | None,
+    gpus: float | None,
+    output_format: str | None,
+    keep_column: list[str] | None,
 ) -> None:
     """Refuses options that only --executor has."""
-    given = {"--workers": workers, "--output-format": output_format, "--keep-column": keep_column}
-    for name, value in given.items():
+    refuse_without_ray(None, {"--workers": workers, "--gpus": gpus})
+    for name, value in {"--output-format": output_format, "--keep-column": keep_column}.items():
         if value:
             raise BaraError(f"{name} is for --executor local or ray")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from bara.cli.options import Executor, Gpus, RayAddress, refuse_without_ray
 from bara.schema import MAX_DRAWS, SEEDS
 
 
@@ -31,7 +32,17 @@ def tune(
     trials: Annotated[
         int, Option(min=1, max=10_000, help="In all, with those of earlier runs.")
     ] = 20,
-    jobs: Annotated[int, Option(min=1, max=1024, help="Trials at a time.")] = 1,
+    jobs: Annotated[
+        int | None,
+        Option(
+            min=1, max=1024, help="Trials at a time; by default 1, on Ray as many as have room."
+        ),
+    ] = None,
+    executor: Annotated[
+        Executor, Option(help="Where the trials run: this machine, or a Ray cluster.")
+    ] = Executor.local,
+    ray_address: RayAddress = None,
+    gpus: Gpus = None,
     folds: Annotated[
         int | None, Option(min=2, max=1000, help="Of the cross-validation; 5 by default.")
     ] = None,
@@ -68,6 +79,7 @@ def tune(
     from bara.methods.table import check_recipe
     from bara.models.gguf import smollm2_path
 
+    refuse_without_ray(executor, {"--ray-address": ray_address, "--gpus": gpus})
     quieten_libraries()
     recipe = TrainRecipe.load(config) if config else TrainRecipe(task=task)
     typed: dict[str, Any] = {
@@ -91,6 +103,9 @@ def tune(
         output,
         num_trials=trials,
         jobs=jobs,
+        executor=executor.value,
+        num_gpus=gpus,
+        ray_address=ray_address,
         metric=metric,
         num_folds=folds or 5,
         num_draws=num_draws,

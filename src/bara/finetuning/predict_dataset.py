@@ -21,7 +21,7 @@ from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
 from bara.finetuning.prediction_parts import CHUNK, Unit, join, units_of
 from bara.finetuning.task_inputs import predict_table, read_table
-from bara.machine import ray_cluster
+from bara.machine import gpus_each, ray_cluster
 from bara.schema import json_text
 
 Executor = Literal["local", "ray"]
@@ -121,7 +121,7 @@ def predict_dataset(
     batch_size: int = 256,
     base_model: str | None = None,
     num_cpus: float = 1,
-    num_gpus: float = 0,
+    num_gpus: float | None = None,
     ray_address: str | None = None,
 ) -> PredictedFiles:
     """Predict a file or a folder of tables, file by file, and write a folder of predictions.
@@ -149,7 +149,8 @@ def predict_dataset(
         keep_columns: columns of the tables that their predictions repeat, such as an identifier.
         num_draws, seed, batch_size: see `bara.predict`.
         base_model: where the base model is now.
-        num_cpus, num_gpus: what a worker of `ray` takes.
+        num_cpus, num_gpus: what a worker of `ray` takes; a GPU each where there are any, unless
+            told otherwise.
         ray_address: of the cluster; None joins the one that the environment names, or starts one
             here.
 
@@ -331,6 +332,7 @@ def _run_ray(
     advance: Callable[[str, float], object],
 ) -> list[dict[str, Any]]:
     ray = ray_cluster(address)
+    options["num_gpus"] = gpus_each(ray, options["num_gpus"])
     ray.data.DataContext.get_current().enable_progress_bars = False
     # nodes may have other working directories
     rows = [

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from tqdm.auto import tqdm
 
 from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
+from bara.finetuning.runners import run_local, run_on_ray
 from bara.finetuning.search import (
     Range,
     check_metric,
@@ -30,8 +27,7 @@ from bara.finetuning.search import (
     split_tables,
     with_choice,
 )
-from bara.finetuning.trials import Search, begin_or_go_on, ended_trials, open_study, run_trial
-from bara.machine import quieten_libraries
+from bara.finetuning.trials import Search, begin_or_go_on, ended_trials, open_study
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS, check_recipe
 from bara.reports.style import save_figure
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from optuna.study import Study
 
+Executor = Literal["local", "ray"]
 RECIPE_FILE, TABLE_FILE, PICTURE_FILE = "recipe.yaml", "trials.csv", "trials.png"
 PROBE_RECIPE_FILE = "probe.yaml"
 PROBE = "probe"
@@ -77,7 +74,10 @@ def tune(
     validation: Dataset | None = None,
     *,
     num_trials: int = 20,
-    jobs: int = 1,
+    jobs: int | None = None,
+    executor: Executor = "local",
+    num_gpus: float | None = None,
+    ray_address: str | None = None,
     metric: str = "nll",
     num_folds: int = 5,
     num_draws: int = 10,
@@ -96,7 +96,13 @@ def tune(
         folder: where trials, table, picture and recipe go.
         train, validation: tables to use instead of those that the recipe names.
         num_trials: in all, those of earlier calls among them.
-        jobs: trials at a time, each in a process of its own if there are several.
+        jobs: trials at a time, each in a process of its own if there are several; None stands for
+            1, and on `ray` for as many as the cluster has room for.
+        executor: `local`, this machine; or `ray`, a cluster all of whose machines see the folder,
+            the model and the packages.
+        num_gpus: of each trial on `ray`; None gives each one where there are any.
+        ray_address: of the cluster; None joins the one that the environment names, or starts one
+            here.
         metric: of `bara.evaluate` (for texts of `bara evaluate`), to choose by.
         num_folds: of the cross-validation.
         num_draws: of the posterior, for the metrics.
@@ -107,6 +113,11 @@ def tune(
         BaraError: an option, a table or the model cannot be used, the folder holds another search,
             another process searches there, or no trial succeeded.
     """
+    if executor not in get_args(Executor):
+        raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
+    run = run_local
+    if executor == "ray":
+        run = partial(run_on_ray, address=ray_address, num_gpus=num_gpus)
     try:
         import optuna
     except ImportError as error:
@@ -123,7 +134,7 @@ def tune(
         begin_or_go_on(search, study)
         probe = _probe(search, study, report)
         trials = tqdm(
-            _run(search, study, num_trials, jobs),
+            run(search, range(len(ended_trials(study)), num_trials), jobs),
             desc="tuning",
             unit="trial",
             total=num_trials,
@@ -151,37 +162,6 @@ def _probe(search: Search, study: Study, report: Callable[[str], None]) -> float
     value = float(study.user_attrs[PROBE])
     report(f"probe: {search.metric} {value:.4f}")
     return value
-
-
-def _run(search: Search, study: Study, num_trials: int, jobs: int) -> Iterator[int]:
-    """Runs what is missing of the trials; yields their numbers."""
-    done = len(ended_trials(study))
-    if jobs == 1:
-        for number in range(done, num_trials):
-            yield run_trial(search, number)
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    # not a fork: threads of PyTorch and of tokenisers do not survive one
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_process, (threads,))
-    try:
-        futures = [pool.submit(run_trial, search, n) for n in range(done, num_trials)]
-        for future in as_completed(futures):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_process(threads: int) -> None:
-    torch.set_num_threads(threads)
-    quieten_libraries()
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _result(search: Search, trials: list[Trial], probe: float | None) -> Tuned:
