@@ -22,6 +22,7 @@ from bara.bench.images import EfficientNetClassifier, ImageConfig
 from bara.bench.run import RESULTS_FILE, finished, only_writer, pending, run_cells
 from bara.bench.spec import Benchmark
 from bara.cli import main
+from bara.machine import map_on_ray
 from conftest import next_commands, write_jsonl
 
 STAND_IN = """
@@ -297,6 +298,7 @@ def test_ray_runs_the_same_cells(tmp_path: Path, tiny_model_dir: Path):
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ray.init(
         num_cpus=1,
+        num_gpus=1,  # nobody looks for one
         include_dashboard=False,
         log_to_driver=False,
         _system_config={"worker_niceness": 0},
@@ -304,9 +306,14 @@ def test_ray_runs_the_same_cells(tmp_path: Path, tiny_model_dir: Path):
     )
     try:
         rows = {row["key"]: row for row in run_ray(cells)}
+        seen = "CUDA_VISIBLE_DEVICES"
+        ((_, by_default),) = map_on_ray(os.getenv, [seen])
+        ((_, without),) = map_on_ray(os.getenv, [seen], num_gpus=0)
     finally:
         ray.shutdown()
     assert rows.keys() == {cell.key for cell in cells}
+    assert by_default == "0"
+    assert not without
     here = run_cell(cells[0])
     assert rows[cells[0].key]["nll"] == pytest.approx(here["nll"], rel=1e-4)
     assert "999 training examples" in rows[cells[1].key]["error"]
