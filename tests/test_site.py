@@ -41,6 +41,26 @@ def test_the_navigation_has_no_hole():
     assert missing == []
 
 
+def test_links_lead_to_headings_that_are_there():
+    """mkdocs builds without a word where only the anchor is wrong."""
+
+    def headings(path):
+        text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+        for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+            words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
+            yield re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
+
+    found, broken = 0, []
+    for page in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
+        for path, anchor in re.findall(r"\]\(([^)\s:#]*)#([^)\s]+)\)", page.read_text("utf-8")):
+            target = page.parent / path if path else page
+            found += 1
+            if target.suffix == ".md" and anchor not in headings(target):
+                broken.append(f"{page.name}: {path}#{anchor}")
+    assert found > 50
+    assert broken == []
+
+
 def test_the_tutorial_runs(tiny_model_dir, tmp_path, monkeypatch, run):
     """What it serves is asked what it says to ask."""
     pytest.importorskip("fastapi")
