@@ -26,6 +26,8 @@ SLICE = "equal-labels"
 """What the names of its benchmarks begin with."""
 PEERS = "equal-labels-peers"
 """The benchmark of the other methods with LoRA's search, one seed."""
+CHOSE = "bara that chose"
+"""BaRA with LoRA's search, among the peers."""
 SEEDS_OF_THE_PACE = (0,)
 """On which the default of `head_input_std` was found."""
 
@@ -126,26 +128,29 @@ def everything() -> list[dict[str, Any]]:
     return [row for row in rows if "nll" in row]
 
 
-def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
-    """The means over the peers' tasks and seed of all methods that have finished them, and the
-    answer in a sentence."""
+def beside_peers() -> list[dict[str, Any]]:
+    """The rows of the peers' tasks and seeds, of all methods that have finished these."""
+    rows = everything()
     of_peers = [row for row in rows if row["benchmark"] == PEERS]
-    seeds = {row["seed"] for row in of_peers}
-    tasks = list(dict.fromkeys(row["task"] for row in of_peers))
-    done: dict[str, set[str]] = defaultdict(set)
-    for row in of_peers:
-        done[row["name"]].add(row["task"])
-    names = [name for name, mine in done.items() if len(mine) == len(tasks)]
+    cells = {(row["task"], row["seed"]) for row in of_peers}
+    done = defaultdict(set)
+    for row in rows:
+        done[row["name"]].add((row["task"], row["seed"]))
+    names = {*METHODS, *(row["name"] for row in of_peers)}
+    whole = {name for name in names if cells <= done[name]}
+    return [row for row in rows if row["name"] in whole and (row["task"], row["seed"]) in cells]
+
+
+def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The means of `beside_peers`, and the answer in a sentence."""
+    seeds = {row["seed"] for row in rows}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
     means = {
         name: {
-            metric: mean(
-                row[metric]
-                for row in rows
-                if row["name"] == name and row["task"] in tasks and row["seed"] in seeds
-            )
-            for metric in METRICS
+            metric: mean(row[metric] for row in rows if row["name"] == name) for metric in METRICS
         }
-        for name in [*METHODS, *names]
+        for name in names
     }
     order = sorted(means, key=lambda name: means[name]["nll"])
     shown = "; ".join(
@@ -155,10 +160,10 @@ def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
     )
     where = f"seed {', '.join(map(str, sorted(seeds)))}, {len(tasks)} tasks: {', '.join(tasks)}"
     ours = means["bara as it is"]["nll"]
-    others = [name for name in order if name in names and not name.startswith("bara")]
+    others = [name for name in order if name not in (*METHODS, CHOSE)]
     below = [f"{1 - ours / means[name]['nll']:.0%}" for name in others]
     listed = ", ".join(f"{name} {part}" for name, part in zip(others, below, strict=True))
-    chose = means["bara that chose"]["nll"] / ours - 1
+    chose = means[CHOSE]["nll"] / ours - 1
     return (
         f"The other methods with LoRA's search ([{where}](results/development/{PEERS}.md)), by "
         f"NLL; accuracy / NLL / ECE: {shown}.",
@@ -170,7 +175,7 @@ def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
 def main() -> None:
     rows = finished()
     answer = sentence(rows)
-    details, short = peers(everything())
+    details, short = peers(beside_peers())
     text = f"\n{answer}\n\n{table(means(rows))}\n\n{short}\n"
     write_between(ROOT / "README.md", "equal labels", text)
     write_between(ROOT / "docs/benchmarks.md", "equal labels", f"{answer} {details}")

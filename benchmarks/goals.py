@@ -24,7 +24,7 @@ from bara.bench.results import Row
 from bara.bench.run import finished
 from bara.bench.spec import Benchmark
 from bara.bench.summary import ALL_TASKS, METRICS, Estimate, Table, by_seed, group, overview
-from equal_labels import SLICE
+from equal_labels import CHOSE, PEERS, SLICE, beside_peers
 from equal_labels import finished as equal_labels
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ class Goal:
 def main() -> None:
     tables, counts = [], []
     for name, goals in GOALS.items():
-        if rows := equal_labels() if name == SLICE else whole_seeds(SUITE / f"{name}.yaml"):
+        if rows := rows_of(name):
             seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
             lines = [goal.cells() for goal in goals(rows)]
             hours = sum(row["seconds"] for row in rows) / 3600
@@ -71,6 +71,13 @@ def means_over_tasks() -> Table:
     table = overview(rows, "Classification, 300 examples, means over four tasks")
     means = [row[1:] for row in table.rows if row[0] == ALL_TASKS]
     return replace(table, headings=table.headings[1:], rows=means)
+
+
+def rows_of(benchmark: str) -> list[Row]:
+    """What its goals are judged by."""
+    if benchmark == SLICE:
+        return equal_labels()
+    return beside_peers() if benchmark == PEERS else whole_seeds(SUITE / f"{benchmark}.yaml")
 
 
 def whole_seeds(path: Path) -> list[Row]:
@@ -169,6 +176,32 @@ def equal_label_goals(rows: Sequence[Row]) -> Iterator[Goal]:
     yield Goal(f"{ours}: NLL nowhere above the probe's", f"{len(tasks)} tasks", beside, not worse)
 
 
+def peer_goals(rows: Sequence[Row]) -> Iterator[Goal]:
+    methods = group(rows, lambda row: row["name"])
+
+    def mean(method: str, metric: str) -> float:
+        return fmean(by_seed(methods[method], metric).values())
+
+    for ours in ("bara as it is", CHOSE):
+        for metric, text in (
+            ("nll", "NLL at least 5% below that of every peer that chose"),
+            ("brier", "Brier at least 5% below that of every peer that chose"),
+            ("accuracy", "accuracy at least 0.01 above that of every peer that chose"),
+        ):
+            less = METRICS[metric].less is not False
+            others = [name for name in methods if not name.startswith("bara")]
+            best = (min if less else max)(others, key=lambda name: mean(name, metric))
+            mine, theirs = mean(ours, metric), mean(best, metric)
+            lead = 1 - mine / theirs if less else mine - theirs
+            beside = f"the best, {best} {theirs:.3f}: " + (
+                f"{lead:.1%}" if less else f"{lead:+.3f}"
+            )
+            met = lead >= (0.05 if less else 0.01)
+            yield Goal(f"{ours}: {text}", f"{mine:.3f}", beside, met)
+        ece = mean(ours, "ece")
+        yield Goal(f"{ours}: ECE at most 0.05", f"{ece:.3f}", "", ece <= 0.05)
+
+
 def cost(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     """The ratio of training times, over cells of one task and seed with the same versions: others
     were measured in another session, perhaps on another machine."""
@@ -253,6 +286,7 @@ def signed(estimate: Estimate) -> str:
 
 GOALS = {
     SLICE: equal_label_goals,
+    PEERS: peer_goals,
     "classification": classification_goals,
     "ranks": rank_goals,
     "band-gap": regression_goals,
