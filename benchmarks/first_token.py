@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -46,39 +47,55 @@ PAGE = ROOT / "docs/results/development/first-token.md"
 DATA = ROOT.parent / "shared/data"
 TASKS = ("tweet_eval_emotion", "tweet-sentiment", "tweet_eval_irony")
 SEEDS = (10, 11, 12)
-RUNS: dict[str, tuple[dict[str, Any], float]] = {
-    "LoRA": ({}, 1e-3),
-    "BaRA": ({}, 1e-3),
-    "BaRA, head at 0.2": ({"head_input_std": 0.2}, 1e-3),
+RUNS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "BaRA": {},
+    "BaRA, head at 0.2": {"head_input_std": 0.2},
 }
-"""Options of the config, and the learning rate."""
+"""Options of the config."""
+TRAINING = {"num_train_epochs": 20, "learning_rate": 1e-3, "per_device_train_batch_size": 32}
 METRICS = ("accuracy", "nll", "ece")
 Cell = tuple[str, str, int]
 """Task, run and seed."""
 
 
-def run(name: str, task: str, seed: int) -> dict[str, Any]:
-    """One training run, measured on 400 held-out texts."""
-    options, learning_rate = RUNS[name]
+def run(
+    name: str,
+    task: str,
+    seed: int,
+    options: dict[str, Any],
+    *,
+    base: Path | None = None,
+    targets: Sequence[str] = ("query", "key", "value"),
+    **training: Any,
+) -> dict[str, Any]:
+    """One training run, measured on 400 held-out texts.
+
+    Args:
+        name: what the row is called; LoRA where it begins so, else BaRA.
+        task, seed: the texts, and the start.
+        options: of the config.
+        base, targets: the model's folder, MiniLM's by default, and the layers that are adapted.
+        **training: arguments of the training.
+    """
+    base = base or minilm_path()
     train, _, test = load_task(task, str(DATA)).sample(300, 150, 400, seed)
-    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    tokenizer = AutoTokenizer.from_pretrained(base)
     text_task = TextTask.infer(train)
     train, test = (tokenise(table, tokenizer, text_task) for table in (train, test))
     set_seed(seed)
     model: Any = AutoModelForSequenceClassification.from_pretrained(
-        minilm_path(), num_labels=len(set(train["labels"]))
+        base, num_labels=len(set(train["labels"]))
     )
+    model.config.pad_token_id = tokenizer.pad_token_id
     lora = name.startswith("LoRA")
     config = LoraConfig if lora else bara.BaraConfig
-    adapter = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "key", "value"]}
+    adapter = {"r": 8, "lora_alpha": 16, "target_modules": list(targets)}
     model = get_peft_model(model, config(task_type="SEQ_CLS", **adapter, **options))
     bf16 = fast_bfloat16()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            num_train_epochs=20,
-            learning_rate=learning_rate,
-            per_device_train_batch_size=32,
             warmup_steps=0.06,
             train_sampling_strategy="group_by_length",
             save_strategy="no",
@@ -86,6 +103,7 @@ def run(name: str, task: str, seed: int) -> dict[str, Any]:
             use_cpu=True,
             bf16=bf16,
             seed=seed,
+            **training,
         )
         trainer = Trainer(
             model,
@@ -102,12 +120,17 @@ def run(name: str, task: str, seed: int) -> dict[str, Any]:
     return {"run": name, "task": task, "seed": seed, "versions": versions(), **metrics}
 
 
-def table(rows: dict[Cell, dict[str, Any]]) -> str:
+def table(
+    rows: dict[Cell, dict[str, Any]],
+    tasks: Sequence[str] = TASKS,
+    runs: Sequence[str] = tuple(RUNS),
+    seeds: Sequence[int] = SEEDS,
+) -> str:
     """The means over the seeds that have every run, as Markdown."""
-    whole = [s for s in SEEDS if all((*cell, s) in rows for cell in product(TASKS, RUNS))]
+    whole = [s for s in seeds if all((*cell, s) in rows for cell in product(tasks, runs))]
     lines = ["| task | run | accuracy | NLL | ECE |", "|---|---|---|---|---|"]
-    for task, name in [*product(TASKS, RUNS), *product([None], RUNS)]:
-        mine = [rows[t, name, s] for t in ([task] if task else TASKS) for s in whole]
+    for task, name in [*product(tasks, runs), *product([None], runs)]:
+        mine = [rows[t, name, s] for t in ([task] if task else tasks) for s in whole]
         numbers = [f"{fmean(row[metric] for row in mine):.3f}" for metric in METRICS]
         lines.append(f"| {' | '.join([task or 'mean', name, *numbers])} |")
     lines += ["", f"Means over the seeds {', '.join(map(str, whole))}."]
@@ -118,7 +141,7 @@ def main() -> None:
     rows = {(row["task"], row["run"], row["seed"]): row for row in read_lines(RESULTS)}
     for task, name, seed in product(TASKS, RUNS, SEEDS):
         if (task, name, seed) not in rows and "--analyse" not in sys.argv:
-            row = rows[task, name, seed] = run(name, task, seed)
+            row = rows[task, name, seed] = run(name, task, seed, RUNS[name], **TRAINING)
             append_row(RESULTS, row)
             print(name, task, seed, {metric: round(row[metric], 3) for metric in METRICS})
     write_between(PAGE, "first token", f"\n{table(rows)}")

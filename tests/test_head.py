@@ -22,6 +22,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -71,6 +73,38 @@ def test_the_scale_brings_the_frozen_features_to_the_width_that_was_asked_for(ti
         if "lora_" in name:
             parameter.data.normal_()
     assert bara.scale_head(model, batches) == scale
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoders_head_is_measured_at_the_token_that_it_is_read_at(batches, side):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_labels=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3)
+    for number, batch in enumerate(batches):
+        for row in range(10):
+            padding = (row + number) % 4
+            tokens = slice(0, padding) if side == "left" else slice(7 - padding, 7)
+            batch["input_ids"][row, tokens] = 0
+            batch["attention_mask"] = (batch["input_ids"] != 0).long()
+    last = []
+    with torch.no_grad():
+        for batch in batches:
+            mask = batch["attention_mask"]
+            hidden = model.model(batch["input_ids"], mask).last_hidden_state
+            last += [h[m.nonzero()[-1, 0]] for h, m in zip(hidden, mask, strict=True)]
+    features = torch.stack(last).double()
+    std = float((features - features.mean(0)).square().mean().sqrt())
+    peft = adapt(model, task_type="SEQ_CLS", target_modules=["q_proj"], head_input_std=0.2)
+    before = peft(**batches[0]).logits.detach()
+    scale = bara.scale_head(peft, batches)
+    assert scale == 2.0 ** round(math.log2(0.2 / std))
+    assert scale < 1
+    torch.testing.assert_close(peft(**batches[0]).logits, before)
 
 
 def test_the_prior_is_the_one_that_scikit_learn_finds():

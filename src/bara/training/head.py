@@ -71,9 +71,9 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
 
     Returns:
         The scale; None where there is no such head, no adapter in training, `head_input_std` is 0,
-        all inputs have the same features, or the weight's dtype would round. Heads that see each
-        token (token classification, questions, a decoder's `score`) are left alone too. Where
-        several processes train, all call this and have the first one's scale.
+        all inputs have the same features, or the weight's dtype would round. Heads that tell
+        something of each token (token classification, questions) are left alone too. Where several
+        processes train, all call this and have the first one's scale.
 
     Raises:
         BaraError: no Bayesian adapter, no batches, or batches that the model cannot be called with.
@@ -239,20 +239,22 @@ def head_inputs(
 
     Returns:
         The layer's input (n, d), float64, and the labels (n, ...), or None without them. Of a layer
-        that sees each token the first batch's alone, (B, T, d).
+        that sees each token, where the model's logits are of one (a decoder's `score`), that one's;
+        else the first batch's alone, (B, T, d).
 
     Raises:
         BaraError: there are no batches, one is no mapping, or the model does not call the layer.
     """
+    calls: list[tuple[Tensor, Tensor]] = []
     rows: list[Tensor] = []
     labels: list[Tensor] = []
     # weights that accelerate has offloaded are on the meta device
     device = next(p.device for p in model.parameters() if not p.is_meta)
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows.append(next(iter((*args, *kwargs.values()))).cpu().double())
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        calls.append((next(iter((*args, *kwargs.values()))), output))
 
-    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    hook = layer.register_forward_hook(keep, with_kwargs=True)
     try:
         with evaluating(model):
             for batch in batches:
@@ -261,9 +263,11 @@ def head_inputs(
                 inputs = dict(batch)
                 if isinstance(label := inputs.pop("labels", None), Tensor):
                     labels.append(label.cpu())
-                model(**to_device(inputs, device))
-                if not rows:
+                outputs = model(**to_device(inputs, device))
+                if not calls:
                     raise BaraError("the model does not call its head")
+                x, logits = calls.pop()
+                rows.append(_read_positions(x, logits, outputs).cpu().double())
                 if rows[-1].dim() != 2:
                     return rows[-1], None
                 if num_rows is not None and sum(map(len, rows)) >= num_rows:
@@ -274,3 +278,13 @@ def head_inputs(
         raise BaraError("scale_head: there are no batches; give those of the training data.")
     x = torch.cat(rows)[:num_rows]
     return x, torch.cat(labels)[:num_rows] if len(labels) == len(rows) else None
+
+
+def _read_positions(x: Tensor, logits: Tensor, outputs: Any) -> Tensor:
+    """A layer's input (B, T, d) at the positions whose logits (B, T, C) the model returns, (B, d);
+    the input as it is where that is all of them."""
+    returned = getattr(outputs, "logits", None)
+    if x.dim() != 3 or returned is None or returned.shape != (len(logits), logits.shape[-1]):
+        return x
+    same = (logits == returned[:, None].to(logits.dtype)).all(-1)
+    return x[torch.arange(len(x)), same.int().argmax(-1)] if same.any(-1).all() else x
