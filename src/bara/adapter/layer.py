@@ -18,8 +18,9 @@ from bara.adapter.fused_pass import drops_out, fused_layer
 from bara.adapter.peft_020 import read_saved_names
 from bara.draws.draws import Noise
 from bara.errors import BaraError
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.fused import FusedLayer
-from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Projection, RankSpace, SharedInput, wide
 
 CONTAINER = "lora_posterior"
@@ -65,10 +66,21 @@ class RankSpaceVariant(LoraVariant):
     def supports_lora_conversion(self) -> bool:
         return False
 
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """PEFT's hook, for a layer that gets a second adapter of this name."""
-        raise BaraError(already_there(adapter_name))
+    def init(  # type: ignore[override]
+        self, module: LoraLayer, adapter_name: str, **kwargs: Any
+    ) -> None:
+        """PEFT's hook, for a layer whose A and B are made anew: EVA gives it another rank.
+
+        Raises:
+            BaraError: it is plain LoRA that makes them, as a second adapter of this name.
+        """
+        if not isinstance(kwargs.get("config"), BayesianConfig):
+            raise BaraError(already_there(adapter_name))
+        attached, old = self.elbo.adapters[adapter_name], posteriors(module)[adapter_name]
+        a, b = (getattr(module, part)[adapter_name].weight for part in ("lora_A", "lora_B"))
+        setup = LayerSetup(attached.config, attached.resolved, a, b, old.granularity)
+        add_posterior(module, adapter_name, type(old)(setup))
+        attached.layers[self.layer] = module, posteriors(module)[adapter_name]
 
     def forward(  # type: ignore[override]
         self,
