@@ -47,11 +47,14 @@ class AttachedAdapter:
         config: what the user wrote.
         resolved: the numbers in force.
         layers: PEFT's layers that it adapts and their posteriors, by name.
+        reference: it stands beside the adapters that a trainer trains (TRL's `ref`), to compare
+            them with: without gradients it is at its mean in training mode too.
     """
 
     config: BayesianConfig
     resolved: Resolved
     layers: dict[str, tuple[LoraLayer, Posterior]] = field(default_factory=dict)
+    reference: bool = False
 
 
 class Elbo(DrawSource):

@@ -136,6 +136,8 @@ class RankSpaceVariant(LoraVariant):
         if x.dim() < 2 or x.shape[0] % forward.batch_size or not x.numel():
             return None
         lora_a: Any = module.lora_A[adapter]
+        if forward.draws is None and not self._draws_anew(adapter, posterior):
+            return None
         layers = self.elbo.adapters[adapter].layers
         return fused_layer(self.layer, adapter, layers, forward, projection_dtype(x, lora_a.weight))
 
@@ -174,7 +176,13 @@ class RankSpaceVariant(LoraVariant):
         """The layer's random numbers; None for the posterior mean."""
         device, key = space.u.device, self.noise_key(module, adapter)
         rows = forward.rows_of(adapter, device)
-        return forward.noise(key, rows, space.u.shape[0], device, posterior.training)
+        anew = self._draws_anew(adapter, posterior)
+        return forward.noise(key, rows, space.u.shape[0], device, anew)
+
+    def _draws_anew(self, adapter: str, posterior: Posterior) -> bool:
+        """Whether there is noise without `bara.sampling`: in training mode, but for a reference."""
+        compared = self.elbo.adapters[adapter].reference and not torch.is_grad_enabled()
+        return posterior.training and not compared
 
     def noise_key(self, module: LoraLayer, adapter: str) -> str:
         """Adapters that are active together draw independently; a lone one whatever its name."""
