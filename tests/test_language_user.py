@@ -116,6 +116,49 @@ def test_the_posterior_is_trained_in_float32_by_qlora(tmp_path):
         torch.testing.assert_close(moved, torch.full((4,), 2e-5), rtol=0.05, atol=1e-9)
 
 
+# -- copies of what TRL has trained ----------------------------------------------------------------
+
+
+@pytest.fixture
+def fine_tuned(tmp_path):
+    """TRL gives the model it trains another `forward`, around the old one."""
+    trl = pytest.importorskip("trl")
+    trainer = trl.SFTTrainer(
+        model=lm(),
+        args=arguments(trl.SFTConfig, tmp_path, max_length=32),
+        train_dataset=Dataset.from_list([{"prompt": p + " ", "completion": c} for p, c in PAIRS]),
+        processing_class=word_tokenizer(),
+        callbacks=[bara.BayesianCallback()],
+    )
+    trainer.train()
+    return stir(trainer.model).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def test_a_copy_computes_with_its_own_adapter(fine_tuned):
+    before, copied = logits(fine_tuned), copy.deepcopy(fine_tuned)
+    torch.testing.assert_close(logits(copied), before)
+    with bara.sampling(copied, seed=0), bara.sampling(fine_tuned, seed=0):
+        torch.testing.assert_close(logits(copied), logits(fine_tuned))
+        assert not torch.allclose(logits(copied), before)
+    for _, layer, _ in layers_of(copied):
+        torch.nn.init.zeros_(layer.lora_B["default"].weight)
+    torch.testing.assert_close(logits(copied), logits(tiny_lm("llama")))
+    torch.testing.assert_close(logits(fine_tuned), before)
+
+
+def test_a_pruned_copy_is_what_its_folder_says(fine_tuned, tmp_path):
+    pruning = bara.prune(fine_tuned, {"input_ids": IDS}, threshold=0.9)
+    pruning.model.save_pretrained(tmp_path / "pruned")
+    loaded = PeftModel.from_pretrained(tiny_lm("llama"), tmp_path / "pruned").eval()
+    torch.testing.assert_close(logits(pruning.model), logits(loaded))
+    assert not torch.allclose(logits(loaded), logits(fine_tuned))
+
+
 # -- going on with a training ----------------------------------------------------------------------
 
 
