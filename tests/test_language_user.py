@@ -1,12 +1,14 @@
 """What users of PEFT and TRL do with a language model after they have changed `LoraConfig`."""
 
 import copy
+import math
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import EvaConfig, PeftModel, initialize_lora_eva_weights
 from transformers import Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import bara
 from bara.adapter.layer import adapted_layers
@@ -114,6 +116,50 @@ def test_the_posterior_is_trained_in_float32_by_qlora(tmp_path):
     for name, gate in gates.items():
         moved = (gate.detach() - before[name]).abs()
         torch.testing.assert_close(moved, torch.full((4,), 2e-5), rtol=0.05, atol=1e-9)
+
+
+# -- batches of which nothing is to be learned -----------------------------------------------------
+
+
+@pytest.mark.parametrize("num_items", [0, 10])
+def test_a_batch_without_labels_changes_nothing(num_items):
+    """Prompts that leave no room for their completions; the mean over no label is no number."""
+    model = lm(num_observations=50).train()
+    batch = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
+    loss = model(**batch, num_items_in_batch=torch.tensor(num_items)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_a_training_with_such_batches_stays_finite(tmp_path, accumulated, own_loss):
+    rows = [{"input_ids": r, "labels": torch.full_like(r, -100)} for r in IDS.repeat(2, 1)]
+    rows[1]["labels"] = rows[2]["labels"] = IDS[0]
+    model = lm()
+    options = arguments(
+        TrainingArguments,
+        tmp_path,
+        max_steps=4 // accumulated,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulated,
+        logging_nan_inf_filter=False,
+    )
+    own = bara.elbo_loss(model, lambda out, labels: ForCausalLMLoss(out.logits, labels, 64))
+    trainer = Trainer(
+        model,
+        options,
+        train_dataset=rows,
+        compute_loss_func=own if own_loss else None,
+        callbacks=[bara.BayesianCallback()],
+    )
+    trainer.train()
+    assert model.peft_config["default"].resolved.num_observations == 2 * (IDS.shape[1] - 1)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 4 // accumulated
+    assert all(math.isfinite(row["loss"]) for row in logged)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 # -- copies of what TRL has trained ----------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bara.adapter.call_inputs import (
     batch_size_of,
+    counted,
     loss_items,
     loss_terms,
     position_weights_of,
@@ -270,6 +271,8 @@ class Elbo(DrawSource):
             share: part of the accumulated batch that this micro-batch is.
             shared: the loss has been multiplied by the share already.
         """
+        if not shared:
+            loss = counted(loss, share)
         if forward is None or forward.kl is None:
             return loss if shared else share * loss
         kl = forward.take_kl().to(loss.device)
