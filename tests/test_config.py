@@ -65,6 +65,7 @@ def test_what_is_saved_says_both(tmp_path):
         "init_noise": 0.5,
         "weight_noise": 1.5,
         "whole_weight_noise": 3.0,
+        "trained_steps": 80,
     }
     loaded = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=12), tmp_path)
     assert numbers(loaded) == numbers(model)

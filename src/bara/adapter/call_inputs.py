@@ -103,7 +103,19 @@ def share_of(items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor |
         items: which labels of the micro-batch are terms of the loss.
         num_items_in_batch: such labels in all micro-batches that are accumulated.
     """
-    return 1.0 if num_items_in_batch is None else items.sum() / num_items_in_batch
+    if num_items_in_batch is None:
+        return 1.0
+    return items.sum() / (num_items_in_batch + (num_items_in_batch == 0))  # 0 of none
+
+
+def counted(loss: Tensor, share: Tensor | float) -> Tensor:
+    """The data loss of a micro-batch, 0 where none of its labels counts: a mean over none is NaN.
+
+    Args:
+        loss: mean over the labels of the micro-batch.
+        share: `share_of` these.
+    """
+    return torch.where(share > 0, loss, 0.0) if isinstance(share, Tensor) else loss
 
 
 def predicts_next_token(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bara.adapter.call_inputs import (
     batch_size_of,
+    counted,
     loss_items,
     loss_terms,
     position_weights_of,
@@ -47,11 +48,14 @@ class AttachedAdapter:
         config: what the user wrote.
         resolved: the numbers in force.
         layers: PEFT's layers that it adapts and their posteriors, by name.
+        reference: it stands beside the adapters that a trainer trains (TRL's `ref`), to compare
+            them with: without gradients it is at its mean in training mode too.
     """
 
     config: BayesianConfig
     resolved: Resolved
     layers: dict[str, tuple[LoraLayer, Posterior]] = field(default_factory=dict)
+    reference: bool = False
 
 
 class Elbo(DrawSource):
@@ -267,6 +271,8 @@ class Elbo(DrawSource):
             share: part of the accumulated batch that this micro-batch is.
             shared: the loss has been multiplied by the share already.
         """
+        if not shared:
+            loss = counted(loss, share)
         if forward is None or forward.kl is None:
             return loss if shared else share * loss
         kl = forward.take_kl().to(loss.device)

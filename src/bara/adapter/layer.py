@@ -18,8 +18,9 @@ from bara.adapter.fused_pass import drops_out, fused_layer
 from bara.adapter.peft_020 import read_saved_names
 from bara.draws.draws import Noise
 from bara.errors import BaraError
+from bara.posteriors.config import BayesianConfig
 from bara.posteriors.fused import FusedLayer
-from bara.posteriors.posterior import Posterior, PosteriorOutput
+from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
 from bara.posteriors.rank_space import Projection, RankSpace, SharedInput, wide
 
 CONTAINER = "lora_posterior"
@@ -65,10 +66,21 @@ class RankSpaceVariant(LoraVariant):
     def supports_lora_conversion(self) -> bool:
         return False
 
-    @staticmethod
-    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        """PEFT's hook, for a layer that gets a second adapter of this name."""
-        raise BaraError(already_there(adapter_name))
+    def init(  # type: ignore[override]
+        self, module: LoraLayer, adapter_name: str, **kwargs: Any
+    ) -> None:
+        """PEFT's hook, for a layer whose A and B are made anew: EVA gives it another rank.
+
+        Raises:
+            BaraError: it is plain LoRA that makes them, as a second adapter of this name.
+        """
+        if not isinstance(kwargs.get("config"), BayesianConfig):
+            raise BaraError(already_there(adapter_name))
+        attached, old = self.elbo.adapters[adapter_name], posteriors(module)[adapter_name]
+        a, b = (getattr(module, part)[adapter_name].weight for part in ("lora_A", "lora_B"))
+        setup = LayerSetup(attached.config, attached.resolved, a, b, old.granularity)
+        add_posterior(module, adapter_name, type(old)(setup))
+        attached.layers[self.layer] = module, posteriors(module)[adapter_name]
 
     def forward(  # type: ignore[override]
         self,
@@ -124,6 +136,8 @@ class RankSpaceVariant(LoraVariant):
         if x.dim() < 2 or x.shape[0] % forward.batch_size or not x.numel():
             return None
         lora_a: Any = module.lora_A[adapter]
+        if forward.draws is None and not self._draws_anew(adapter, posterior):
+            return None
         layers = self.elbo.adapters[adapter].layers
         return fused_layer(self.layer, adapter, layers, forward, projection_dtype(x, lora_a.weight))
 
@@ -162,7 +176,13 @@ class RankSpaceVariant(LoraVariant):
         """The layer's random numbers; None for the posterior mean."""
         device, key = space.u.device, self.noise_key(module, adapter)
         rows = forward.rows_of(adapter, device)
-        return forward.noise(key, rows, space.u.shape[0], device, posterior.training)
+        anew = self._draws_anew(adapter, posterior)
+        return forward.noise(key, rows, space.u.shape[0], device, anew)
+
+    def _draws_anew(self, adapter: str, posterior: Posterior) -> bool:
+        """Whether there is noise without `bara.sampling`: in training mode, but for a reference."""
+        compared = self.elbo.adapters[adapter].reference and not torch.is_grad_enabled()
+        return posterior.training and not compared
 
     def noise_key(self, module: LoraLayer, adapter: str) -> str:
         """Adapters that are active together draw independently; a lone one whatever its name."""

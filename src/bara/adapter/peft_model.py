@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -123,6 +124,14 @@ class BayesianLoraModel(LoraModel):
         if config.inference_mode:
             require_read(model, adapter_name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # TRL puts a closure around the forward of the model that it trains. In a copy it would go
+        # on to call the original, with the original's adapter and draws.
+        for module in self.model.modules():
+            if _calls_another(vars(module).get("forward"), module):
+                del module.forward
+
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         if in_heads(key, getattr(peft_config, "heads", ())):
@@ -228,6 +237,19 @@ class BayesianLoraModel(LoraModel):
         self.elbo.detach(model)
         restore_head(model)
         return model
+
+
+def _calls_another(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward is a closure around that of another module of the same class."""
+    cells = getattr(getattr(forward, "__func__", forward), "__closure__", None) or ()
+    inner = [cell.cell_contents for cell in cells]
+    return any(
+        isinstance(function, MethodType)
+        and function.__name__ == "forward"
+        and type(function.__self__) is type(module)
+        and function.__self__ is not module
+        for function in inner
+    )
 
 
 def resolve_granularity(config: BayesianConfig, model: nn.Module) -> Granularity:

@@ -21,6 +21,7 @@ from bara.cards.adapter_files import (
     MODEL_FILE,
     PROCESSOR_FILE,
     RECIPE_FILE,
+    TASK_FILE,
     TOKENIZER_FILE,
     check_config,
     read_shapes,
@@ -137,8 +138,16 @@ def read_task(path: str | Path) -> Task:
 
 
 def _require_adapter(folder: Path) -> None:
-    if not (folder / RECIPE_FILE).is_file():
-        read_config(folder)  # says so if this is no adapter at all
+    if (folder / RECIPE_FILE).is_file():
+        return
+    read_config(folder)  # says so if this is no adapter at all
+    if not (folder / TASK_FILE).is_file():
+        raise BaraError(
+            f"{folder} was saved by PEFT or a trainer, without the recipe and the task that `bara "
+            "train` writes beside an adapter: load it with peft.PeftModel.from_pretrained (after "
+            "import bara) and go on in Python (bara.generate, bara.predict, bara.prune, "
+            "bara.export_lora, ...)"
+        )
 
 
 def _load_peft(folder: Path, base: PreTrainedModel) -> tuple[PeftModel, Any, Task]:

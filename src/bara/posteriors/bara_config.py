@@ -28,6 +28,8 @@ class BaraResolved(Resolved):
         head_pace: how quickly a new head learns that is left slow, in (0, 1]: its input's standard
             deviation over 0.2. Steps count for so much less. 1 for the others.
         warmup_by_head: the warm-up is longer where the head is slow.
+        trained_steps: optimiser steps of the longest training so far: one that goes on with an
+            adapter does not take away the noise that it was trained with.
     """
 
     init_noise: float = 0.5
@@ -35,6 +37,7 @@ class BaraResolved(Resolved):
     whole_weight_noise: float | None = None
     head_pace: float = 1.0
     warmup_by_head: bool = True
+    trained_steps: int = 0
 
     def used_by_draws(self) -> dict[str, float]:
         return {"weight_noise": self.strength * self.weight_noise}
@@ -47,8 +50,9 @@ class BaraResolved(Resolved):
             self.warmup_by_head = False
 
     def set_by_steps(self, num_steps: int) -> None:
+        self.trained_steps = max(self.trained_steps, num_steps)
         if self.whole_weight_noise is not None:
-            steps = num_steps * self.head_pace
+            steps = self.trained_steps * self.head_pace
             self.weight_noise = self.whole_weight_noise * rise(steps, FIRST_NOISY, FULLY_NOISY)
 
     def set_by_head(self, pace: float) -> None:

@@ -49,7 +49,10 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> Batch:
         lengths = {len(tensor) for tensor in tensors if tensor.dim() > 0}
         if len(lengths) > 1:
             if name == "input_ids" and "attention_mask" not in rows[0]:
-                raise BaraError("Texts of unequal length need an attention_mask column.")
+                raise BaraError(
+                    "Texts of unequal length need an attention_mask column, or a collate_fn that "
+                    "makes one (a trainer's data_collator)."
+                )
             padding = pad_token_id if name == "input_ids" else PADDING.get(name, 0)
             batch[name] = nn.utils.rnn.pad_sequence(tensors, True, padding)
         else:

@@ -19,6 +19,7 @@ from bara.adapter.elbo import AttachedAdapter, Elbo, adapted_root, elbo_of
 from bara.adapter.layer import adapted_layers
 from bara.adapter.scaled_head import restore_head
 from bara.errors import BaraError
+from bara.posteriors.rank_space import wide
 from bara.training.head import read_once, scale_head_of
 from bara.training.kl_mixin import add_kl, calling_trainer, progress_of
 from bara.training.loss import kl_terms, rank_terms
@@ -65,6 +66,22 @@ def trained_adapters(model: nn.Module, elbo: Elbo) -> dict[str, AttachedAdapter]
     return {name: adapter for name, adapter in elbo.adapters.items() if in_training(name)}
 
 
+def _mark_references(model: nn.Module, elbo: Elbo) -> None:
+    trained = trained_adapters(model, elbo)
+    for name, adapter in elbo.adapters.items():
+        adapter.reference = name not in trained
+
+
+def _widen(model: nn.Module, elbo: Elbo) -> None:
+    """Has posteriors trained in float32: TRL makes all that is trained on a quantised model
+    bfloat16, in which a step of a gate is lost."""
+    for adapter in trained_adapters(model, elbo).values():
+        for _, posterior in adapter.layers.values():
+            for parameter in posterior.parameters():
+                if type(parameter) is nn.Parameter:  # not sharded
+                    parameter.data = wide(parameter.data)
+
+
 STREAM_BATCHES = 20
 """Batches of a stream whose label tokens are counted."""
 
@@ -88,6 +105,16 @@ class BayesianCallback(TrainerCallback):
     def __init__(self, num_observations: int | None = None) -> None:
         self.num_observations = num_observations
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # before TRL asks for a reference's log-probabilities, and before there is an optimiser
+        model: Any = kwargs.get("model")
+        elbo = None if model is None else Elbo.of(model)
+        if elbo is not None:
+            _mark_references(model, elbo)
+            _widen(model, elbo)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -99,6 +126,10 @@ class BayesianCallback(TrainerCallback):
                 "cannot be told apart. Start one process per GPU instead (torchrun, accelerate)."
             )
         _refuse_split_inputs(args, model)
+        trainer = calling_trainer(self)
+        _mark_references(model, elbo)
+        if trainer is not None and trainer.model_wrapped is trainer.model:  # nobody has a copy yet
+            _widen(model, elbo)
         n = self.num_observations
         if n is None:
             n = count_observations(kwargs["train_dataloader"], model, state.max_steps, args)
@@ -115,7 +146,6 @@ class BayesianCallback(TrainerCallback):
         scale_head_of(model, kwargs.get("train_dataloader"))
         if state.max_steps > 0:
             _set_by_steps(model, elbo, state.max_steps)
-        trainer = calling_trainer(self)
         if trainer is None:
             self._set_progress(elbo, state)
         else:

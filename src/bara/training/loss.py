@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bara.adapter.call_inputs import share_of
+from bara.adapter.call_inputs import counted, share_of
 from bara.adapter.elbo import Elbo, elbo_of
 from bara.adapter.forward_pass import KlTerms
 from bara.adapter.layer import adapted_layers
@@ -70,7 +70,11 @@ def elbo_loss(
             )
         share = share_of(labels.ne(-100), num_items_in_batch)
         total = data_loss(outputs, labels)
-        return share * total if elbo is None else elbo.complete(total, forward, share=share)
+        return (
+            share * counted(total, share)
+            if elbo is None
+            else elbo.complete(total, forward, share=share)
+        )
 
     return loss
 
