@@ -70,11 +70,9 @@ def elbo_loss(
             )
         share = share_of(labels.ne(-100), num_items_in_batch)
         total = data_loss(outputs, labels)
-        return (
-            share * counted(total, share)
-            if elbo is None
-            else elbo.complete(total, forward, share=share)
-        )
+        if elbo is None:
+            return share * counted(total, share)
+        return elbo.complete(total, forward, share=share)
 
     return loss
 
