@@ -127,6 +127,15 @@ def test_a_whole_text_is_right_by_the_product_under_each_draw(model):
     assert errors.tolist() == [float(any(wrong[a:b])) for a, b in ((0, 3), (3, 4), (4, 8))]
 
 
+def test_a_text_without_a_label_is_no_right_answer():
+    """It would count as one in the calibration of a threshold, whose promise is about errors."""
+    labels = torch.tensor([0, 1, -100, -100])
+    log_probs = torch.randn(S, 4, len(TAGS)).log_softmax(-1)
+    words = ClassificationPredictive(log_probs, labels, TAGS)
+    with pytest.raises(BaraError, match="input number 1 has no word with a label"):
+        selection(TokenPredictive(words, torch.tensor([2, 2])))
+
+
 def certain(tags: list[str], right: list[str]) -> tuple[torch.Tensor, list[int]]:
     probs = torch.full((len(tags), len(TAGS)), 0.1 / 3)
     for row, tag in enumerate(tags):
