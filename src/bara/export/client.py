@@ -74,6 +74,7 @@ class Ensemble:
         api_key: sent as a bearer token; None for none.
         timeout: of one request, in seconds.
         label_names: of a classifier, in the order of its outputs; () names them 0, 1, ....
+        temperature: that the adapter's scores of whole answers are divided by.
     """
 
     adapters: tuple[str, ...]
@@ -81,6 +82,7 @@ class Ensemble:
     api_key: str | None = None
     timeout: float = 60.0
     label_names: tuple[str, ...] = ()
+    temperature: float = 1.0
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, prefix: str = "", **options: Any) -> Ensemble:
@@ -94,7 +96,8 @@ class Ensemble:
         manifest = json.loads((Path(folder) / "manifest.json").read_text("utf-8"))
         names = tuple(manifest.get("label_names") or ())
         adapters = tuple(prefix + name for name in manifest["adapters"])
-        return cls(adapters, **{"label_names": names, **options})
+        known = {"label_names": names, "temperature": manifest.get("temperature", 1.0)}
+        return cls(adapters, **{**known, **options})
 
     def load(self, folder: str | Path) -> None:
         """Loads the draws of an export into the running server.
@@ -128,7 +131,7 @@ class Ensemble:
         """Whole answers, read by every draw and not generated (vLLM's `prompt_logprobs`).
 
         In each draw the probabilities are the softmax over the answers of the mean log-probability
-        of their tokens, as in `bara.multiple_choice`.
+        of their tokens over the temperature, as in `bara.multiple_choice`.
 
         Args:
             prompt: what comes before.
@@ -153,8 +156,8 @@ class Ensemble:
             return found
 
         draws = self._each(read)
-        means = [[sum(logs) / len(logs) for logs in draw] for draw in draws]
-        rows = [dict(zip(answers, _softmax(row), strict=True)) for row in means]
+        scores = [[sum(logs) / len(logs) / self.temperature for logs in draw] for draw in draws]
+        rows = [dict(zip(answers, _softmax(row), strict=True)) for row in scores]
         whole = {
             answer: _log_mean_exp([sum(draw[i]) for draw in draws])
             for i, answer in enumerate(answers)
