@@ -49,7 +49,9 @@ class Answer:
             their tokens, in nats; empty for anything else.
 
     With choices, probabilities are renormalised over them in every draw, and the uncertainties are
-    about them. Without, what the server does not list counts as one more token.
+    about them; a choice that a draw does not list counts as 0 there (`Ensemble.score` reads all).
+    Without, what is not listed for every draw counts as one more token, so that the uncertainties
+    are lower bounds of those over all tokens.
     """
 
     probabilities: dict[str, float]
@@ -235,8 +237,9 @@ def average(draws: Sequence[dict[str, float]], choices: Sequence[str] = ()) -> A
     Raises:
         EnsembleError: none of the choices is in a draw's list.
     """
-    rest = sum(1 - sum(p for t, p in d.items() if not choices or t in choices) for d in draws)
-    tokens = list(choices) or list(dict.fromkeys(token for draw in draws for token in draw))
+    # the same events in all draws, or they would seem to disagree about what one does not list
+    tokens = list(choices) or [t for t in draws[0] if all(t in draw for draw in draws)]
+    rest = sum(1 - sum(draw.get(token, 0.0) for token in set(tokens)) for draw in draws)
     rows = []
     for draw in draws:
         row = [draw.get(token, 0.0) for token in tokens]
