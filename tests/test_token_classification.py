@@ -13,7 +13,7 @@ from transformers import BertForTokenClassification, TrainingArguments
 import bara
 from bara import BaraError, ClassificationPredictive, TokenPredictive
 from bara.evaluation.metrics import measure, selection
-from bara.prediction.temperature import negative_log_likelihood
+from bara.prediction.temperature import negative_log_likelihood, set_temperature
 from bara.training.callback import count_observations
 from conftest import tiny_bert_config
 from helpers import CONFIGS, adapt, stir
@@ -92,6 +92,16 @@ def test_words_have_the_probabilities_of_their_tokens(model, how, batch_size):
         assert predictive.lengths.tolist() == WORDS
         assert predictive.labels.tolist() == [1, 2, 0, 3, 0, 1, 2, -100]
     assert predictive.words.label_names == TAGS
+
+
+@pytest.mark.parametrize("how", ["first", "mean", "tokens"])
+def test_a_fitted_temperature_gives_the_likelihood_that_it_was_fitted_for(model, how):
+    options = {"num_draws": S, "seed": 4, "words": how}
+    plain = bara.predict(model, ROWS, **options)
+    set_temperature(model, 0.3)
+    tempered = bara.predict(model, ROWS, **options)
+    expected = negative_log_likelihood(plain, 0.3).item()
+    assert negative_log_likelihood(tempered).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_words_they_are_the_labelled_tokens_or_all(model):
