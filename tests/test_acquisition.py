@@ -45,10 +45,22 @@ def test_scores_of_a_regression_are_those_of_gaussians():
     predictive = RegressionPredictive(torch.randn(4, 30), torch.rand(4, 30) + 0.1)
     found = bara.select(predictive, 3, by="bald")
     total = Normal(0.0, predictive.variance.double().sqrt()).entropy()
-    noise = Normal(0.0, predictive.aleatoric_variance.double().sqrt()).entropy()
+    noise = Normal(0.0, predictive.variance_draws.double().sqrt()).entropy().mean(0)
     torch.testing.assert_close(found.entropy, total)
     torch.testing.assert_close(found.bald, total - noise)
     assert found.index.tolist() == (total - noise).argsort(descending=True)[:3].tolist()
+
+
+def test_draws_that_disagree_about_the_noise_alone_are_worth_a_label():
+    """By the integral: the label tells which of two draws, of equal means, made it."""
+    stds = torch.tensor([0.3, 3.0])
+    predictive = RegressionPredictive(torch.zeros(2, 1), stds.square().unsqueeze(1))
+    y = torch.linspace(-30, 30, 100_001, dtype=torch.float64)
+    density = Normal(0.0, stds.double().unsqueeze(1)).log_prob(y).exp().mean(0)
+    mutual = torch.trapezoid(torch.special.entr(density), y) - Normal(0.0, stds).entropy().mean()
+    assert mutual > 0.4
+    # a Gaussian has the largest entropy of all with its variance
+    assert bara.select(predictive, 1, by="bald").bald.item() >= mutual
 
 
 def clusters(copies=10, groups=4):

@@ -127,7 +127,9 @@ def test_train_learns_and_evaluate_and_predict_agree(
     assert nll == pytest.approx(metrics["nll"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("frozen", "verdict"), [(0.0, "rank 0 is enough"), (99.0, "is better")])
+@pytest.mark.parametrize(
+    ("frozen", "verdict"), [(0.0, "rank 0 is enough"), (99.0, "better if it was not trained on")]
+)
 def test_ranks_say_whether_the_frozen_model_would_do(
     tmp_path: Path, trained: Path, table: Path, run: Callable[..., str], frozen: float, verdict: str
 ) -> None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaForSequenceClassification
 import bara
 from bara import BaraError
 from bara.adapter.elbo import Elbo
-from bara.language.evaluation import token_metrics
+from bara.language.evaluation import answer_losses, token_metrics
 from bara.methods.ensemble import member_name
 from helpers import adapt, stir
 from language_models import adapted_lm, lora_ensemble, tiny_lm, word_tokenizer, words
@@ -412,6 +412,15 @@ def test_draws_of_whole_weights_are_not_decoded_as_one_batch(tokenizer):
         ensemble, tokenizer, PROMPTS, deterministic=True, max_new_tokens=3, agreement=False
     )
     assert answer.text
+
+
+def test_a_threshold_answers_what_it_was_calibrated_to_answer(model, tokenizer):
+    """The uncertainties are not rounded: a threshold is one of them, and that one is answered."""
+    rows = [{"prompt": prompt, "completion": words(5)} for prompt in PROMPTS]
+    options = {"num_draws": DRAWS, "max_new_tokens": 5}
+    uncertainty, _ = answer_losses(model, tokenizer, Dataset.from_list(rows), **options)
+    answers = bara.generate(model, tokenizer, PROMPTS, agreement=False, **options)
+    assert uncertainty.tolist() == [answer.uncertainty for answer in answers]
 
 
 def test_token_metrics_average_over_an_ensemble_s_members():

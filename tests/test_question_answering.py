@@ -169,6 +169,18 @@ def test_exact_match_and_f1_are_squad_s():
     assert measure(best_is_none).metrics["exact_match"] == 1
 
 
+def test_a_further_reference_that_no_window_holds_has_no_probability():
+    """Windows of two and of three words; the second reference has all four."""
+    short, long = ((0, 0), (0, 3)), ("the", "the cat sat down")
+    offsets = ((0, 3), (4, 7), (8, 11), (12, 16))
+    windows = [Window(0, torch.zeros(1, 2, 2), torch.zeros(1))]
+    windows += [Window(1, torch.zeros(1, 3, 2), torch.zeros(1))]
+    passage = Passage("the cat sat down", offsets, short, long)
+    predictive = SpanPredictive((tuple(windows),), (passage,))
+    # spans of (first, last) word: 00 01 11 of the one, 11 12 13 22 23 33 of the other
+    assert predictive.label_log_prob.item() == pytest.approx(math.log(1 / 8))
+
+
 def test_records_the_table_and_selection_go_by_question(model, tiny_tokenizer):
     data = windows(tiny_tokenizer)
     predictive = bara.predict(model, data, num_draws=S, seed=2)

@@ -12,7 +12,7 @@ import bara
 from bara import BaraError
 from bara.draws.draws import attach_draws
 from bara.export.client import Ensemble, EnsembleError, main
-from bara.methods import Factors, WeightDraws
+from bara.methods import Factors, WeightDraws, set_temperature
 from conftest import write_jsonl
 from helpers import TinyConv, adapt, stir, tiny_llama
 from language_models import tiny_lm, word_tokenizer, words
@@ -174,6 +174,24 @@ def test_draws_are_loaded_and_whole_answers_scored(
         "export", folder, "--output", tmp_path / "x", "--load-into", url
     )
     assert "cannot be reached" in failing(*command, "--force", "--load-into", url)
+
+
+def test_whole_answers_are_scored_at_the_temperature_of_the_model(tmp_path):
+    """Of multiple choice every adapter has one, and its files' weights do not."""
+    model, tokenizer = uneven(), word_tokenizer()
+    set_temperature(model, 0.2)
+    bara.export_lora(model, tmp_path, mode="draws", num_draws=3, seed=1)
+    prompt, choices = words(10, 5), [words(6, 7, 9), words(12), words(3, 4)]
+    server = LoraServer(tiny_lm("llama"), tokenizer)
+    with server.running() as url:
+        ensemble = Ensemble.from_folder(tmp_path, url=url)
+        ensemble.load(tmp_path)
+        answer = ensemble.score(prompt, [f" {choice}" for choice in choices])
+    asked = {"prompt": prompt, "choices": choices}
+    expected = bara.multiple_choice(model, tokenizer, [asked], num_draws=3, seed=1)
+    found = torch.tensor(list(answer.probabilities.values()), dtype=torch.float64)
+    torch.testing.assert_close(found, expected.probs[0].double(), atol=1e-5, rtol=1e-4)
+    assert found.max() > 0.4  # at 1 they are all near 1/3
 
 
 def test_what_a_server_cannot_load_is_refused(tmp_path, tiny_bert):

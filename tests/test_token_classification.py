@@ -13,7 +13,7 @@ from transformers import BertForTokenClassification, TrainingArguments
 import bara
 from bara import BaraError, ClassificationPredictive, TokenPredictive
 from bara.evaluation.metrics import measure, selection
-from bara.prediction.temperature import negative_log_likelihood
+from bara.prediction.temperature import negative_log_likelihood, set_temperature
 from bara.training.callback import count_observations
 from conftest import tiny_bert_config
 from helpers import CONFIGS, adapt, stir
@@ -94,6 +94,16 @@ def test_words_have_the_probabilities_of_their_tokens(model, how, batch_size):
     assert predictive.words.label_names == TAGS
 
 
+@pytest.mark.parametrize("how", ["first", "mean", "tokens"])
+def test_a_fitted_temperature_gives_the_likelihood_that_it_was_fitted_for(model, how):
+    options = {"num_draws": S, "seed": 4, "words": how}
+    plain = bara.predict(model, ROWS, **options)
+    set_temperature(model, 0.3)
+    tempered = bara.predict(model, ROWS, **options)
+    expected = negative_log_likelihood(plain, 0.3).item()
+    assert negative_log_likelihood(tempered).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_without_words_they_are_the_labelled_tokens_or_all(model):
     def without(*names):
         return [{k: v for k, v in row.items() if k not in names} for row in ROWS]
@@ -125,6 +135,15 @@ def test_a_whole_text_is_right_by_the_product_under_each_draw(model):
     predicted, right = predictive.words.prediction.tolist(), predictive.labels.tolist()
     wrong = [p != r and r != -100 for p, r in zip(predicted, right, strict=True)]
     assert errors.tolist() == [float(any(wrong[a:b])) for a, b in ((0, 3), (3, 4), (4, 8))]
+
+
+def test_a_text_without_a_label_is_no_right_answer():
+    """It would count as one in the calibration of a threshold, whose promise is about errors."""
+    labels = torch.tensor([0, 1, -100, -100])
+    log_probs = torch.randn(S, 4, len(TAGS)).log_softmax(-1)
+    words = ClassificationPredictive(log_probs, labels, TAGS)
+    with pytest.raises(BaraError, match="input number 1 has no word with a label"):
+        selection(TokenPredictive(words, torch.tensor([2, 2])))
 
 
 def certain(tags: list[str], right: list[str]) -> tuple[torch.Tensor, list[int]]:

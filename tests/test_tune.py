@@ -24,6 +24,7 @@ from bara.finetuning.search import (
     METRICS,
     OF_CLASSES,
     Score,
+    _pooled,
     paired_difference,
     search_space,
     split_tables,
@@ -128,6 +129,19 @@ def test_the_error_of_a_difference_is_that_of_a_paired_mean():
     losses = (means[0].square() - means[1].square()) / 2
     assert difference == pytest.approx(float(losses.mean()), rel=1e-4)
     assert error == pytest.approx(float(losses.std()) / n**0.5, rel=0.25)
+
+
+def test_folds_of_questions_with_unequal_numbers_of_choices_are_pooled():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 6, 4), (2, 3, 5), (2, 4, 3)]
+    folds = [torch.randn(shape, generator=generator).log_softmax(-1) for shape in shapes]
+    labels = [torch.zeros(shape[1]).long() for shape in shapes]
+    parts = [ClassificationPredictive(*pair) for pair in zip(folds, labels, strict=True)]
+    metrics = _pooled([scored(part) for part in parts]).metrics
+    found = torch.cat([fold[..., 0].exp().mean(0) for fold in folds])
+    assert metrics["nll"] == pytest.approx(-float(found.log().mean()), rel=1e-5)
+    right = sum(measure(part).metrics["accuracy"] * len(part.labels) for part in parts)
+    assert metrics["accuracy"] == pytest.approx(right / 13)
 
 
 def test_a_search_finds_the_best_and_leaves_a_recipe_a_table_and_a_picture(tmp_path, quick):

@@ -54,7 +54,8 @@ def select(
     - ``batch``: the same with every input weighted by its mutual information, so that the chosen
       ones are informative and differ; in the manner of BADGE (Ash et al. 2020, arXiv 1906.03671).
 
-    For regression both scores are those of Gaussians with the mixture's variances.
+    For regression the mixture counts as a Gaussian of its variance, whose entropy is at least the
+    mixture's, so that both scores are upper bounds there.
 
     Args:
         predictive: of the pool.
@@ -109,10 +110,12 @@ def _scores(predictive: Predictive) -> tuple[Tensor, Tensor]:
         return exact.epistemic_uncertainty, exact.total_uncertainty
     if not isinstance(predictive, RegressionPredictive):
         raise BaraError("select is for classification, multiple choice and regression")
-    total, noise = predictive.variance.double(), predictive.aleatoric_variance.double()
+    noise = predictive.variance_draws.double()
+    total = RegressionPredictive(predictive.mean_draws.double(), noise).variance
     if (noise == 0).any():
         raise BaraError("a noise variance of 0 has no entropy: give noise_variance a value > 0")
-    return 0.5 * (total / noise).log(), 0.5 * (2 * math.pi * math.e * total).log()
+    bald = 0.5 * (total / noise).log().mean(0).clamp(min=0)  # below 0 by rounding alone
+    return bald, 0.5 * (2 * math.pi * math.e * total).log()
 
 
 def _checked(features: Tensor | None, rows: int, by: str) -> Tensor:

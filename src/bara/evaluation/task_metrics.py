@@ -13,9 +13,9 @@ from torch import Tensor
 from bara.errors import BaraError
 from bara.evaluation.curves import event_calibration_error, risk_coverage
 from bara.prediction.multi_label import MultiLabelPredictive
-from bara.prediction.predictive import ClassificationPredictive, Predictive
+from bara.prediction.predictive import Predictive
 from bara.prediction.spans import SpanPredictive
-from bara.prediction.words import TokenPredictive
+from bara.prediction.words import IGNORED, TokenPredictive
 
 ENTITY_TAG = re.compile(r"[BIESLU]-.+")
 """A tag of a scheme that marks where an entity begins, goes on and ends; O is outside of all."""
@@ -128,7 +128,7 @@ def _entities(predictive: TokenPredictive) -> dict[str, Any]:
     right, predicted = [], []
     for part in predictive.split():
         assert part.labels is not None
-        labelled = part.labels != -100
+        labelled = part.labels != IGNORED
         if labelled.any():
             right.append([names[i] for i in part.labels[labelled].tolist()])
             predicted.append([names[i] for i in part.prediction[labelled].tolist()])
@@ -182,14 +182,21 @@ def task_selection(predictive: Predictive) -> tuple[Tensor, Tensor]:
     of it is right: all labels, all words that have one, an exact match.
 
     Raises:
-        BaraError: no inputs, or no labels.
+        BaraError: no inputs, or no labels: of words one of every input.
     """
     if isinstance(predictive, MultiLabelPredictive):
         wrong = (predictive.prediction != _known(predictive.labels).bool()).any(1)
     elif isinstance(predictive, TokenPredictive):
-        _known(predictive.labelled.labels)
-        errors = _word_errors(predictive.words)
-        wrong = torch.zeros(len(predictive.lengths)).index_add_(0, predictive.owners, errors) > 0
+        labels, prediction = _known(predictive.labels), predictive.words.prediction
+        known, count = labels != IGNORED, len(predictive.lengths)
+        silent = predictive.owners[known].bincount(minlength=count) == 0
+        if silent.any():  # it would count as right
+            raise BaraError(
+                f"metrics need labels: input number {int(silent.int().argmax())} has no word with "
+                "a label"
+            )
+        errors = predictive.owners[known & (prediction != labels)]
+        wrong = errors.bincount(minlength=count) > 0
     else:
         assert isinstance(predictive, SpanPredictive)
         if predictive.labels is None:
@@ -197,11 +204,6 @@ def task_selection(predictive: Predictive) -> tuple[Tensor, Tensor]:
         pairs = zip(predictive.prediction, predictive.labels, strict=True)
         wrong = torch.tensor([_squad(text, right)["exact_match"] < 1 for text, right in pairs])
     return 1 - predictive.confidence, wrong.double()
-
-
-def _word_errors(words: ClassificationPredictive) -> Tensor:
-    labels = _known(words.labels)
-    return ((words.prediction != labels) & (labels != -100)).float()
 
 
 def _known(labels: Tensor | None) -> Tensor:

@@ -49,7 +49,9 @@ class Answer:
             their tokens, in nats; empty for anything else.
 
     With choices, probabilities are renormalised over them in every draw, and the uncertainties are
-    about them. Without, what the server does not list counts as one more token.
+    about them; a choice that a draw does not list counts as 0 there (`Ensemble.score` reads all).
+    Without, what is not listed for every draw counts as one more token, so that the uncertainties
+    are lower bounds of those over all tokens.
     """
 
     probabilities: dict[str, float]
@@ -74,6 +76,7 @@ class Ensemble:
         api_key: sent as a bearer token; None for none.
         timeout: of one request, in seconds.
         label_names: of a classifier, in the order of its outputs; () names them 0, 1, ....
+        temperature: that the adapter's scores of whole answers are divided by.
     """
 
     adapters: tuple[str, ...]
@@ -81,6 +84,7 @@ class Ensemble:
     api_key: str | None = None
     timeout: float = 60.0
     label_names: tuple[str, ...] = ()
+    temperature: float = 1.0
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, prefix: str = "", **options: Any) -> Ensemble:
@@ -94,7 +98,8 @@ class Ensemble:
         manifest = json.loads((Path(folder) / "manifest.json").read_text("utf-8"))
         names = tuple(manifest.get("label_names") or ())
         adapters = tuple(prefix + name for name in manifest["adapters"])
-        return cls(adapters, **{"label_names": names, **options})
+        known = {"label_names": names, "temperature": manifest.get("temperature", 1.0)}
+        return cls(adapters, **{**known, **options})
 
     def load(self, folder: str | Path) -> None:
         """Loads the draws of an export into the running server.
@@ -128,7 +133,7 @@ class Ensemble:
         """Whole answers, read by every draw and not generated (vLLM's `prompt_logprobs`).
 
         In each draw the probabilities are the softmax over the answers of the mean log-probability
-        of their tokens, as in `bara.multiple_choice`.
+        of their tokens over the temperature, as in `bara.multiple_choice`.
 
         Args:
             prompt: what comes before.
@@ -153,8 +158,8 @@ class Ensemble:
             return found
 
         draws = self._each(read)
-        means = [[sum(logs) / len(logs) for logs in draw] for draw in draws]
-        rows = [dict(zip(answers, _softmax(row), strict=True)) for row in means]
+        scores = [[sum(logs) / len(logs) / self.temperature for logs in draw] for draw in draws]
+        rows = [dict(zip(answers, _softmax(row), strict=True)) for row in scores]
         whole = {
             answer: _log_mean_exp([sum(draw[i]) for draw in draws])
             for i, answer in enumerate(answers)
@@ -232,8 +237,9 @@ def average(draws: Sequence[dict[str, float]], choices: Sequence[str] = ()) -> A
     Raises:
         EnsembleError: none of the choices is in a draw's list.
     """
-    rest = sum(1 - sum(p for t, p in d.items() if not choices or t in choices) for d in draws)
-    tokens = list(choices) or list(dict.fromkeys(token for draw in draws for token in draw))
+    # the same events in all draws, or they would seem to disagree about what one does not list
+    tokens = list(choices) or [t for t in draws[0] if all(t in draw for draw in draws)]
+    rest = sum(1 - sum(draw.get(token, 0.0) for token in set(tokens)) for draw in draws)
     rows = []
     for draw in draws:
         row = [draw.get(token, 0.0) for token in tokens]

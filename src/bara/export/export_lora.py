@@ -96,7 +96,7 @@ def export_lora(
       Takes the memory of a second copy of the model.
 
     Trained heads (`modules_to_save`) are part of every export. A temperature is folded into them;
-    that of a language model, which divides the scores of choices, is not part of an export.
+    that of a language model, which divides the scores of choices, is in the draws' manifest.
 
     Args:
         model: a PEFT model with one active Bayesian adapter. With `data` its calibration is
@@ -217,6 +217,7 @@ def _manifest(
         "num_draws": plain.count,
         "seed": plain.seed,
         "rank": plain.rank,
+        "temperature": get_temperature(model),  # 1 where it is folded into the head
         "difference": None if distance is None else distance.to_dict(),
         "refused_by": {VERSIONS[server]: why for server, why in refusals.items() if why},
         "adapters": [f"draw-{number}" for number in range(plain.count)],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from bara.data.text_task import TextTask
@@ -235,7 +236,10 @@ def _pooled(scores: Sequence[Score]) -> Score:
 
     pooled: Predictive
     if isinstance(first, ClassificationPredictive):
-        pooled = ClassificationPredictive(joined("log_probs_draws"), labels)
+        parts = [p.log_probs_draws for p in predictives if isinstance(p, ClassificationPredictive)]
+        most = max(part.shape[2] for part in parts)  # choices: a question may have fewer
+        padded = [pad(part, (0, most - part.shape[2]), value=-math.inf) for part in parts]
+        pooled = ClassificationPredictive(torch.cat(padded, 1), labels)
     else:
         pooled = RegressionPredictive(joined("mean_draws"), joined("variance_draws"), labels)
     return Score(measure(pooled).to_dict(), pooled)

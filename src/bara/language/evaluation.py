@@ -129,4 +129,5 @@ def answer_losses(
         answer.text.casefold().split() != right.casefold().split()
         for answer, right in zip(answers, references, strict=True)
     ]
-    return torch.tensor([answer.uncertainty for answer in answers]), torch.tensor(wrong).double()
+    uncertainty = [answer.uncertainty for answer in answers]
+    return torch.tensor(uncertainty, dtype=torch.float64), torch.tensor(wrong).double()

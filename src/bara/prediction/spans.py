@@ -171,7 +171,8 @@ class SpanPredictive(Predictive):
             found = sorted(found, key=lambda pair: -pair[0])[:CANDIDATES]
         reference, right = None, self.passages[question].answers
         if right:
-            reference = float(torch.stack([log_probs[a, b - a] for a, b in right]).logsumexp(0))
+            held = [log_probs[a, b - a] for a, b in right if b - a < length]  # by some window
+            reference = float(torch.stack(held).logsumexp(0)) if held else -math.inf
         elif right is not None:
             reference = float(spans.no_answer)
         total, aleatoric = spans.entropies()

@@ -132,7 +132,7 @@ class WordCollector:
     Args:
         pooling: of a word's tokens: `first`, the one that training labels, `mean`, the mean of
             their probabilities, or `tokens`, all of them, each as a word of its own.
-        temperature: divides the logits.
+        temperature: divides a word's logits.
     """
 
     pooling: WordPooling
@@ -163,12 +163,14 @@ class WordCollector:
             mask = batch.get("attention_mask")
             shape = logits.shape[1:3]
             inside = first = torch.ones(shape).bool() if mask is None else mask.cpu().bool()
-        log_probs = (logits / self.temperature).log_softmax(-1)
+        log_probs = logits.log_softmax(-1)
         found = log_probs[:, first]
         if self.pooling == "mean":
             word = first[inside].cumsum(0) - 1
             sums = torch.zeros_like(found).index_add_(1, word, log_probs[:, inside].exp())
             found = (sums / word.bincount().unsqueeze(-1)).log()
+        if self.temperature != 1:  # of a word's probabilities, whatever they are made of
+            found = (found / self.temperature).log_softmax(-1)
         lengths = first.sum(1).tolist()
         self._log_probs += found.split(lengths, dim=1)
         if isinstance(labels, Tensor):
