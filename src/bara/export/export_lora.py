@@ -88,7 +88,7 @@ def export_lora(
     - `draws`: `num_draws` plain LoRA adapters `draw-0`, `draw-1`, ..., draws of the global
       posterior, with a manifest; for causal language models also `client.py`, which averages a
       server's answers. What depends
-      on the input (BaRA's local gates and intensities, BaLoRA's noise level) is at its average
+      on the input (BaRA's local gates, BaLoRA's noise level) is at its average
       over `data`. Draw d has the numbers of draw d of `bara.sampling(model, seed=seed)`, but for
       the noise on A (BaRA's and BaLoRA's), which is sampled for the whole matrix.
     - `merged`: the mean merged into the base model, a plain transformers folder. A

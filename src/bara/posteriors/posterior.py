@@ -150,7 +150,7 @@ class Posterior(nn.Module):
     def input_dependence(self, space: RankSpace) -> Tensor | None:
         """What depends on the input, averaged over the batch; None if nothing does.
 
-        The mean multipliers (r,) of BaRA's gates and intensities, BaLoRA's noise level (1,).
+        The mean multipliers (r,) of BaRA's gates, BaLoRA's noise level (1,).
         """
         return None
 
