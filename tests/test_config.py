@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import bara
 from bara import BaraConfig, BaraError
@@ -56,16 +57,21 @@ def test_what_is_saved_says_both(tmp_path):
     assert stored["resolved"] == {
         "num_observations": 77,
         "frozen_nll": None,
-        "kl_weight": 3 / 24,
-        "local_kl_weight": 0.018 / 24,
+        "kl_weight": 3 / 48,
+        "local_kl_weight": 0.018 / 48,
         "strength": 1.0,
         "warmup": 0.5,
         "head_pace": 1.0,
         "warmup_by_head": True,
-        "init_noise": 0.5,
+        "init_noise": 0.25,
         "weight_noise": 1.5,
-        "whole_weight_noise": 3.0,
-        "trained_steps": 80,
+        "whole": {
+            "kl_weight": 3 / 24,
+            "local_kl_weight": 0.018 / 24,
+            "init_noise": 0.5,
+            "weight_noise": 3.0,
+        },
+        "trained_steps": 80.0,
     }
     loaded = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=12), tmp_path)
     assert numbers(loaded) == numbers(model)
@@ -76,6 +82,61 @@ def test_what_is_saved_says_both(tmp_path):
     )
     bara.set_progress(trained, 0.0, num_steps=1000)
     assert numbers(trained).weight_noise == 3.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "part"),
+    [(20, None, 0), (50, 1e-3, 1 / 8), (80, 3e-3, 1 / 2), (120, None, 1), (400, 2e-4, 1 / 2)],
+)
+def test_a_short_training_has_less_kl_and_noise(steps, rate, part):
+    """(steps - 40) / 80, in steps at a rate of 1e-3; an eighth at least of all but A's noise."""
+    model = get_peft_model(tiny_llama(num_hidden_layers=12), BaraConfig(r=4, **TARGETS))
+    bara.set_progress(model, 0.0, steps, rate)
+    noise, others = part, max(part, 1 / 8)
+    resolved, posterior = numbers(model), layer_posterior(model)[1]
+    assert resolved.weight_noise == pytest.approx(3.0 * noise)
+    assert resolved.kl_weight == pytest.approx(3 / 24 * others)
+    assert resolved.local_kl_weight == pytest.approx(0.018 / 24 * others)
+    alpha = (100 * posterior.noise_logit.detach()).exp()
+    torch.testing.assert_close(alpha, torch.full((4,), 0.5 * others))
+
+
+def test_the_callback_tells_the_rate_of_the_optimiser(tiny_bert, tmp_path):
+    rows = [{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor(i % 2)} for i in range(4)]
+    for options, steps in (({"learning_rate": 2e-4}, 12), ({"optimizers": "own"}, 30)):
+        model = adapt(copy.deepcopy(tiny_bert), target_modules=["query"], num_observations=None)
+        if options.pop("optimizers", None):
+            trained = [p for p in model.parameters() if p.requires_grad]
+            options["optimizers"] = (torch.optim.AdamW(trained, lr=5e-4), None)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=60, report_to="none", save_strategy="no", use_cpu=True,
+            learning_rate=options.pop("learning_rate", 1.0), per_device_train_batch_size=1,
+        )  # fmt: skip
+        callbacks = [bara.BayesianCallback(), *[StopAtOnce()]]
+        Trainer(model, arguments, train_dataset=rows, callbacks=callbacks, **options).train()
+        assert numbers(model).trained_steps == pytest.approx(steps)
+
+
+class StopAtOnce(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_few_steps_leave_what_is_given_and_what_is_trained():
+    config = BaraConfig(r=4, kl_weight=0.3, init_noise=0.2, **TARGETS)
+    model = get_peft_model(tiny_llama(num_hidden_layers=12), config)
+    bara.set_progress(model, 0.0, num_steps=50)
+    posterior = layer_posterior(model)[1]
+    assert numbers(model).kl_weight == 0.3
+    assert numbers(model).local_kl_weight == pytest.approx(0.018 / 24 / 8)
+    torch.testing.assert_close((100 * posterior.noise_logit.detach()).exp(), torch.full((4,), 0.2))
+    model = get_peft_model(tiny_llama(num_hidden_layers=12), BaraConfig(r=4, **TARGETS))
+    posterior = layer_posterior(model)[1]
+    with torch.no_grad():
+        posterior.noise_logit[1] += 0.01  # a step
+    trained = posterior.noise_logit.detach().clone()
+    bara.set_progress(model, 0.0, num_steps=50)
+    torch.testing.assert_close(posterior.noise_logit.detach(), trained, rtol=0, atol=0)
 
 
 def test_a_number_given_later_is_in_force():

@@ -104,6 +104,10 @@ def test_a_decoders_head_is_measured_at_the_token_that_it_is_read_at(batches, si
     scale = bara.scale_head(peft, batches)
     assert scale == 2.0 ** round(math.log2(0.2 / std))
     assert scale < 1
+    by_default = adapt(
+        LlamaForSequenceClassification(config), task_type="SEQ_CLS", target_modules=["q_proj"]
+    )
+    assert bara.scale_head(by_default, batches) is None
     torch.testing.assert_close(peft(**batches[0]).logits, before)
 
 
@@ -194,14 +198,14 @@ def test_where_a_head_is_left_slow_kl_and_noise_wait_for_it(
     assert pace < 0.5
     assert resolved.warmup == (0.9 if warmup is None else warmup)
     part = min(1.0, max(0.0, (200 * pace - 40) / 80))
-    assert resolved.weight_noise == pytest.approx(part * resolved.whole_weight_noise)
+    assert resolved.weight_noise == pytest.approx(part * resolved.whole["weight_noise"])
     # a head that was given its pace learns from the start
     model = adapted(copy.deepcopy(tiny_bert), head_input_std=0.2, warmup=warmup)
     bara.scale_head(model, batches)
     bara.set_progress(model, 0.0, num_steps=200)
     resolved = elbo_of(model).adapters["default"].resolved
     assert (resolved.head_pace, resolved.warmup) == (1.0, warmup or 0.5)
-    assert resolved.weight_noise == resolved.whole_weight_noise
+    assert resolved.weight_noise == resolved.whole["weight_noise"]
 
 
 def test_outputs_and_files_do_not_change(tiny_bert, batches, tmp_path):

@@ -216,7 +216,7 @@ def test_a_short_training_does_not_take_the_noise_of_a_longer_one_away(tmp_path)
     rows = [{"input_ids": row, "labels": row} for row in IDS]
 
     def noise(model, steps):
-        options = arguments(TrainingArguments, tmp_path, max_steps=steps, learning_rate=0.0)
+        options = arguments(TrainingArguments, tmp_path, max_steps=steps, learning_rate=1e-3)
         Trainer(model, options, train_dataset=rows, callbacks=[bara.BayesianCallback()]).train()
         return model.peft_config["default"].resolved.weight_noise
 

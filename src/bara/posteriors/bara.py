@@ -91,8 +91,8 @@ class BaraPosterior(Posterior):
             self.gate_bias = nn.Parameter(torch.full((rank,), start))
         if config.factor_noise:
             # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
-            start = math.log(self.resolved.init_noise) / LOGIT_SCALE
-            self.noise_logit = nn.Parameter(torch.full((rank,), start))
+            self._noise_start = math.log(self.resolved.init_noise) / LOGIT_SCALE
+            self.noise_logit = nn.Parameter(torch.full((rank,), self._noise_start))
 
     @property
     def weight_noise(self) -> float:
@@ -108,6 +108,12 @@ class BaraPosterior(Posterior):
             return OPEN
         odds = MOST_OPEN / (rank - MOST_OPEN)
         return min(OPEN, math.log(odds) - OPEN_SHIFT)
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        if self.config.factor_noise and bool((self.noise_logit == self._noise_start).all()):
+            self._noise_start = math.log(self.resolved.init_noise) / LOGIT_SCALE
+            self.noise_logit.fill_(self._noise_start)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):

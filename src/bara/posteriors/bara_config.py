@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +12,12 @@ from bara.posteriors.config import BayesianConfig, Resolved, rise
 GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
 """What all layers share of BaRA's default weights of the KL, of the variance of A's noise, and of
 the variance of the factors' noise at the start."""
-FIRST_NOISY, FULLY_NOISY = 40, 120
-"""Optimiser steps up to which the default of A's noise is 0, and from which it is whole."""
+FEW_STEPS, MANY_STEPS = 40, 120
+"""Steps up to which defaults that go by them have their least part, and from which all of it."""
+LEAST = 1 / 8
+"""The least part of those, but for the noise on A, which few steps do without."""
+RATE = 1e-3
+"""The learning rate at which an optimiser step counts as one; smaller ones count for less."""
 WARMUP, LONGEST_WARMUP = 0.5, 0.9
 """The default of the KL's warm-up where a new head is quick, and at most."""
 
@@ -24,36 +29,38 @@ class BaraResolved(Resolved):
     Attributes:
         init_noise: where the factors' relative variance alpha starts.
         weight_noise: the relative variance of the noise on A.
-        whole_weight_noise: what it is in a long training; None if it does not depend on the steps.
+        whole: what those left to their defaults are in a long training, of those that depend on the
+            steps.
         head_pace: how quickly a new head learns that is left slow, in (0, 1]: its input's standard
-            deviation over 0.2. Steps count for so much less. 1 for the others.
+            deviation over 0.2. Steps count for so much less for the noise on A. 1 for the others.
         warmup_by_head: the warm-up is longer where the head is slow.
-        trained_steps: optimiser steps of the longest training so far: one that goes on with an
-            adapter does not take away the noise that it was trained with.
+        trained_steps: optimiser steps of the longest training so far, at a learning rate of 1e-3:
+            one that goes on with an adapter does not take away the noise that it was trained with.
     """
 
     init_noise: float = 0.5
     weight_noise: float = 0.0
-    whole_weight_noise: float | None = None
+    whole: Mapping[str, float] = field(default_factory=dict)
     head_pace: float = 1.0
     warmup_by_head: bool = True
-    trained_steps: int = 0
+    trained_steps: float = 0.0
 
     def used_by_draws(self) -> dict[str, float]:
         return {"weight_noise": self.strength * self.weight_noise}
 
     def give(self, name: str, value: Any) -> None:
         super().give(name, value)
-        if name == "weight_noise":
-            self.whole_weight_noise = None
+        self.whole = {other: whole for other, whole in self.whole.items() if other != name}
         if name == "warmup":
             self.warmup_by_head = False
 
-    def set_by_steps(self, num_steps: int) -> None:
-        self.trained_steps = max(self.trained_steps, num_steps)
-        if self.whole_weight_noise is not None:
-            steps = self.trained_steps * self.head_pace
-            self.weight_noise = self.whole_weight_noise * rise(steps, FIRST_NOISY, FULLY_NOISY)
+    def set_by_steps(self, num_steps: int, learning_rate: float | None = None) -> None:
+        pace = 1.0 if learning_rate is None else min(1.0, learning_rate / RATE)
+        self.trained_steps = max(self.trained_steps, pace * num_steps)
+        noise = rise(self.trained_steps * self.head_pace, FEW_STEPS, MANY_STEPS)
+        others = max(LEAST, rise(self.trained_steps, FEW_STEPS, MANY_STEPS))
+        for name, whole in self.whole.items():
+            setattr(self, name, whole * (noise if name == "weight_noise" else others))
 
     def set_by_head(self, pace: float) -> None:
         self.head_pace = pace
@@ -86,14 +93,16 @@ class BaraConfig(BayesianConfig):
         metadata={
             "help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0. None stands "
             "for min(1, 3 / number of adapted layers): the KL is a sum over layers, so that its "
-            "whole weight does not grow with the model's depth."
+            "whole weight does not grow with the model's depth. A short training has only a part "
+            "of it, at least 1/8: see weight_noise."
         },
     )
     local_kl_weight: float | None = field(
         default=None,
         metadata={
             "help": "Weight of KL_local, what is drawn per input. >= 0. None stands for 0.018 / "
-            "number of adapted layers."
+            "number of adapted layers, of which a short training has only a part, at least 1/8: "
+            "see weight_noise."
         },
     )
     warmup: float | None = field(
@@ -140,7 +149,8 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Where the factors' relative variance alpha > 0 starts. None stands for "
-            "min(0.5, 16 / number of adapted layers)."
+            "min(0.5, 16 / number of adapted layers), of which a short training has only a part, "
+            "at least 1/8: see weight_noise."
         },
     )
     weight_noise: float | None = field(
@@ -150,8 +160,9 @@ class BaraConfig(BayesianConfig):
             "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
             "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
             "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
-            "(steps - 40) / 80 of it, at least 0 and at most 1; steps count for less where a new "
-            "head is left slow (see head_input_std)."
+            "(steps - 40) / 80 of it, at least 0 and at most 1. Steps count for less at learning "
+            "rates below 1e-3, in proportion, and where a new head is left slow (see "
+            "head_input_std)."
         },
     )
     prior_std: float | None = field(
@@ -215,15 +226,13 @@ class BaraConfig(BayesianConfig):
         return self.global_gate or self.local_gate or self.factor_noise
 
     def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
-        noise = min(4.0, WEIGHT_NOISE / num_layers)
-        by_steps = self._learns_noise()
-        return {
+        whole = {
             "kl_weight": min(1.0, GLOBAL_KL / num_layers),
             "local_kl_weight": LOCAL_KL / num_layers,
             "init_noise": min(0.5, FACTOR_NOISE / num_layers),
-            "weight_noise": noise,
-            "whole_weight_noise": noise if by_steps else None,
+            "weight_noise": min(4.0, WEIGHT_NOISE / num_layers),
         }
+        return {**whole, "whole": whole if self._learns_noise() else {}}
 
 
 def _default_global_prior(rank: int) -> float:

@@ -94,8 +94,8 @@ class Resolved:
         """Sets a number that the user has given."""
         setattr(self, name, value)
 
-    def set_by_steps(self, num_steps: int) -> None:
-        """Adjusts defaults to the optimiser steps that training is going to take."""
+    def set_by_steps(self, num_steps: int, learning_rate: float | None = None) -> None:
+        """Adjusts defaults to the optimiser steps that training is going to take, and how long."""
 
     def set_by_head(self, pace: float) -> None:
         """Adjusts defaults to how quickly a new head learns, in (0, 1]; known before the steps."""

@@ -128,6 +128,9 @@ class Posterior(nn.Module):
         """
         return None
 
+    def start_again(self) -> None:
+        """Puts what has not been trained yet where it starts by the numbers that are in force."""
+
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:
         """The KL of L layers alike, of which this is one.
 

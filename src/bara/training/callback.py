@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable
 from itertools import islice
@@ -25,32 +26,54 @@ from bara.training.kl_mixin import add_kl, calling_trainer, progress_of
 from bara.training.loss import kl_terms, rank_terms
 
 
-def set_progress(model: nn.Module, fraction: float, num_steps: int | None = None) -> None:
+def set_progress(
+    model: nn.Module,
+    fraction: float,
+    num_steps: int | None = None,
+    learning_rate: float | None = None,
+) -> None:
     """Tells a Bayesian adapter how far training is; `BayesianCallback` does this in a Trainer.
 
     Args:
         model: a model with a Bayesian adapter.
         fraction: optimiser steps done over optimiser steps in all, in [0, 1]: for the KL's warm-up.
-        num_steps: optimiser steps in all: defaults that depend on them are adjusted (BaRA's
-            `weight_noise`); None leaves them.
+        num_steps: optimiser steps in all: defaults that depend on them are adjusted (BaRA's noise
+            and weights of the KL); None leaves them.
+        learning_rate: Adam's, before a schedule changes it: below 1e-3 steps count for less in
+            these defaults; None counts them whole.
 
     Raises:
-        BaraError: the fraction is outside [0, 1], or num_steps below 1.
+        BaraError: the fraction is outside [0, 1], num_steps below 1, or learning_rate below 0.
     """
     if not 0 <= fraction <= 1:
         raise BaraError(f"set_progress: fraction must be in [0, 1], got {fraction!r}.")
     if num_steps is not None and num_steps < 1:
         raise BaraError(f"set_progress: num_steps must be at least 1, got {num_steps!r}.")
+    if learning_rate is not None and learning_rate < 0:
+        raise BaraError(f"set_progress: learning_rate must be at least 0, got {learning_rate!r}.")
     elbo = elbo_of(model)
     elbo.progress = fraction
     if num_steps is not None:
-        _set_by_steps(model, elbo, num_steps)
+        _set_by_steps(model, elbo, num_steps, learning_rate)
 
 
-def _set_by_steps(model: nn.Module, elbo: Elbo, num_steps: int) -> None:
-    """Adjusts the numbers of the adapters in training."""
+def _set_by_steps(
+    model: nn.Module, elbo: Elbo, num_steps: int, learning_rate: float | None
+) -> None:
+    """Adjusts the numbers of the adapters in training, and what starts by them."""
     for adapter in trained_adapters(model, elbo).values():
-        adapter.resolved.set_by_steps(num_steps)
+        before = copy.copy(adapter.resolved)
+        adapter.resolved.set_by_steps(num_steps, learning_rate)
+        if adapter.resolved != before:  # not in every step of a loop of one's own
+            for _, posterior in adapter.layers.values():
+                posterior.start_again()
+
+
+def learning_rate_of(optimizer: Any) -> float | None:
+    """The largest learning rate of an optimiser's groups, before a schedule changes it."""
+    groups = getattr(optimizer, "param_groups", [])
+    rates = [group.get("initial_lr", group.get("lr")) for group in groups]
+    return max((float(rate) for rate in rates if rate is not None), default=None)
 
 
 def trained_adapters(model: nn.Module, elbo: Elbo) -> dict[str, AttachedAdapter]:
@@ -145,7 +168,8 @@ class BayesianCallback(TrainerCallback):
             adapter.resolved.num_observations = n
         scale_head_of(model, kwargs.get("train_dataloader"))
         if state.max_steps > 0:
-            _set_by_steps(model, elbo, state.max_steps)
+            rate = learning_rate_of(kwargs.get("optimizer"))
+            _set_by_steps(model, elbo, state.max_steps, rate)
         if trainer is None:
             self._set_progress(elbo, state)
         else:

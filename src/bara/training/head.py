@@ -71,9 +71,10 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
 
     Returns:
         The scale; None where there is no such head, no adapter in training, `head_input_std` is 0,
-        all inputs have the same features, or the weight's dtype would round. Heads that tell
-        something of each token (token classification, questions) are left alone too. Where several
-        processes train, all call this and have the first one's scale.
+        all inputs have the same features, or the weight's dtype would round. Heads that see each
+        token (token classification, questions, a decoder's `score`) are left alone too, but for a
+        decoder's with a `head_input_std` of its own. Where several processes train, all call this
+        and have the first one's scale.
 
     Raises:
         BaraError: no Bayesian adapter, no batches, or batches that the model cannot be called with.
@@ -85,9 +86,11 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
         if head is None or adapter.config.head_input_std == 0:
             continue
         trained, original = head
-        with _frozen_model(model):
-            x, labels = head_inputs(model, original, batches, NUM_ROWS)
         wanted = adapter.config.head_input_std
+        with _frozen_model(model):
+            x, labels = head_inputs(
+                model, original, batches, NUM_ROWS, at_logits=wanted is not None
+            )
         found = _of_first_process(_pace(x, labels, wanted, trained.out_features))
         adapter.resolved.frozen_nll = found.frozen_nll
         if found.scale is not None and scale_layer(trained, found.scale):
@@ -228,6 +231,8 @@ def head_inputs(
     layer: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     num_rows: int | None = None,
+    *,
+    at_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What a model gives a layer, in evaluation mode, and the labels beside it; on the CPU.
 
@@ -236,11 +241,12 @@ def head_inputs(
         layer: one of its modules, called once for a batch.
         batches: for the model's forward, with `labels` or without.
         num_rows: as many are enough; None for all.
+        at_logits: of a layer that sees each token the one that the model's logits are of, where
+            they are of one (a decoder's `score`).
 
     Returns:
-        The layer's input (n, d), float64, and the labels (n, ...), or None without them. Of a layer
-        that sees each token, where the model's logits are of one (a decoder's `score`), that one's;
-        else the first batch's alone, (B, T, d).
+        The layer's input (n, d), float64, and the labels (n, ...), or None without them. Else of a
+        layer that sees each token the first batch's alone, (B, T, d).
 
     Raises:
         BaraError: there are no batches, one is no mapping, or the model does not call the layer.
@@ -267,7 +273,8 @@ def head_inputs(
                 if not calls:
                     raise BaraError("the model does not call its head")
                 x, logits = calls.pop()
-                rows.append(_read_positions(x, logits, outputs).cpu().double())
+                x = _read_positions(x, logits, outputs) if at_logits else x
+                rows.append(x.cpu().double())
                 if rows[-1].dim() != 2:
                     return rows[-1], None
                 if num_rows is not None and sum(map(len, rows)) >= num_rows:
