@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bara.bench.results import append_row, read_lines
-from bara.models.base import load_causal_lm, load_tokenizer
-from bara.models.gguf import smollm2_path
 from first_token import METRICS, ROOT, Cell, run, table
+from language_models import as_folder
 from pages import write_between
 
 RESULTS = ROOT / "benchmarks/results/decoder_head.jsonl"
@@ -35,14 +34,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 TRAINING = {"num_train_epochs": 10, "learning_rate": 5e-4, "per_device_train_batch_size": 16}
 TARGETS = ("q_proj", "k_proj", "v_proj")
-
-
-def as_folder(folder: Path) -> Path:
-    """SmolLM2 as safetensors."""
-    model = load_causal_lm(str(smollm2_path()), {"dtype": "float32"})
-    load_tokenizer(str(smollm2_path()), model).save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
 
 
 def main() -> None:

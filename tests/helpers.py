@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,17 @@ def balora_network(posterior: Any, features: Tensor) -> Tensor:
     """What BaLoRA's network makes of normalised features, (..., 1)."""
     hidden = features @ posterior.hidden_weight.T + posterior.hidden_bias
     return torch.tanh(hidden) @ posterior.output_weight.T + posterior.output_bias
+
+
+def start_ray(**options: Any) -> Any:
+    """A Ray cluster on this machine alone, as a context, with this process's import path."""
+    import ray
+
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        _system_config={"worker_niceness": 0},
+        runtime_env={"env_vars": environment},
+        **options,
+    )

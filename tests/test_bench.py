@@ -24,6 +24,7 @@ from bara.bench.spec import Benchmark
 from bara.cli import main
 from bara.machine import map_on_ray
 from conftest import next_commands, write_jsonl
+from helpers import start_ray
 
 STAND_IN = """
 import json, os, sys, time
@@ -292,25 +293,14 @@ def test_bench_command(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.Capt
 
 
 def test_ray_runs_the_same_cells(tmp_path: Path, tiny_model_dir: Path):
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     path = benchmark_file(tmp_path, model=str(tiny_model_dir), train_sizes=[16, 999])
     cells = list(Benchmark.load(path).cells())
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=1,
-        num_gpus=1,  # nobody looks for one
-        include_dashboard=False,
-        log_to_driver=False,
-        _system_config={"worker_niceness": 0},
-        runtime_env={"env_vars": environment},
-    )
-    try:
+    with start_ray(num_cpus=1, num_gpus=1):  # nobody looks for one
         rows = {row["key"]: row for row in run_ray(cells)}
         seen = "CUDA_VISIBLE_DEVICES"
         ((_, by_default),) = map_on_ray(os.getenv, [seen])
         ((_, without),) = map_on_ray(os.getenv, [seen], num_gpus=0)
-    finally:
-        ray.shutdown()
     assert rows.keys() == {cell.key for cell in cells}
     assert by_default == "0"
     assert not without

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 
@@ -18,6 +17,7 @@ from bara.finetuning.finetune import finetune
 from bara.finetuning.predict_dataset import Job
 from bara.methods.recipe import TrainRecipe
 from conftest import WORDS, write_jsonl
+from helpers import start_ray
 from test_cli import base_and_table
 
 LABEL_WORDS = WORDS.split(" ")
@@ -214,7 +214,7 @@ def test_the_command(tmp_path, adapter, data, run, failing):
 
 
 def test_workers_on_ray_one_of_them_killed(tmp_path, adapter, monkeypatch):
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     psutil = pytest.importorskip("psutil")
     folder, out = tmp_path / "data", tmp_path / "out"
     folder.mkdir()
@@ -223,14 +223,6 @@ def test_workers_on_ray_one_of_them_killed(tmp_path, adapter, monkeypatch):
     pd.DataFrame(rows(6, 1100)).to_parquet(folder / "6.parquet", row_group_size=300)
     monkeypatch.setattr(prediction_parts, "PART", 1024)
     here = {"num_draws": 10, "batch_size": 64}
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        _system_config={"worker_niceness": 0},
-        runtime_env={"env_vars": environment},
-    )
     killed = []
 
     def kill_one():
@@ -243,11 +235,9 @@ def test_workers_on_ray_one_of_them_killed(tmp_path, adapter, monkeypatch):
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    try:
+    with start_ray(num_cpus=2):
         done = predict_dataset(adapter, folder, out, executor="ray", workers=2, **here)
         again = predict_dataset(adapter, folder, out, executor="ray", workers=2, **here)
-    finally:
-        ray.shutdown()
     assert killed
     assert killed[0] < 7
     assert (len(done.written), done.rows) == (7, 1700)

@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -36,7 +35,7 @@ from bara.methods.table import check_recipe
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
 from conftest import next_commands
 from encoder_decoders import ending_tokenizer, tiny_seq2seq
-from helpers import TinyNet
+from helpers import TinyNet, start_ray
 from serving import TASK_TABLES
 from test_methods import TABLE, base_dir  # noqa: F401  (a fixture)
 
@@ -298,28 +297,18 @@ def test_a_trial_runs_in_a_process_of_its_own(base_dir, tmp_path):  # noqa: F811
 
 def test_trials_run_on_ray(base_dir, tmp_path, monkeypatch):  # noqa: F811
     """With the same trials as in this process; a relative folder is this process's."""
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     recipe = recipe_for(base_dir, "lora")
     options = {"num_trials": 2, "ranges": {"epochs": (1, 1)}}
     tables = (TABLE, TABLE.select(range(8)))
     here = tune(recipe, tmp_path / "here", *tables, **options)
     monkeypatch.chdir(tmp_path)
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        _system_config={"worker_niceness": 0},
-        runtime_env={"env_vars": environment},
-    )
-    try:
+    with start_ray(num_cpus=1):
         there = tune(recipe, "there", *tables, executor="ray", **options)
         options["num_trials"] = 3
         monkeypatch.setattr(runners, "run_trial", lambda search, number: os._exit(1))
         with pytest.raises(BaraError, match=r"a trial was lost .*the same command goes on"):
             tune(recipe, "there", *tables, executor="ray", **options)
-    finally:
-        ray.shutdown()
     assert [t.choice for t in there.trials] == [t.choice for t in here.trials]
     for one, other in zip(here.trials, there.trials, strict=True):
         assert one.value == pytest.approx(other.value, rel=1e-4)
