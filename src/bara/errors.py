@@ -7,4 +7,13 @@ class BaraError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What it says last: Ray's errors begin with the traceback of another process."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return (str(error).strip() or type(error).__name__).splitlines()

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -18,6 +18,8 @@ from bara.errors import BaraError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Executor = Literal["local", "ray"]
+"""Who does the work: this machine, or a Ray cluster."""
 
 # PEFT imports bitsandbytes where it is installed, which on some processors then says, with every
 # command, that it found no faster kernel for 4-bit weights.
@@ -115,6 +117,12 @@ def ray_cluster(address: str | None) -> Any:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise BaraError(f"cannot reach the Ray cluster: {error}") from error
     return ray
+
+
+def check_executor(executor: str) -> None:
+    """Raises BaraError if there is no such executor."""
+    if executor not in get_args(Executor):
+        raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
 
 
 def gpus_each(ray: Any, num_gpus: float | None) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 from bara.bench.results import Row
 from bara.bench.spec import Cell
+from bara.errors import last_line
 from bara.machine import map_on_ray
 
 LOG_LENGTH = 4000
@@ -112,7 +113,7 @@ def run_ray(cells: Sequence[Cell], **options: Any) -> Iterator[Row]:
     start = time.perf_counter()
     for cell, row in map_on_ray(_run_here, cells, **options):
         if isinstance(row, Exception):
-            yield failed(cell, str(row).strip().splitlines()[-1], start)
+            yield failed(cell, last_line(row), start)
         else:
             yield row
 

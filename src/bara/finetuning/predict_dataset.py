@@ -16,15 +16,14 @@ from tqdm.auto import tqdm
 
 from bara.data.images import ImageTask
 from bara.data.tables import FILE_SUFFIXES, parquet_rows
-from bara.errors import BaraError
+from bara.errors import BaraError, last_line
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
 from bara.finetuning.prediction_parts import CHUNK, Unit, join, units_of
 from bara.finetuning.task_inputs import predict_table, read_table
-from bara.machine import gpus_each, ray_cluster
+from bara.machine import Executor, check_executor, gpus_each, ray_cluster
 from bara.schema import json_text
 
-Executor = Literal["local", "ray"]
 Format = Literal["csv", "jsonl", "parquet"]
 SETTINGS_FILE = ".bara-predictions.json"
 """What the files of an output folder were predicted with."""
@@ -158,8 +157,7 @@ def predict_dataset(
         BaraError: there is nothing to read, the output folder was predicted with something else or
             is in use, Ray is missing, or files could not be predicted (the others have been).
     """
-    if executor not in get_args(Executor):
-        raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
+    check_executor(executor)
     if workers < 1 or (executor == "local" and workers > 1):
         raise BaraError("give one worker or more with executor='ray'; 'local' has one")
     whole = isinstance(read_task(adapter), ImageTask)
@@ -351,7 +349,6 @@ def _run_ray(
             advance(result["source"], 1.0)
     except ray.exceptions.RayError as error:
         raise BaraError(
-            f"the Ray cluster stopped: {str(error).strip().splitlines()[-1]}; start again, finished"
-            " files are kept"
+            f"the Ray cluster stopped: {last_line(error)}; start again, finished files are kept"
         ) from error
     return results

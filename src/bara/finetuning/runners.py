@@ -13,7 +13,7 @@ from threading import Thread
 
 import torch
 
-from bara.errors import BaraError, first_line
+from bara.errors import BaraError, first_line, last_line
 from bara.finetuning.trials import Search, run_trial
 from bara.machine import map_on_ray, quieten_libraries
 
@@ -71,7 +71,7 @@ def run_on_ray(
     ended = map_on_ray(run, trials, at_once=jobs, address=address, num_gpus=num_gpus)
     for _, number in ended:
         if isinstance(number, Exception):
-            raise BaraError(LOST.format(str(number).strip().splitlines()[-1])) from number
+            raise BaraError(LOST.format(last_line(number))) from number
         yield number
 
 

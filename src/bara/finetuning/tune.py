@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -28,6 +28,7 @@ from bara.finetuning.search import (
     with_choice,
 )
 from bara.finetuning.trials import Search, begin_or_go_on, ended_trials, open_study
+from bara.machine import Executor, check_executor
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import METHODS, check_recipe
 from bara.reports.style import save_figure
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from optuna.study import Study
 
-Executor = Literal["local", "ray"]
 RECIPE_FILE, TABLE_FILE, PICTURE_FILE = "recipe.yaml", "trials.csv", "trials.png"
 PROBE_RECIPE_FILE = "probe.yaml"
 PROBE = "probe"
@@ -113,8 +113,7 @@ def tune(
         BaraError: an option, a table or the model cannot be used, the folder holds another search,
             another process searches there, or no trial succeeded.
     """
-    if executor not in get_args(Executor):
-        raise BaraError(f"executor must be 'local' or 'ray', not {executor!r}")
+    check_executor(executor)
     run = run_local
     if executor == "ray":
         run = partial(run_on_ray, address=ray_address, num_gpus=num_gpus)

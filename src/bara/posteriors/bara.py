@@ -90,14 +90,17 @@ class BaraPosterior(Posterior):
             self.gate_weight = nn.Parameter(torch.randn(rank, rank) * (0.2 / LOGIT_SCALE))
             self.gate_bias = nn.Parameter(torch.full((rank,), start))
         if config.factor_noise:
-            # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
-            self._noise_start = math.log(self.resolved.init_noise) / LOGIT_SCALE
+            self._noise_start = self._init_noise_logit()
             self.noise_logit = nn.Parameter(torch.full((rank,), self._noise_start))
 
     @property
     def weight_noise(self) -> float:
         """The relative variance of the noise on A in force."""
         return self.resolved.strength * self.resolved.weight_noise
+
+    def _init_noise_logit(self) -> float:
+        # a logarithm, so that Adam changes alpha by a factor; scaled as the gates' logits are
+        return math.log(self.resolved.init_noise) / LOGIT_SCALE
 
     def _init_local_logit(self) -> float:
         """Where the local gates start: the more factors there are, the fewer of them are open."""
@@ -112,7 +115,7 @@ class BaraPosterior(Posterior):
     @torch.no_grad()
     def start_again(self) -> None:
         if self.config.factor_noise and bool((self.noise_logit == self._noise_start).all()):
-            self._noise_start = math.log(self.resolved.init_noise) / LOGIT_SCALE
+            self._noise_start = self._init_noise_logit()
             self.noise_logit.fill_(self._noise_start)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
