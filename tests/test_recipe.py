@@ -276,3 +276,17 @@ def test_what_the_configuration_refuses_is_refused_before_a_model_is_loaded(
 ) -> None:
     with pytest.raises(BaraError, match=option):
         check_recipe(TrainRecipe(model="m", method_options={option: value}))
+
+
+@pytest.mark.parametrize("method", ["probe", "setfit"])
+def test_what_a_method_without_steps_does_not_read_is_refused(method: str) -> None:
+    if METHODS[method].package:
+        pytest.importorskip(METHODS[method].package)
+    recipe = TrainRecipe(model="m", method=method)
+    check_recipe(recipe)
+    with pytest.raises(BaraError, match="label_smoothing_factor"):
+        check_recipe(recipe.with_options({"training.label_smoothing_factor": 0.1}))
+    held_out = recipe.with_options({"validation": "held-out.jsonl"})
+    with pytest.raises(BaraError, match=rf"no use for --validation: .*{method}\+temperature"):
+        check_recipe(held_out)
+    check_recipe(held_out.with_options({"method": f"{method}+temperature"}))

@@ -111,7 +111,14 @@ def with_choice(recipe: TrainRecipe, choice: dict[str, float]) -> TrainRecipe:
 def probe_recipe(recipe: TrainRecipe) -> TrainRecipe:
     """The recipe's task for the method `probe`."""
     training = {name: value for name, value in recipe.training.items() if name not in BY_STEPS}
-    return replace(recipe, method="probe", method_options={}, training=training)
+    return replace(  # without the validation table: it has a cross-validation of its own
+        recipe,
+        method="probe",
+        method_options={},
+        training=training,
+        validation=None,
+        validation_split=None,
+    )
 
 
 def split_tables(

@@ -43,6 +43,9 @@ METHOD_OPTIONS: dict[str, dict[str, Any]] = {
 BY_STEPS = (
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("lr_scheduler_kwargs", "max_grad_norm", "optim", "optim_args", "optim_target_modules"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor"),
+    *("neftune_noise_alpha", "gradient_checkpointing"),
 )
 """Options of training that only a method with training steps has a use for."""
 METHOD_TRAINING: dict[str, dict[str, Any]] = {

@@ -358,6 +358,11 @@ def check_recipe(recipe: TrainRecipe, flags: Mapping[str, str] | None = None) ->
             raise BaraError(f"recipe: set `{instead}` instead of training.{name}")
     refuse_unknown(recipe.training, TRAINING_TYPES.keys() - ELSEWHERE, "training")
     if not method.by_steps:
+        if recipe.validation and not tempered:
+            raise BaraError(
+                f"method {recipe.method} has no use for {typed.get('validation', '--validation')}: "
+                f"leave it out, or fit a temperature there (method {recipe.method}{TEMPERED})"
+            )
         for name in BY_STEPS:
             if recipe.training.get(name) != TRAINING_DEFAULTS.get(name):
                 what = (flags or {}).get(f"training.{name}", f"training.{name}")
