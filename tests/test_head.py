@@ -178,6 +178,66 @@ def test_a_head_is_left_slow_where_features_tell_little_but_not_nothing():
     assert nothing.frozen_nll > 0.93 * entropy > little.frozen_nll
 
 
+@pytest.mark.parametrize("strength", [0, 0.9, 9])
+def test_a_head_in_haste_is_quicker_whatever_its_features_tell(strength):
+    x, labels = spread_signal(strength)
+    usual = _pace(x, labels, None, 2)
+    assert _pace(x, labels, None, 2, haste=8.0) == usual._replace(scale=8 * usual.scale)
+    # what was asked for is what it says
+    assert _pace(x, labels, 0.2, 2, haste=8.0) == _pace(x, labels, 0.2, 2)
+
+
+@pytest.mark.parametrize(
+    ("examples", "steps", "rate", "factor"),
+    [
+        (3000, None, None, 1),
+        (3000, 400, 1e-3, 1),
+        (3000, 4000, 1e-2, 1),
+        (3000, 50, None, 8),
+        (3000, 200, 2.5e-4, 8),
+        (3000, 2000, 2.5e-5, 8),
+        (3000, 25, 5e-4, 32),
+        (300, 50, 1e-3, 4),
+        (75, 50, 1e-3, 1),  # few examples, seen often
+        (75, 100, 2.5e-4, 2),
+    ],
+)
+def test_in_short_and_slow_trainings_a_head_moves_as_far(
+    tiny_bert, batches, examples, steps, rate, factor
+):
+    usual = bara.scale_head(adapted(copy.deepcopy(tiny_bert)), batches)
+    model = adapted(tiny_bert, num_observations=examples)
+    assert bara.scale_head(model, batches, steps, rate) == factor * usual
+    assert math.isfinite(bara.scale_head(model, batches, 1, 0.0))  # where nothing moves
+    # a short training that goes on with an adapter is no short training
+    bara.set_progress(model, 0.0, 4000, 1e-3)
+    assert bara.scale_head(model, batches, steps, rate) == usual
+
+
+def test_the_callback_says_how_long_and_how_slow_the_training_is(tiny_bert, batches, tmp_path):
+    usual = bara.scale_head(adapted(copy.deepcopy(tiny_bert)), batches)
+    seen = []
+
+    class Watch(bara.BayesianCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            super().on_step_begin(args, state, control, **kwargs)
+            seen.append(head_of(kwargs["model"]).scale)
+
+    rows = [{name: v[i] for name, v in batch.items()} for batch in batches for i in range(10)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        learning_rate=2.5e-4,
+        warmup_steps=2,
+        max_steps=4,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    Trainer(adapted(tiny_bert), arguments, train_dataset=rows, callbacks=[Watch()]).train()
+    haste = 2 / 3 * len(rows) / (4 * 0.25)
+    assert seen == [2 ** round(math.log2(haste)) * usual] * 4
+
+
 @pytest.mark.parametrize("warmup", [None, 0.3])
 def test_where_a_head_is_left_slow_kl_and_noise_wait_for_it(
     tiny_bert, batches, warmup, monkeypatch

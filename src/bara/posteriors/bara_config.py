@@ -54,9 +54,12 @@ class BaraResolved(Resolved):
         if name == "warmup":
             self.warmup_by_head = False
 
-    def set_by_steps(self, num_steps: int, learning_rate: float | None = None) -> None:
+    def steps(self, num_steps: int, learning_rate: float | None = None) -> float:
         pace = 1.0 if learning_rate is None else min(1.0, learning_rate / RATE)
-        self.trained_steps = max(self.trained_steps, pace * num_steps)
+        return max(self.trained_steps, pace * num_steps)
+
+    def set_by_steps(self, num_steps: int, learning_rate: float | None = None) -> None:
+        self.trained_steps = self.steps(num_steps, learning_rate)
         noise = rise(self.trained_steps * self.head_pace, FEW_STEPS, MANY_STEPS)
         others = max(LEAST, rise(self.trained_steps, FEW_STEPS, MANY_STEPS))
         for name, whole in self.whole.items():
@@ -179,7 +182,8 @@ class BaraConfig(BayesianConfig):
             "had this standard deviation (bara.BayesianCallback sees to it, or bara.scale_head in "
             "a loop of your own). >= 0; 0 leaves the head as PEFT trains it. None finds it, up to "
             "1, by what a linear head makes of the frozen features; where that is little but "
-            "not nothing, a head with an input below 0.1 is left slow, and KL and noise on A wait."
+            "not nothing, a head with an input below 0.1 is left slow, and KL and noise on A wait. "
+            "Where steps are few, or slow, all of that is quicker (docs/methods.md, The head)."
         },
     )
     init_local_logit: float | None = field(

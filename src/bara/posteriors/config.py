@@ -94,6 +94,10 @@ class Resolved:
         """Sets a number that the user has given."""
         setattr(self, name, value)
 
+    def steps(self, num_steps: int, learning_rate: float | None = None) -> float:
+        """What the optimiser steps of a training count for in defaults that go by them."""
+        return float(num_steps)
+
     def set_by_steps(self, num_steps: int, learning_rate: float | None = None) -> None:
         """Adjusts defaults to the optimiser steps that training is going to take, and how long."""
 

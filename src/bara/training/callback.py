@@ -166,10 +166,11 @@ class BayesianCallback(TrainerCallback):
                     stacklevel=2,
                 )
             adapter.resolved.num_observations = n
-        scale_head_of(model, kwargs.get("train_dataloader"))
-        if state.max_steps > 0:
-            rate = learning_rate_of(kwargs.get("optimizer"))
-            _set_by_steps(model, elbo, state.max_steps, rate)
+        rate = learning_rate_of(kwargs.get("optimizer"))
+        steps = state.max_steps if state.max_steps > 0 else None
+        scale_head_of(model, kwargs.get("train_dataloader"), steps, rate)
+        if steps is not None:
+            _set_by_steps(model, elbo, steps, rate)
         if trainer is None:
             self._set_progress(elbo, state)
         else:

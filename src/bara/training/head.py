@@ -29,6 +29,7 @@ from bara.draws.processes import several_processes
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError, first_line
 from bara.language.prompts import generates
+from bara.posteriors.config import Resolved
 from bara.prediction.batches import to_device
 from bara.training.logistic import CrossValidated, cross_validate
 
@@ -39,13 +40,20 @@ LITTLE, NOTHING = 0.01, 0.93
 that it loses at least where it makes nothing of them."""
 EXPONENT = 0.3
 """The default width is C**EXPONENT, of the cross-validated C of a logistic regression."""
+ENOUGH_STEPS, STEPS_BY_EXAMPLES = 400, 2 / 3
+"""Steps at 1e-3 as far as which a head moves in a shorter training, and those for an example."""
 NUM_ROWS = 1000
 """Training examples whose features are looked at."""
 NOISE = 1e-4
 """Features that vary by less than this part of their size are one text, but for rounding."""
 
 
-def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float | None:
+def scale_head(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    num_steps: int | None = None,
+    learning_rate: float | None = None,
+) -> float | None:
     """Has the new head of an adapter learn at a pace that suits its input, whatever the encoder.
 
     `bara.BayesianCallback` calls this before training; a loop of your own calls it once, before its
@@ -64,10 +72,16 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
     and not for the head. BaRA's defaults hold KL and noise on A back until the adapter has learned
     it.
 
+    Where steps are few the default is wider, so that the head moves as far as it would in 400 steps
+    at 1e-3, or in 2N/3 of them where N is below 600 and more would learn the examples by heart.
+    Steps at smaller learning rates count for less, in proportion.
+
     Args:
         model: with Bayesian adapters, and their heads in `modules_to_save`.
         batches: training data for the model's forward, with `labels`; the first 1,000 rows are
             used.
+        num_steps: optimiser steps in all; None counts as many.
+        learning_rate: Adam's, before a schedule changes it; None counts as 1e-3.
 
     Returns:
         The scale; None where there is no such head, no adapter in training, `head_input_std` is 0,
@@ -91,7 +105,8 @@ def scale_head(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float 
             x, labels = head_inputs(
                 model, original, batches, NUM_ROWS, at_logits=wanted is not None
             )
-        found = _of_first_process(_pace(x, labels, wanted, trained.out_features))
+        haste = 1.0 if num_steps is None else _haste(adapter.resolved, num_steps, learning_rate)
+        found = _of_first_process(_pace(x, labels, wanted, trained.out_features, haste))
         adapter.resolved.frozen_nll = found.frozen_nll
         if found.scale is not None and scale_layer(trained, found.scale):
             given = found.scale
@@ -114,8 +129,29 @@ class Pace(NamedTuple):
     frozen_nll: float | None = None
 
 
-def _pace(x: Tensor, labels: Tensor | None, std: float | None, num_classes: int) -> Pace:
-    """How quickly a head of this input (n, d) is to learn; `std` is what was asked for, or None."""
+def _haste(resolved: Resolved, num_steps: int, learning_rate: float | None) -> float:
+    """By how much a head has to be quicker than in a long training, at least 1."""
+    steps = float(ENOUGH_STEPS)
+    if resolved.num_observations is not None:
+        steps = min(steps, STEPS_BY_EXAMPLES * resolved.num_observations)
+    return max(1.0, steps / max(1.0, resolved.steps(num_steps, learning_rate)))
+
+
+def _pace(
+    x: Tensor,
+    labels: Tensor | None,
+    std: float | None,
+    num_classes: int,
+    haste: float = 1.0,
+) -> Pace:
+    """How quickly a head of this input is to learn.
+
+    Args:
+        x, labels: what the head reads, (n, d), and what it is to learn.
+        std: what was asked for, or None.
+        num_classes: rows of the head's weight.
+        haste: by how much the default is quicker than in a long training.
+    """
     if x.dim() != 2:
         return Pace()
     found = float((x - x.mean(0)).square().mean().sqrt())
@@ -129,8 +165,13 @@ def _pace(x: Tensor, labels: Tensor | None, std: float | None, num_classes: int)
             std, nll = min(WIDEST, max(NARROWEST, best.variance**EXPONENT)), best.nll
             little = best.variance <= LITTLE and nll < NOTHING * _entropy(labels)
             if found < NARROWEST / 2 and little:
-                return Pace(1.0, found / NARROWEST, nll)
-    return Pace(2.0 ** round(math.log2(std / found)), 1.0, nll)
+                return Pace(_power_of_two(haste), found / NARROWEST, nll)
+        std *= haste
+    return Pace(_power_of_two(std / found), 1.0, nll)
+
+
+def _power_of_two(scale: float) -> float:
+    return 2.0 ** round(math.log2(scale))
 
 
 def _entropy(labels: Tensor | None) -> float:
@@ -157,14 +198,19 @@ def _of_first_process(found: Pace) -> Pace:
     return values[0]
 
 
-def scale_head_of(model: nn.Module, dataloader: DataLoader[Any] | None) -> None:
+def scale_head_of(
+    model: nn.Module,
+    dataloader: DataLoader[Any] | None,
+    num_steps: int | None = None,
+    learning_rate: float | None = None,
+) -> None:
     """`scale_head` with examples from all over a training set, the same for all processes.
 
     A head whose features cannot be read, such as from batches that only the trainer's own loss
     knows, is left alone with a warning.
     """
     try:
-        scale_head(model, _examples(dataloader))
+        scale_head(model, _examples(dataloader), num_steps, learning_rate)
     except Exception as error:
         warnings.warn(
             "The head learns as PEFT trains it, at no pace of its own, because its input could not "
