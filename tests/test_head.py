@@ -331,9 +331,12 @@ def test_training_scales_and_restores(tiny_bert, batches, tmp_path, given):
         str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True
     )
     Trainer(model, arguments, train_dataset=rows, callbacks=[Watch()]).train()
-    expected = adapted(tiny_bert.__class__(tiny_bert.config), head_input_std=given)
+    expected = adapted(
+        tiny_bert.__class__(tiny_bert.config), head_input_std=given, num_observations=len(rows)
+    )
     expected.load_state_dict(model.state_dict())
-    assert seen == [bara.scale_head(expected, batches[:1])] * 2
+    rate = arguments.learning_rate
+    assert seen == [bara.scale_head(expected, batches[:1], 2, rate)] * 2
     assert type(head_of(model)) is torch.nn.Linear
 
 
