@@ -60,6 +60,18 @@ def head_of(model):
     return model.base_model.model.classifier.modules_to_save["default"]
 
 
+class Watch(bara.BayesianCallback):
+    """Keeps the head's scale in every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        super().on_step_begin(args, state, control, **kwargs)
+        self.seen.append(head_of(kwargs["model"]).scale)
+
+
 def test_the_scale_brings_the_frozen_features_to_the_width_that_was_asked_for(tiny_bert, batches):
     tiny_bert.eval()
     with torch.no_grad():
@@ -216,13 +228,7 @@ def test_in_short_and_slow_trainings_a_head_moves_as_far(
 
 def test_the_callback_says_how_long_and_how_slow_the_training_is(tiny_bert, batches, tmp_path):
     usual = bara.scale_head(adapted(copy.deepcopy(tiny_bert)), batches)
-    seen = []
-
-    class Watch(bara.BayesianCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            super().on_step_begin(args, state, control, **kwargs)
-            seen.append(head_of(kwargs["model"]).scale)
-
+    watch = Watch()
     rows = [{name: v[i] for name, v in batch.items()} for batch in batches for i in range(10)]
     arguments = TrainingArguments(
         str(tmp_path),
@@ -233,9 +239,9 @@ def test_the_callback_says_how_long_and_how_slow_the_training_is(tiny_bert, batc
         save_strategy="no",
         use_cpu=True,
     )
-    Trainer(adapted(tiny_bert), arguments, train_dataset=rows, callbacks=[Watch()]).train()
+    Trainer(adapted(tiny_bert), arguments, train_dataset=rows, callbacks=[watch]).train()
     haste = 2 / 3 * len(rows) / (4 * 0.25)
-    assert seen == [2 ** round(math.log2(haste)) * usual] * 4
+    assert watch.seen == [2 ** round(math.log2(haste)) * usual] * 4
 
 
 @pytest.mark.parametrize("warmup", [None, 0.3])
@@ -317,26 +323,20 @@ def test_a_merged_model_in_the_middle_of_training_is_whole(tiny_bert, batches):
 
 @pytest.mark.parametrize("given", [None, 5.0])
 def test_training_scales_and_restores(tiny_bert, batches, tmp_path, given):
-    seen = []
-
-    class Watch(bara.BayesianCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            super().on_step_begin(args, state, control, **kwargs)
-            seen.append(head_of(kwargs["model"]).scale)
-
+    watch = Watch()
     model = adapted(tiny_bert, head_input_std=given)
     batch = batches[0]
     rows = [{name: values[i] for name, values in batch.items()} for i in range(10)]
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, report_to="none", save_strategy="no", use_cpu=True
     )
-    Trainer(model, arguments, train_dataset=rows, callbacks=[Watch()]).train()
+    Trainer(model, arguments, train_dataset=rows, callbacks=[watch]).train()
     expected = adapted(
         tiny_bert.__class__(tiny_bert.config), head_input_std=given, num_observations=len(rows)
     )
     expected.load_state_dict(model.state_dict())
     rate = arguments.learning_rate
-    assert seen == [bara.scale_head(expected, batches[:1], 2, rate)] * 2
+    assert watch.seen == [bara.scale_head(expected, batches[:1], 2, rate)] * 2
     assert type(head_of(model)) is torch.nn.Linear
 
 
