@@ -2,7 +2,9 @@
 
 import copy
 import math
+import sys
 import warnings
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -634,14 +636,44 @@ def test_whatever_can_be_trained_on_trains(tiny_bert, batches, tmp_path):
         assert warning is None or warning in said[0]
 
 
+class UnderDeepSpeed:
+    """Accelerate's state where DeepSpeed trains."""
+
+    distributed_type = "DEEPSPEED"
+
+
 def test_deepspeeds_copies_are_not_gone_past(tiny_bert, batches, monkeypatch):
-    """It trains a copy of the weight, made before: dividing the weight would not reach it."""
-
-    class State:
-        distributed_type = "DEEPSPEED"
-
-    monkeypatch.setattr("bara.training.head.PartialState", State)
+    """Without ZeRO it trains copies of weights of 16 bits that nobody reaches: a weight that is
+    divided would be put back, and its outputs be multiplied all the same. Weights of 32 bits have
+    no copies (tests/test_deepspeed.py trains with DeepSpeed itself)."""
+    monkeypatch.setattr("bara.posteriors.parameters.PartialState", UnderDeepSpeed)
     model = adapted(tiny_bert)
-    with pytest.warns(UserWarning, match="DeepSpeed trains copies"):
+    scale_head_of(model, DataLoader(rows_of(batches[0])))
+    assert type(head_of(model)) is ScaledLinear
+    restore_head(model)
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="out of reach without ZeRO"):
         scale_head_of(model, DataLoader(rows_of(batches[0])))
     assert type(head_of(model)) is torch.nn.Linear
+
+
+def test_noise_starts_where_deepspeed_goes_on(tiny_bert, monkeypatch):
+    """The start that goes by the steps reaches ZeRO's copies too, or is not taken."""
+    monkeypatch.setattr("bara.posteriors.parameters.PartialState", UnderDeepSpeed)
+    model = adapted(tiny_bert, num_observations=8)
+    (_, posterior), *others = elbo_of(model).adapters["default"].layers.values()
+    posterior.to(torch.bfloat16)
+    start = posterior.noise_logit.detach().clone()
+    copies = {}
+    utils = ModuleType("deepspeed.utils")
+    utils.safe_set_full_fp32_param = lambda parameter, value: copies.update({parameter: value})
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.utils", utils)
+    for _, other in others:
+        other.noise_logit._hp_mapping = object()
+    bara.set_progress(model, 0.0, 40)
+    assert torch.equal(posterior.noise_logit, start)  # 16 bits, and no mapping to a copy
+    assert len(copies) == len(others)
+    for _, other in others:
+        assert torch.equal(copies[other.noise_logit], other.noise_logit)
+        assert (other.noise_logit * 100).exp().mean().item() == pytest.approx(0.5 / 8, rel=1e-4)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bara.posteriors.parameters import set_parameter
+
 
 class ScaledLinear(nn.Linear):
     """y = W x + b with W = scale V: what an optimiser sees of a linear layer is V.
@@ -52,7 +54,7 @@ def scale_layer(layer: nn.Linear, scale: float) -> bool:
     weight = layer.weight.detach()
     if not torch.equal(weight / scale * scale, weight):
         return False
-    layer.weight.div_(scale)
+    set_parameter(layer.weight, weight / scale)
     _become(layer, ScaledLinear)
     layer.scale = scale  # type: ignore[assignment]  # it is one now
     return True
@@ -64,7 +66,7 @@ def restore_head(model: nn.Module) -> None:
     reshard(model)
     for module in model.modules():
         if type(module) is ScaledLinear:
-            module.weight.mul_(module.scale)
+            set_parameter(module.weight, module.weight * module.scale)
             del module.scale
             _become(module, nn.Linear)
 

@@ -35,6 +35,7 @@ from bara.posteriors.distributions import (
     scale_noise_kl,
 )
 from bara.posteriors.fused import Fused, Stack
+from bara.posteriors.parameters import can_set, set_parameter
 from bara.posteriors.posterior import (
     Kl,
     LayerSetup,
@@ -114,9 +115,11 @@ class BaraPosterior(Posterior):
 
     @torch.no_grad()
     def start_again(self) -> None:
-        if self.config.factor_noise and bool((self.noise_logit == self._noise_start).all()):
+        if not self.config.factor_noise or not can_set(self.noise_logit):
+            return
+        if bool((self.noise_logit == self._noise_start).all()):
             self._noise_start = self._init_noise_logit()
-            self.noise_logit.fill_(self._noise_start)
+            set_parameter(self.noise_logit, self._noise_start)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         with torch.autocast(space.u.device.type, enabled=False):

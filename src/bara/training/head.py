@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from bara.draws.sharing import evaluating
 from bara.errors import BaraError, first_line
 from bara.language.prompts import generates
 from bara.posteriors.config import Resolved
+from bara.posteriors.parameters import can_set
 from bara.prediction.batches import to_device
 from bara.training.logistic import CrossValidated, cross_validate
 
@@ -91,7 +90,8 @@ def scale_head(
         and have the first one's scale.
 
     Raises:
-        BaraError: no Bayesian adapter, no batches, or batches that the model cannot be called with.
+        BaraError: no Bayesian adapter, no batches, batches that the model cannot be called with, or
+            a weight of which DeepSpeed trains a copy that is out of reach.
     """
     restore_head(model)
     given = None
@@ -100,6 +100,11 @@ def scale_head(
         if head is None or adapter.config.head_input_std == 0:
             continue
         trained, original = head
+        if not can_set(trained.weight):
+            raise BaraError(
+                "DeepSpeed trains copies of weights of 16 bits, which are out of reach without "
+                "ZeRO: use its stage 1 or 2"
+            )
         wanted = adapter.config.head_input_std
         with _frozen_model(model):
             x, labels = head_inputs(
@@ -230,8 +235,6 @@ def _examples(dataloader: DataLoader[Any] | None) -> Iterator[Mapping[str, Any]]
     dataset: Any = getattr(dataloader, "dataset", None)
     if dataloader is None or dataset is None:
         raise BaraError("there is no data set")
-    if PartialState().distributed_type == DistributedType.DEEPSPEED:
-        raise BaraError("DeepSpeed trains copies of the weights")
     if hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         rows = range(0, len(dataset), -(-len(dataset) // NUM_ROWS))
         size = None if dataloader.batch_sampler is None else dataloader.batch_size or 8
