@@ -11,6 +11,7 @@ from torch.autograd.functional import hessian
 
 import bara
 from bara.data.text_task import tokenise
+from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
@@ -22,6 +23,8 @@ from bara.methods.linear import (
 )
 from bara.methods.probe import ProbeOptions, raw_weights
 from bara.methods.recipe import TrainRecipe
+from bara.methods.weight_draws import WeightDraws
+from bara.prediction.batches import pad_rows
 from bara.training.logistic import Standardised
 from test_methods import TABLE, base_dir, train  # noqa: F401  (a fixture)
 
@@ -184,6 +187,37 @@ def test_a_probe_of_numbers_knows_its_noise(base_dir, tmp_path):  # noqa: F811
     assert predicted.variance_draws.unique().numel() == 1
     mean = bara.predict(model, tokenise(table, tokenizer, task), deterministic=True).mean
     assert float((mean - torch.tensor(values)).square().mean()) < float(torch.tensor(values).var())
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_draws_share_the_pass_up_to_the_layer(base_dir, tmp_path, numbers):  # noqa: F811
+    """The encoder sees each text once, and the draws are those of a layer whose weights move."""
+    table = TABLE
+    if numbers:
+        table = TABLE.remove_columns("label").add_column(
+            "target", [i / 7 for i in range(len(TABLE))]
+        )
+    recipe = TrainRecipe(model=str(base_dir), output=str(tmp_path / "out"), method="probe")
+    model, tokenizer, task = load_adapter(finetune(recipe, table))
+    inputs, source = tokenise(table, tokenizer, task), draw_source(model)
+    seen = []
+    encoder = model.get_base_model().encoder
+    handle = encoder.register_forward_hook(lambda _, __, output: seen.append(len(output[0])))
+    together = bara.predict(model, inputs, num_draws=7, seed=3, batch_size=len(table))
+    handle.remove()
+    assert seen == [len(table)]
+    attach_draws(model, WeightDraws(model, source.factors))
+    one_by_one = bara.predict(model, inputs, num_draws=7, seed=3, batch_size=len(table))
+    draws = [p.mean_draws if numbers else p.log_probs_draws for p in (together, one_by_one)]
+    assert draws[0].std(0).min() > 0
+    torch.testing.assert_close(draws[0], draws[1], atol=1e-5, rtol=1e-4)
+    with bara.sampling(model, 1, 3, first_draw=2):
+        batch = pad_rows(list(inputs))
+        batch.pop("labels")
+        moved = model(**batch).logits
+    attach_draws(model, source)
+    with bara.sampling(model, 1, 3, first_draw=2):
+        torch.testing.assert_close(model(**batch).logits, moved, atol=1e-5, rtol=1e-4)
 
 
 def test_refusals(base_dir, tmp_path, failing):  # noqa: F811

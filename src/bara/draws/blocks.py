@@ -18,9 +18,11 @@ class Blocks:
 
     Attributes:
         num_draws: S.
+        shared: the draws share a forward pass of the inputs, once, and its outputs are the blocks.
     """
 
     num_draws: int
+    shared: bool = False
 
     def repeat(self, batch: Mapping[str, Any], rows: int | None = None) -> dict[str, Any]:
         """A batch of inputs as S blocks; what is no tensor of rows stays as it is.
@@ -29,6 +31,8 @@ class Blocks:
             batch: tensors by name, whose first dimension is the rows', also in mappings.
             rows: if given, tensors of another length stay as they are too.
         """
+        if self.shared:
+            return dict(batch)
         return {name: self._repeated(value, rows) for name, value in batch.items()}
 
     def _repeated(self, value: Any, rows: int | None) -> Any:

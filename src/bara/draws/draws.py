@@ -130,9 +130,12 @@ class DrawSource:
 
     Attributes:
         batched: several draws fit into one batch, block by block; else there is one at a time.
+        shared: all draws that there are come from one forward pass of the inputs: what is random
+            is what the model ends with.
     """
 
     batched = False
+    shared = False
 
     def num_draws(self, wanted: int) -> int:
         """How many draws there are when `wanted` are asked for."""

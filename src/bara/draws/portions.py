@@ -40,6 +40,12 @@ class Portions:
         self._used = 0
         self._draws: dict[tuple[int, int], Draws] = {}
 
+    def inputs(self, batch_size: int) -> int:
+        """How many inputs a batch of at most `batch_size` rows takes: all draws of one beside each
+        other, or one draw at a time where these share no batch."""
+        batched = self.source is not None and self.source.batched
+        return max(1, batch_size // self.num_draws) if batched else batch_size
+
     @torch.no_grad()
     def map(self, run: Callable[[Blocks], Result], rows: int, batch_size: int) -> list[Result]:
         """What `run` makes of each portion of the draws, in their order.
@@ -55,12 +61,14 @@ class Portions:
             with self.source.drawing(None):
                 return [run(Blocks(1))]
         fit = batch_size // rows if self.source.batched else 1
+        if self.source.shared:
+            fit = self.num_draws
         at_once = max(1, min(self.num_draws, fit))
         results = []
         for first in range(0, self.num_draws, at_once):
             count = min(at_once, self.num_draws - first)
             with self.source.drawing(self._portion(first, count, rows)):
-                results.append(run(Blocks(count)))
+                results.append(run(Blocks(count, self.source.shared)))
         return results
 
     def _portion(self, first: int, count: int, rows: int) -> Draws:

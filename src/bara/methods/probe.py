@@ -78,7 +78,7 @@ class ProbeTrainer(AdapterTrainer):
             head.weight.copy_(weights[:, :-1])
             head.bias.copy_(weights[:, -1])
         name = next(n for n, module in self.trained.named_modules() if module is head)
-        self.draws = WeightDraws(self.trained, {name: covariance})
+        self.draws = WeightDraws(self.trained, {name: covariance}, shared=True)
         self.control = callbacks.on_train_end(self.args, self.state, self.control)
         return TrainOutput(global_step=0, training_loss=posterior.loss(scale(x), y), metrics={})
 

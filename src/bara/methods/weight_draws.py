@@ -23,7 +23,7 @@ from bara.draws.sharing import lock_of
 from bara.errors import BaraError
 
 NOISE_FILE = "weight_noise.safetensors"
-LINEARISED = "linearised"
+LINEARISED, SHARED = "linearised", "shared"
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,19 @@ class WeightDraws(DrawSource):
             differentiation, at about three times the cost of a forward pass. Draws then come in
             pairs, W + noise and W - noise (antithetic sampling): logits average to those of the
             mean, which a few draws of a wide Gaussian do not.
+        shared: the one entry is the linear layer whose outputs are the model's logits, called once
+            with a row for each input: all draws share the pass up to it.
 
     Raises:
         BaraError: the model has no parameter or linear layer of such a name.
     """
 
     def __init__(
-        self, model: nn.Module, factors: Mapping[str, Factors], linearised: bool = False
+        self,
+        model: nn.Module,
+        factors: Mapping[str, Factors],
+        linearised: bool = False,
+        shared: bool = False,
     ) -> None:
         parameters = dict(model.named_parameters())
         modules = dict(model.named_modules())
@@ -88,6 +94,7 @@ class WeightDraws(DrawSource):
             raise BaraError(f"{NOISE_FILE} has noise for {unknown[0]}, which the model has not")
         self.model = model
         self.linearised = linearised
+        self.shared = shared
         self.factors = dict(factors)
         names = [part for name in factors for part in self._parts(name)]
         self.parameters = {name: parameters[name] for name in names}
@@ -107,6 +114,9 @@ class WeightDraws(DrawSource):
                 yield
             elif self.linearised:
                 with self._expanded(self._noise(draws)):
+                    yield
+            elif self.shared:
+                with self._fanned_out(draws):
                     yield
             elif draws.num_draws > 1:
                 with self._together(draws):
@@ -128,6 +138,31 @@ class WeightDraws(DrawSource):
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def _fanned_out(self, draws: Draws) -> Iterator[None]:
+        """The logits (n, C) of the mean weights become those of every draw, (S n, C)."""
+        ((name, layer),) = self.layers.items()
+        joint = (layer.out_features, layer.in_features + 1)
+        normal = draws.numbers(name, "normal", joint, layer.weight.device)
+        noise = torch.stack([self.factors[name].noise(one) for one in normal])  # (S, C, d + 1)
+        features: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            features.append(args[0])
+
+        def fan_out(_: nn.Module, args: Any, output: Any) -> Any:
+            x = features.pop().to(noise.dtype)
+            change = x @ noise[..., :-1].mT + noise[..., -1].unsqueeze(1)  # (S, n, C)
+            output["logits"] = (output["logits"] + change).flatten(0, 1)
+            return output
+
+        handles = [layer.register_forward_pre_hook(keep), self.model.register_forward_hook(fan_out)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _moved(self, noise: dict[str, Tensor]) -> Iterator[None]:
@@ -232,7 +267,7 @@ class WeightDraws(DrawSource):
             for part in fields(factors)
             if (value := getattr(factors, part.name)) is not None
         }
-        metadata = {LINEARISED: str(self.linearised)}
+        metadata = {LINEARISED: str(self.linearised), SHARED: str(self.shared)}
         save_file(tensors, folder / NOISE_FILE, metadata)
 
     @classmethod
@@ -246,11 +281,12 @@ class WeightDraws(DrawSource):
         parts: dict[str, dict[str, Tensor]] = {}
         try:
             with safe_open(path, framework="pt") as file:
-                linearised = file.metadata()[LINEARISED] == "True"
+                metadata = file.metadata()
+                linearised, shared = metadata[LINEARISED] == "True", metadata.get(SHARED) == "True"
                 for key in file.keys():  # noqa: SIM118  (no dictionary)
                     name, _, part = key.rpartition("/")
                     parts.setdefault(name, {})[part] = file.get_tensor(key)
             factors = {name: Factors(**values) for name, values in parts.items()}
         except (OSError, SafetensorError, TypeError, KeyError) as error:
             raise BaraError(f"{path} is missing or damaged; train again or restore it") from error
-        return cls(model, factors, linearised)
+        return cls(model, factors, linearised, shared)

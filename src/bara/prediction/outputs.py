@@ -45,7 +45,7 @@ def outputs_of_draws(
     """
     device = next(model.parameters()).device
     takes = accepted(model)
-    inputs = max(1, batch_size // draws.num_draws)
+    inputs = draws.inputs(batch_size)
     for batch, index in batches(data, model, inputs, collate_fn, progress):
         known = {k: v for k, v in batch.items() if k not in NO_INPUTS}
         known = {k: v for k, v in known.items() if takes is None or k in takes}
