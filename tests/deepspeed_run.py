@@ -1,7 +1,7 @@
 """What DeepSpeed trains, or nobody beside torch: run by tests/test_deepspeed.py in a process of its
 own, since DeepSpeed keeps its process group.
 
-python tests/deepspeed_run.py FOLDER CONFIG.json [--resume]
+python tests/deepspeed_run.py FOLDER CONFIG [--resume] [--language]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainingArgumen
 
 import bara
 from conftest import VOCABULARY, tiny_bert_config
+from helpers import tiny_llama
 
 STEPS = 6
 
@@ -33,11 +34,25 @@ def examples() -> Dataset:
     return Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
 
 
-def main(folder: Path, config: dict[str, Any], resume: bool) -> None:
+def prompts() -> Dataset:
+    """Texts with as many labels as their row's number says."""
+    ids = torch.randint(1, 64, (32, 8), generator=torch.Generator().manual_seed(0))
+    labels = [ids[i].where(torch.arange(8) > i % 5, -100).tolist() for i in range(len(ids))]
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels})
+
+
+def main(folder: Path, config: dict[str, Any], resume: bool, language: bool) -> None:
     """Trains, and writes what was trained, the loss, and what was warned of."""
     torch.manual_seed(0)
-    base = BertForSequenceClassification(tiny_bert_config())
-    adapter = bara.BaraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
+    accumulated: dict[str, Any] = {}
+    if language:
+        base: Any = tiny_llama()
+        adapter = bara.BaraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        accumulated = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+        accumulated["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    else:
+        base = BertForSequenceClassification(tiny_bert_config())
+        adapter = bara.BaraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -49,11 +64,12 @@ def main(folder: Path, config: dict[str, Any], resume: bool) -> None:
         "bf16": "bf16" in config,
         "disable_tqdm": True,
         "deepspeed": config or None,
+        **accumulated,
     }
     trainer = Trainer(
         get_peft_model(base, adapter),
         TrainingArguments(**options),
-        train_dataset=examples(),
+        train_dataset=prompts() if language else examples(),
         callbacks=[bara.BayesianCallback()],
     )
     with warnings.catch_warnings(record=True) as caught:
@@ -72,4 +88,5 @@ def main(folder: Path, config: dict[str, Any], resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]), "--resume" in sys.argv)
+    flags = sys.argv[3:]
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), "--resume" in flags, "--language" in flags)
