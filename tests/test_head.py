@@ -636,17 +636,21 @@ def test_whatever_can_be_trained_on_trains(tiny_bert, batches, tmp_path):
         assert warning is None or warning in said[0]
 
 
-class UnderDeepSpeed:
-    """Accelerate's state where DeepSpeed trains."""
-
+class DeepSpeedState:
     distributed_type = "DEEPSPEED"
 
 
-def test_deepspeeds_copies_are_not_gone_past(tiny_bert, batches, monkeypatch):
+@pytest.fixture
+def under_deepspeed(monkeypatch):
+    """Accelerate's state is what it is where DeepSpeed trains."""
+    monkeypatch.setattr("bara.posteriors.parameters.is_initialized", lambda: True)
+    monkeypatch.setattr("bara.posteriors.parameters.PartialState", DeepSpeedState)
+
+
+def test_deepspeeds_copies_are_not_gone_past(tiny_bert, batches, under_deepspeed):
     """Without ZeRO it trains copies of weights of 16 bits that nobody reaches: a weight that is
     divided would be put back, and its outputs be multiplied all the same. Weights of 32 bits have
     no copies (tests/test_deepspeed.py trains with DeepSpeed itself)."""
-    monkeypatch.setattr("bara.posteriors.parameters.PartialState", UnderDeepSpeed)
     model = adapted(tiny_bert)
     scale_head_of(model, DataLoader(rows_of(batches[0])))
     assert type(head_of(model)) is ScaledLinear
@@ -657,9 +661,8 @@ def test_deepspeeds_copies_are_not_gone_past(tiny_bert, batches, monkeypatch):
     assert type(head_of(model)) is torch.nn.Linear
 
 
-def test_noise_starts_where_deepspeed_goes_on(tiny_bert, monkeypatch):
+def test_noise_starts_where_deepspeed_goes_on(tiny_bert, monkeypatch, under_deepspeed):
     """The start that goes by the steps reaches ZeRO's copies too, or is not taken."""
-    monkeypatch.setattr("bara.posteriors.parameters.PartialState", UnderDeepSpeed)
     model = adapted(tiny_bert, num_observations=8)
     (_, posterior), *others = elbo_of(model).adapters["default"].layers.values()
     posterior.to(torch.bfloat16)
@@ -677,3 +680,10 @@ def test_noise_starts_where_deepspeed_goes_on(tiny_bert, monkeypatch):
     for _, other in others:
         assert torch.equal(copies[other.noise_logit], other.noise_logit)
         assert (other.noise_logit * 100).exp().mean().item() == pytest.approx(0.5 / 8, rel=1e-4)
+
+
+def test_telling_the_steps_starts_no_group_of_processes(monkeypatch):
+    """A loop of one's own under torchrun starts the group itself, and when it likes."""
+    monkeypatch.setattr("bara.posteriors.parameters.is_initialized", lambda: False)
+    monkeypatch.setattr("bara.posteriors.parameters.PartialState", None)
+    bara.set_progress(adapt(tiny_llama()), 0.0, 40)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from accelerate import PartialState
+from accelerate.state import is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor
 
@@ -16,19 +15,23 @@ COPY = "_hp_mapping"
 def can_set(parameter: Tensor) -> bool:
     """Whether no optimiser has a copy of a parameter that is out of reach, as DeepSpeed has of
     those of 16 bits without ZeRO."""
-    deepspeed = PartialState().distributed_type == DistributedType.DEEPSPEED
+    # asking for a state that is not there would start the processes' group
+    deepspeed = is_initialized() and PartialState().distributed_type == DistributedType.DEEPSPEED
     return not deepspeed or parameter.dtype == torch.float32 or hasattr(parameter, COPY)
 
 
 @torch.no_grad()
-def set_parameter(parameter: Tensor, value: Any) -> None:
+def set_parameter(parameter: Tensor, value: Tensor | float) -> None:
     """Gives a parameter a value, and the copy of it that DeepSpeed trains and would put back.
 
     Args:
         parameter: in training, or not.
         value: of its shape, or one number for all of it.
     """
-    parameter.copy_(torch.as_tensor(value))
+    if isinstance(value, Tensor):
+        parameter.copy_(value)
+    else:
+        parameter.fill_(value)
     if hasattr(parameter, COPY):
         from deepspeed.utils import safe_set_full_fp32_param
 
