@@ -24,6 +24,7 @@ from bara.bench.measure import (
     rank_numbers,
     with_temperature,
 )
+from bara.bench.page import update_pages
 from bara.bench.results import append_row, read_rows, write_csv
 from bara.bench.spec import Benchmark
 from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
@@ -439,3 +440,12 @@ def test_wrong_benchmarks_are_refused(tmp_path: Path, options, message):
 def test_epochs_without_end_are_refused(epochs: float):
     with pytest.raises(BaraError, match="epochs must be a list of numbers above 0"):
         Benchmark("some", "minilm", ["bbc-news"], ["lora"], epochs=[epochs])
+
+
+def test_pictures_of_a_longer_name_are_not_a_shorter_ones(tmp_path):
+    for picture in ("few-cost.png", "few-texts-cost.png", "few-texts-nll.png"):
+        (tmp_path / picture).touch()
+    (tmp_path / "few.md").write_text("<!-- bench few -->\n<!-- /bench few -->\n")
+    update_pages(tmp_path, {"few": [], "few-texts": []}, tmp_path)
+    assert (tmp_path / "few.md").read_text().count(".png") == 1
+    assert (tmp_path / "few-texts.md").read_text().count(".png") == 2

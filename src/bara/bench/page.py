@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bara.bench.figures import figures
@@ -71,11 +71,11 @@ def update_pages(place: Path, shown: dict[str, list[Table]], folder: Path) -> No
     if not place.is_dir():
         update_page(place, shown, folder)
         return
-    for name, of_benchmark in shown.items():
+    for name in shown:
         page = place / f"{name}.md"
         if not page.exists():
             atomic_write_text(page, "\n".join([f"# {name}", "", *_marks(name), ""]))
-        update_page(page, {name: of_benchmark}, folder)
+        update_page(page, shown, folder)
 
 
 def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None:
@@ -104,7 +104,7 @@ def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None
         relative = Path(os.path.relpath(folder, page.parent)).as_posix()
         pictures = [
             f"![{name}, {file.stem.removeprefix(name + '-')}]({relative}/{file.name})"
-            for file in sorted(folder.glob(f"{name}-*.png"))
+            for file in _pictures(folder, name, shown)
         ]
         content = "\n\n".join([*(table.to_markdown() for table in of_benchmark), *pictures])
         text = f"{before}{start}\n\n{content}\n\n{end}{after}"
@@ -114,6 +114,13 @@ def update_page(page: Path, shown: dict[str, list[Table]], folder: Path) -> None
             "<!-- bench NAME --> and a line <!-- /bench NAME --> where the tables should be"
         )
     atomic_write_text(page, text)
+
+
+def _pictures(folder: Path, name: str, names: Iterable[str]) -> list[Path]:
+    """A benchmark's pictures, without those of others whose names begin with its own."""
+    others = tuple(f"{other}-" for other in names if other.startswith(f"{name}-"))
+    files = sorted(folder.glob(f"{name}-*.png"))
+    return [file for file in files if not file.name.startswith(others)]
 
 
 def _marks(name: str) -> tuple[str, str]:
