@@ -4,15 +4,17 @@
     python benchmarks/compiled_speed.py --device cpu --models minilm
 
 All adapters of a model are trained side by side in one process and take turns, one step each: eager
-ones, some whose blocks are compiled, one graph for all, and some that are compiled as a whole. All
-are in bfloat16 autocast. The models have random weights, which are nothing to their speed, in the
-sizes of real ones. Every model's row is written to benchmarks/results/compiled_speed.jsonl when it
-is finished; the tables go to docs/compiled-speed.md.
+ones, on a GPU also without kernels of ours (`pytorch`), some whose blocks are compiled, one graph
+for all, and some that are compiled as a whole. All are in bfloat16 autocast. The models have random
+weights, which are nothing to their speed, in the sizes of real ones. Every model's row is written
+to benchmarks/results/compiled_speed.jsonl when it is finished; the tables go to docs/compiled-
+speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -37,12 +40,13 @@ from bara.bench.results import append_row, read_lines
 from bara.files import atomic_write_text
 from bara.machine import quieten_libraries, versions
 from bara.methods.table import METHODS
+from bara.posteriors.kernels.on_device import VARIABLE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/compiled_speed.jsonl"
 PAGE = ROOT / "docs/compiled-speed.md"
 COMPARED = ("lora", "bara", "balora", "blob", "scalabl", "rankwise", "mc-dropout")
-MODES = ("eager", "blocks", "compiled")
+MODES = ("eager", "pytorch", "blocks", "compiled")
 CLASSES = 3
 NUM_DRAWS = 10
 NUM_PREDICTIONS = 3
@@ -141,6 +145,7 @@ class Adapted:
         self.model = get_peft_model(model, config).train()
         self.device = device
         self.steps = steps
+        self.variables = {VARIABLE: "0"} if mode == "pytorch" else {}
         self.call: Any = self.model
         if mode == "blocks":
             for block in size.blocks(self.model.get_base_model()):
@@ -154,9 +159,10 @@ class Adapted:
         """One training step."""
         if self.bayesian:
             bara.set_progress(self.model, number / self.steps, self.steps)
-        with torch.autocast(self.device, torch.bfloat16):
-            loss = self.call(**batch).loss
-        loss.backward()
+        with patch.dict(os.environ, self.variables):
+            with torch.autocast(self.device, torch.bfloat16):
+                loss = self.call(**batch).loss
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -258,7 +264,8 @@ def write_page(records: list[dict[str, Any]], page: Path) -> None:
         "`benchmarks/results/compiled_speed.jsonl`; do not edit.",
         "",
         "Adapters of one model in one process take turns, one step each, in bfloat16 autocast: "
-        "eager, with compiled blocks (`block.compile()` for every block of the model), or compiled "
+        "eager, on a GPU also with PyTorch's operations in place of our kernels (`pytorch`), "
+        "with compiled blocks (`block.compile()` for every block of the model), or compiled "
         "as a whole (`torch.compile(model)`). A ratio is the median over the turns. The models "
         "have the sizes of real ones and random weights; texts have one half to all of the "
         f"longest's length. The first {WARM_UP} steps, "
@@ -315,6 +322,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quieten_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if arguments.device == "cpu":  # which has no kernels
+        arguments.modes = [mode for mode in arguments.modes if mode != "pytorch"]
     methods = list(dict.fromkeys(["lora", *arguments.methods]))  # all ratios are to it
     for name in arguments.models:
         torch.compiler.reset()

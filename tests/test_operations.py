@@ -13,6 +13,7 @@ BESIDE_LORA = {
     "blob": -7,
     "balora": 6,
     "bara": 10,
+    "bara, with kernels": -6,
 }
 """Operations of an adapted layer beyond LoRA's. Fewer than LoRA's own where PEFT casts every
 layer's input, weights and gradients one by one, and the fused step all at once."""
@@ -25,6 +26,8 @@ def lora():
 
 @pytest.mark.parametrize("method", BESIDE_LORA)
 def test_a_step_takes_no_more_operations_than_it_did(method, lora):
+    if "kernels" in method:
+        pytest.importorskip("triton")
     assert SCRIPT["per_layer"](method) - lora <= BESIDE_LORA[method] + 0.5
 
 

@@ -35,6 +35,7 @@ from bara.posteriors.distributions import (
     scale_noise_kl,
 )
 from bara.posteriors.fused import Fused, Stack
+from bara.posteriors.kernels.on_device import on_device
 from bara.posteriors.parameters import can_set, set_parameter
 from bara.posteriors.posterior import (
     Kl,
@@ -186,6 +187,7 @@ class BaraPosterior(Posterior):
             parts["columns"] = stack.squared_columns()
         noisy = self.weight_noise > 0
         step = BaraStep(config.local_gate, noisy, self.granularity == "sequence")
+        step = on_device(step, self.rank, stack.dtype, stack.a[0].device)
         return Fused(step, tensors, parts, squares=noisy)
 
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:

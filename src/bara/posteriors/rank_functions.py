@@ -12,6 +12,8 @@ from torch import Tensor
 Saved = Sequence[Any]
 """Tensors, or None where there is nothing."""
 Gradients = Sequence[Tensor | None]
+LEAST_ROOT_MEAN_SQUARE = 1e-6
+"""What features have at least, so that features of zeros have a direction."""
 
 
 class RankFunction(Protocol):
@@ -143,7 +145,7 @@ def unit(features: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _least_norm(width: int) -> Tensor:
-    return torch.tensor(1e-6 * width**0.5)
+    return torch.tensor(LEAST_ROOT_MEAN_SQUARE * width**0.5)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
