@@ -6,8 +6,8 @@ Small operations, not arithmetic, are what a step of a Bayesian adapter costs on
 is the same on every machine. Counted are dispatched operations without views, forward and backward,
 of one more block of a Llama (r = 16, seven targets, bfloat16 base under autocast), over its adapted
 layers: so the block's own operations are part of every count, and the embedding and the loss are
-not. On a GPU with Triton BaRA has kernels, whose launches count as one operation each. The table
-goes to docs/speed.md.
+not. On a GPU with Triton BaRA and BaLoRA have kernels, whose launches count as one operation each.
+The table goes to docs/speed.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bara.posteriors.bara_step import BaraStep
+from bara.posteriors.kernels import on_device
 from bara.posteriors.registry import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ RESULTS = ROOT / "benchmarks/results/operations.json"
 PAGE = ROOT / "docs/speed.md"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BEGIN, END = "<!-- operations -->", "<!-- /operations -->"
-KERNELS = "bara, with kernels"
+KERNELS = ", with kernels"
 METHODS = (
     "lora",
     "mc-dropout",
@@ -43,7 +44,7 @@ METHODS = (
     "blob",
     "balora",
     "bara",
-    KERNELS,
+    *("balora, with kernels", "bara, with kernels"),
 )
 
 
@@ -69,17 +70,18 @@ def launches_counted(counter: Counter, with_kernels: bool) -> Iterator[None]:
     if not with_kernels:
         yield
         return
-    from bara.posteriors.kernels import bara_kernel
+    from bara.posteriors.kernels import blocks
 
     def launch(*_: Any, **__: Any) -> None:
         counter.count += 1
 
-    def on_device(step: BaraStep, *_: Any) -> BaraStep:
-        return bara_kernel.BaraKernel(step.gate, step.noise, step.pool)
+    def checked(step: Any, name: str, *_: Any) -> Any:
+        return import_module(f"bara.posteriors.kernels.{name}").kernel(step)
 
     with (
-        patch.object(bara_kernel, "launch", launch),
-        patch("bara.posteriors.bara.on_device", on_device),
+        patch.object(blocks, "launch", launch),
+        patch.object(on_device, "DEVICES", ("cpu",)),
+        patch.object(on_device, "checked", checked),
     ):
         yield
 
@@ -101,13 +103,13 @@ def step_operations(method: str, num_layers: int) -> int:
     if method == "lora":
         config = LoraConfig(**options)
     else:
-        family = FAMILIES[method.partition(",")[0]]
+        family = FAMILIES[method.removesuffix(KERNELS)]
         config = family.config(num_observations=50, warmup=0.0, **options)
     adapted = get_peft_model(model, config).train()
     ids = torch.arange(24).reshape(2, 12) + 1
     count = 0
     for _ in range(2):
-        with Counter() as counter, launches_counted(counter, method == KERNELS):
+        with Counter() as counter, launches_counted(counter, method.endswith(KERNELS)):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = adapted(input_ids=ids, labels=ids).loss
             loss.backward()

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import test_fused
 from bara.draws.draws import Draws
+from bara.posteriors.balora_step import BaloraStep
 from bara.posteriors.bara_step import BaraStep
 from bara.posteriors.kernels import on_device as kernels
 from helpers import stir
@@ -19,7 +21,7 @@ from test_fused import assert_alike, classifier, language_model, step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
-bara_kernel = pytest.importorskip("bara.posteriors.kernels.bara_kernel")
+blocks = pytest.importorskip("bara.posteriors.kernels.blocks")
 
 # past the end of what there is: not written
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
@@ -27,7 +29,7 @@ STEPS = [
     BaraStep(gate, noise, pool)
     for gate, noise, pool in product([True, False], repeat=3)
     if gate or not pool
-]
+] + [BaloraStep(pool=True), BaloraStep(pool=False)]
 
 
 @pytest.fixture
@@ -48,17 +50,23 @@ def numbers(function, positions, rank, weighted):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     u = normal(layers, inputs, positions, rank)
-    s = normal(*u.shape).square() + 0.01 if function.noise else None
+    s = normal(*u.shape).square() + 0.01 if getattr(function, "noise", True) else None
     weights = None
     if weighted:
         weights = normal(inputs, positions).exp()
         weights[0, (positions + 1) // 2 :] = 0  # padding
         weights /= weights.sum(1, keepdim=True)
-    m, e, offset = (normal(layers, inputs, 1, rank) for _ in range(3))
-    gate = (offset, normal(layers, rank, rank).mT) if function.gate else ()
-    dpart = normal(layers, inputs, 1 if function.pool else positions, rank)
-    dpart = dpart if function.gate else None
-    return u, s, weights, (m * 1.2, e, m, *gate), normal(*u.shape), dpart
+    e, groups = normal(layers, inputs, 1, rank), 1 if function.pool else positions
+    if isinstance(function, BaloraStep):
+        shapes = [(layers, 5, rank), (layers, 5), (layers, 1, 5), (layers, 1)]
+        tensors = [e, *(normal(*shape) for shape in shapes)]
+        dpart = normal(layers, inputs, groups, 1)
+    else:
+        m, offset = normal(layers, inputs, 1, rank), normal(layers, inputs, 1, rank)
+        gate = [offset, normal(layers, rank, rank).mT] if function.gate else []
+        tensors = [m * 1.2, e, m, *gate]
+        dpart = normal(layers, inputs, groups, rank) if function.gate else None
+    return u, s, weights, tensors, normal(*u.shape), dpart
 
 
 def computed(function, u, s, weights, tensors, dy, dpart):
@@ -67,8 +75,12 @@ def computed(function, u, s, weights, tensors, dy, dpart):
     return y, part, du, ds, *gradients
 
 
+def name_of(function):
+    return "bara" if isinstance(function, BaraStep) else "balora"
+
+
 def as_kernel(function):
-    return bara_kernel.BaraKernel(function.gate, function.noise, function.pool)
+    return import_module(f"bara.posteriors.kernels.{name_of(function)}").kernel(function)
 
 
 def placed(values, dtype):
@@ -78,11 +90,11 @@ def placed(values, dtype):
     def put(tensor, to=torch.float32):
         return None if tensor is None else tensor.to(DEVICE, to)
 
-    tensors = tuple(put(tensor) for tensor in tensors)
+    tensors = [put(tensor) for tensor in tensors]
     return put(u, dtype), put(s, dtype), put(weights), tensors, put(dy, dtype), put(dpart)
 
 
-@pytest.mark.parametrize(("positions", "rank"), [(1, 8), (7, 5), (70, 16), (40, 33), (130, 64)])
+@pytest.mark.parametrize(("positions", "rank"), [(1, 8), (7, 5), (70, 16), (20, 64)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("function", STEPS, ids=str)
 def test_values_and_gradients_are_those_of_64_bits(function, weighted, positions, rank):
@@ -100,58 +112,59 @@ def test_values_and_gradients_are_those_of_64_bits(function, weighted, positions
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("pool", [False, True])
-def test_half_precision_is_rounded_once(dtype, pool):
+@pytest.mark.parametrize("function", [STEPS[0], STEPS[-1]], ids=str)
+def test_half_precision_is_rounded_once(function, dtype):
     """What goes in is rounded; what comes out differs from 64 bits on the same by a rounding."""
-    function = BaraStep(gate=True, noise=True, pool=pool)
     rounded = placed(numbers(function, 40, 8, True), dtype)
-    wide = [t if t is None or isinstance(t, tuple) else t.double().cpu() for t in rounded[:3]] + [
-        tuple(t.double().cpu() for t in rounded[3]),
-        *(t.double().cpu() for t in rounded[4:]),
-    ]
+    u, s, weights, tensors, dy, dpart = (
+        [t.double().cpu() for t in value] if isinstance(value, list) else value.double().cpu()
+        for value in rounded
+    )
     found = computed(as_kernel(function), *rounded)
-    assert [t.dtype for t in found if t is not None] == [dtype, torch.float32, dtype, dtype] + [
-        torch.float32
-    ] * 3
-    for one, other in zip(found, computed(function, *wide), strict=True):
-        if one is not None:
-            epsilon = torch.finfo(one.dtype).eps
-            tolerance = {"rtol": epsilon, "atol": 1e-5 * float(other.abs().max())}
-            torch.testing.assert_close(one.cpu().double(), other, **tolerance)
+    wide = computed(function, u, s, weights, tensors, dy, dpart)
+    for number, (one, other) in enumerate(zip(found, wide, strict=True)):
+        if other is None:
+            continue
+        assert one.dtype == (dtype if number in (0, 2, 3) else torch.float32)  # y, du, ds
+        epsilon = torch.finfo(one.dtype).eps
+        tolerance = {"rtol": epsilon, "atol": 1e-5 * float(other.abs().max())}
+        torch.testing.assert_close(one.cpu().double(), other, **tolerance)
 
 
-def test_the_same_numbers_give_the_same_bits():
-    function = as_kernel(BaraStep(gate=True, noise=True, pool=False))
+@pytest.mark.parametrize("function", [STEPS[2], STEPS[-1]], ids=str)
+def test_the_same_numbers_give_the_same_bits(function):
     given = placed(numbers(function, 130, 16, True), torch.float32)
-    for one, other in zip(computed(function, *given), computed(function, *given), strict=True):
-        assert one is None or torch.equal(one, other)
+    pairs = zip(*(computed(as_kernel(function), *given) for _ in range(2)), strict=True)
+    assert all(one is None or torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize(
-    ("make", "options"),
+    ("make", "method", "options"),
     [
-        (classifier, {}),
-        (classifier, {"local_gate": False}),
-        (language_model, {}),
+        (classifier, "bara", {}),
+        (classifier, "bara", {"local_gate": False}),
+        (language_model, "bara", {}),
+        (classifier, "balora", {}),
+        (language_model, "balora", {"hidden_size": 3}),
     ],
 )
-def test_a_model_trains_as_without(make, options, kernels_here, monkeypatch):
+def test_a_model_trains_as_without(make, method, options, kernels_here, monkeypatch):
     """As 64 bits do, to what 32 bits round."""
     # so little that the attention does not saturate, where much is made of a rounding
     monkeypatch.setattr(test_fused, "stir", partial(stir, scale=0.05))
-    model, batch = make("bara", **options)
+    model, batch = make(method, **options)
     model.to(DEVICE)
     batch = {name: value.to(DEVICE) for name, value in batch.items()}
-    launched, launch = [], bara_kernel.launch
+    launched, launch = [], blocks.launch
 
     def recorded(kernel, *args, **sizes):
-        launched.append(kernel)
+        launched.append(kernel.fn.__name__)
         launch(kernel, *args, **sizes)
 
     draws = Draws(2, seed=5)
-    monkeypatch.setattr(bara_kernel, "launch", recorded)
+    monkeypatch.setattr(blocks, "launch", recorded)
     by_kernels = step(model, batch, fuse=True, draws=draws)
-    assert launched.count(bara_kernel._forward) == launched.count(bara_kernel._backward) > 4
+    assert launched.count("_forward") == launched.count("_backward") > 4
     launched.clear()
     monkeypatch.setenv(kernels.VARIABLE, "0")
     truth = step(model.double(), batch, fuse=True, draws=draws)
@@ -159,8 +172,9 @@ def test_a_model_trains_as_without(make, options, kernels_here, monkeypatch):
     assert_alike(by_kernels, truth, 1e-4)
 
 
-def test_inputs_of_zeros_have_gradients(kernels_here):
-    model, batch = classifier("bara", granularity="token")
+@pytest.mark.parametrize("method", ["bara", "balora"])
+def test_inputs_of_zeros_have_gradients(method, kernels_here):
+    model, batch = classifier(method, granularity="token")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.LayerNorm):
@@ -176,27 +190,34 @@ def test_inputs_of_zeros_have_gradients(kernels_here):
 STEP = BaraStep(gate=True, noise=True, pool=False)
 
 
-def chosen(rank=8, dtype=torch.float32):
-    return kernels.on_device(STEP, rank, dtype, torch.device(DEVICE))
+def chosen(rank=8, dtype=torch.float32, device=DEVICE):
+    _, _, _, tensors, _, _ = numbers(STEP, 3, rank, False)
+    return kernels.on_device(STEP, "bara", [tensor.to(device) for tensor in tensors], dtype)
 
 
 def test_pytorch_keeps_what_kernels_do_not_serve(kernels_here, monkeypatch):
-    assert isinstance(chosen(), bara_kernel.BaraKernel)
-    assert chosen(dtype=torch.float64) is chosen(rank=kernels.MOST_FACTORS + 1) is STEP
+    assert type(chosen()).__name__ == "BaraKernel"
+    assert chosen(dtype=torch.float64) is chosen(rank=kernels.WIDEST + 1) is STEP
     monkeypatch.setenv(kernels.VARIABLE, "0")
     assert chosen() is STEP
 
 
 def test_a_cpu_has_none():
-    assert kernels.on_device(STEP, 8, torch.float32, torch.device("cpu")) is STEP
+    assert chosen(device="cpu") is STEP
+
+
+def test_without_triton_nothing_is_said(kernels_here, monkeypatch, recwarn):
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert chosen() is STEP
+    assert not recwarn.list
 
 
 def test_kernels_that_cannot_be_built_are_named_once(kernels_here, monkeypatch, recwarn):
     def fails(*args, **more):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
-    monkeypatch.setattr(bara_kernel, "launch", fails)
-    with pytest.warns(RuntimeWarning, match=r"not used on .*Failed to find C compiler\.\)"):
+    monkeypatch.setattr(blocks, "launch", fails)
+    with pytest.warns(RuntimeWarning, match=r"of bara are not used on .*find C compiler\.\)"):
         assert chosen() is STEP
     recwarn.clear()
     assert chosen() is STEP
@@ -204,15 +225,15 @@ def test_kernels_that_cannot_be_built_are_named_once(kernels_here, monkeypatch, 
 
 
 def test_kernels_that_compute_something_else_are_not_used(kernels_here, monkeypatch):
-    launch = bara_kernel.launch
+    launch = blocks.launch
 
-    def doubled(kernel, grid, *given, **sizes):
+    def spoilt(kernel, grid, *given, **sizes):
         launch(kernel, grid, *given, **sizes)
-        if kernel is bara_kernel._backward:
+        if kernel.fn.__name__ == "_backward":
             du = given[-4]
             du *= 1.01
 
-    monkeypatch.setattr(bara_kernel, "launch", doubled)
+    monkeypatch.setattr(blocks, "launch", spoilt)
     with pytest.warns(RuntimeWarning, match=r"they differ from PyTorch's by 1e-02"):
         assert chosen() is STEP
 
@@ -223,19 +244,18 @@ BUILD = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bara.posteriors.kernels import bara_kernel
+from bara.posteriors.kernels import balora, bara
 
-WIDE = {"e", "m", "offset", "weight", "weights", "part", "dpart", "shared", "dweight"}
-NUMBERS = {"inputs", "positions", "span"}
-for kernel in (bara_kernel._forward, bara_kernel._backward):
+HALF, NUMBERS = {"u", "s", "y", "dy", "du", "ds"}, {"inputs", "positions", "span"}
+for kernel in (bara._forward, bara._backward, balora._forward, balora._backward):
     for pool, half, rank, width, rows in ((False, "bf16", 64, 64, 16), (True, "fp16", 8, 16, 64)):
-        sizes = dict(R=rank, W=width, N=rows, POOL=pool)
+        sizes = dict(R=rank, W=width, N=rows, POOL=pool, H=rank, V=width)
         sizes |= dict.fromkeys(("GATE", "NOISE", "WEIGHTED", "PART"), True)
-        types = {name: "*fp32" if name in WIDE else "*" + half for name in kernel.arg_names}
-        types |= {name: "i32" for name in NUMBERS}
         sizes = {name: sizes[name] for name in kernel.arg_names if name in sizes}
-        source = ASTSource(kernel, types | dict.fromkeys(sizes, "constexpr"), sizes)
+        types = {name: f"*{half if name in HALF else 'fp32'}" for name in kernel.arg_names}
+        types |= dict.fromkeys(NUMBERS, "i32") | dict.fromkeys(sizes, "constexpr")
         target = GPUTarget("cuda", CAPABILITY, 32)
+        source = ASTSource(kernel, types, sizes)
         built = triton.compile(source, target=target, options={"num_stages": 1})
         assert built.asm["cubin"]
         print(built.metadata.shared)
@@ -257,5 +277,5 @@ def test_they_can_be_built_for_a_gpu(capability, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     shared = [int(line) for line in ran.stdout.split()]
-    assert len(shared) == 4
+    assert len(shared) == 8
     assert max(shared) <= 64 * 1024

@@ -13,6 +13,7 @@ BESIDE_LORA = {
     "blob": -7,
     "balora": 6,
     "bara": 10,
+    "balora, with kernels": -6,
     "bara, with kernels": -6,
 }
 """Operations of an adapted layer beyond LoRA's. Fewer than LoRA's own where PEFT casts every

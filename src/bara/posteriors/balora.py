@@ -8,7 +8,7 @@ sampled in rank space, where A x has mean theta_A x and variance alpha_l(x) (the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
 from bara.draws.draws import Noise
+from bara.posteriors.balora_step import LEAST_ALPHA, BaloraStep
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import scale_noise_kl
 from bara.posteriors.fused import Fused, Stack
+from bara.posteriors.kernels.on_device import on_device
 from bara.posteriors.posterior import (
     LOG_SCALE,
     Kl,
@@ -27,12 +29,8 @@ from bara.posteriors.posterior import (
     PosteriorOutput,
     relative_noise_draw,
 )
-from bara.posteriors.rank_functions import Gradients, Saved, pooled, product, unit
 from bara.posteriors.rank_space import RankSpace, position_mean, rms_normalised, wide
 from bara.posteriors.registry import register
-
-LEAST_ALPHA = 1e-6
-"""Least relative variance, so that its logarithm is finite."""
 
 
 @dataclass
@@ -77,47 +75,6 @@ class BaloraConfig(BayesianConfig):
     def noise_prior(self) -> float:
         """c = p / (1 - p), the prior variance relative to the squared mean."""
         return self.dropout_prior / (1 - self.dropout_prior)
-
-
-@dataclass(frozen=True)
-class BaloraStep:
-    """u + e sqrt(s alpha(u)) with s = A^2 x^2, and its derivative.
-
-    Attributes:
-        pool: alpha is that of a sequence.
-    """
-
-    pool: bool
-    part = "alpha"
-
-    def forward(
-        self, u: Tensor, s: Tensor | None, weights: Tensor | None, tensors: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None, Saved]:
-        assert s is not None
-        e, hidden_weight, hidden_bias, output_weight, output_bias = tensors
-        features, _ = unit(pooled(u, weights) if self.pool else u)
-        flat = features.flatten(1, 2)
-        hidden = torch.tanh(torch.baddbmm(hidden_bias.unsqueeze(1), flat, hidden_weight.mT))
-        raw = torch.baddbmm(output_bias.unsqueeze(1), hidden, output_weight.mT)
-        alpha = (softplus(raw) + LEAST_ALPHA).view(*features.shape[:-1], 1)
-        level = (s * alpha).sqrt()
-        y = torch.addcmul(u, level, e, out=torch.empty_like(u))
-        return y, alpha, (s, e, alpha, level, raw, hidden, flat, output_weight)
-
-    def backward(
-        self, saved: Saved, dy: Tensor, dpart: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Gradients]:
-        s, e, alpha, level, raw, hidden, flat, output_weight = saved
-        of_variance = dy * e / level  # twice the gradient of s alpha
-        ds = product(of_variance, alpha, s.dtype)  # twice, for x^2 and A^2 pass on half of theirs
-        dalpha = (of_variance * s).sum(-1, keepdim=True)
-        if alpha.shape[-2] != dy.shape[-2]:
-            dalpha = dalpha.sum(-2, keepdim=True)
-        dalpha = dalpha / 2 if dpart is None else torch.add(dpart, dalpha, alpha=0.5)
-        draw = torch.ops.aten.softplus_backward(dalpha.view(raw.shape), raw, 1, 20)
-        dhidden = torch.ops.aten.tanh_backward(draw @ output_weight, hidden)
-        gradients = dhidden.mT @ flat, dhidden.sum(1), draw.mT @ hidden, draw.sum(1)
-        return dy, ds, (None, *gradients)
 
 
 class BaloraPosterior(Posterior):
@@ -171,6 +128,7 @@ class BaloraPosterior(Posterior):
         ]
         elements = tensors[0].new_tensor([a.numel() for a in stack.a])
         step = BaloraStep(pool=self.granularity == "sequence")
+        step = on_device(step, "balora", tensors, stack.dtype)
         return Fused(step, tensors, {"elements": elements}, squares=True)
 
     def kl(self, parts: Mapping[str, Tensor]) -> Kl:

@@ -187,7 +187,7 @@ class BaraPosterior(Posterior):
             parts["columns"] = stack.squared_columns()
         noisy = self.weight_noise > 0
         step = BaraStep(config.local_gate, noisy, self.granularity == "sequence")
-        step = on_device(step, self.rank, stack.dtype, stack.a[0].device)
+        step = on_device(step, "bara", tensors, stack.dtype)
         return Fused(step, tensors, parts, squares=noisy)
 
     def linear_outputs(self, space: RankSpace) -> dict[str, Tensor]:

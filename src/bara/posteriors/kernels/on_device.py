@@ -1,4 +1,4 @@
-"""BaRA's rank function by the kernels in `bara_kernel` where a GPU has them, else by PyTorch.
+"""Rank functions by the kernels of this package where a GPU has them, else by PyTorch.
 
 Triton builds a kernel on the machine that runs it, for its GPU and with its C compiler. So before a
 kernel is used it is asked, once, whether it computes what PyTorch does there.
@@ -8,39 +8,46 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bara.posteriors.bara_step import BaraStep
+from bara.posteriors.rank_functions import RankFunction
 
-MOST_FACTORS = 64
-"""r at most: a kernel keeps r x r weights, and their gradient, where there is little room."""
+F = TypeVar("F", bound=RankFunction)
+WIDEST = 64
+"""r at most: a kernel keeps a matrix of r x r, and its gradient, where there is little room."""
 DEVICES = ("cuda",)
 """Types of devices that kernels are built for; Triton's interpreter, in the tests, takes a CPU."""
 VARIABLE = "BARA_TRITON"
 """The environment variable that keeps PyTorch's operations where it is 0."""
 
 
-def on_device(step: BaraStep, rank: int, dtype: torch.dtype, device: torch.device) -> BaraStep:
+def on_device(step: F, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> F:
     """The same function, by kernels where they serve.
 
     Args:
         step: by PyTorch.
-        rank: r.
+        name: of the file beside this one that has the kernels.
+        tensors: the step's.
         dtype: of the projections.
-        device: theirs.
     """
+    device, widths = tensors[0].device, tuple(tensor.shape[-1] for tensor in tensors)
     wanted = device.type in DEVICES and os.environ.get(VARIABLE) != "0"
-    if not wanted or rank > MOST_FACTORS or dtype == torch.float64:
+    if not wanted or max(widths) > WIDEST or dtype == torch.float64:
         return step
-    return checked(step, rank, dtype, device)
+    return checked(step, name, widths, dtype, device)  # type: ignore[arg-type]
 
 
 @cache
-def checked(step: BaraStep, rank: int, dtype: torch.dtype, device: torch.device) -> BaraStep:
+def checked(
+    step: Any, name: str, widths: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Any:
     """The step by kernels if they agree with PyTorch's on random numbers, else itself, and a line.
 
     Warns:
@@ -49,18 +56,18 @@ def checked(step: BaraStep, rank: int, dtype: torch.dtype, device: torch.device)
     if find_spec("triton") is None:  # PyTorch brings it along where it supports it
         return step
     try:
-        from bara.posteriors.kernels.bara_kernel import BaraKernel
-
-        kernel = BaraKernel(step.gate, step.noise, step.pool)
-        difference = _difference(step, kernel, rank, dtype, device)
+        kernels = import_module(f"bara.posteriors.kernels.{name}")
+        kernel = kernels.kernel(step)
+        difference = _difference(step, kernel, kernels.example, widths, dtype, device)
         reason = f"they differ from PyTorch's by {difference:.0e}"
         if difference < (1e-3 if dtype == torch.float32 else 3e-2):
             return kernel
     except Exception as error:  # of Triton, a C compiler, a driver
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     warnings.warn(
-        f"BaRA's Triton kernels are not used on {device} ({reason}): steps are slower there, and "
-        f"the same but for rounding. {VARIABLE}=0 in the environment does without this line.",
+        f"The Triton kernels of {name} are not used on {device} ({reason}): steps are slower "
+        f"there, and the same but for rounding. {VARIABLE}=0 in the environment does without "
+        "this line.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -68,7 +75,12 @@ def checked(step: BaraStep, rank: int, dtype: torch.dtype, device: torch.device)
 
 
 def _difference(
-    step: BaraStep, kernel: BaraStep, rank: int, dtype: torch.dtype, device: torch.device
+    step: RankFunction,
+    kernel: RankFunction,
+    example: Any,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> float:
     """The largest difference of what both make of random numbers, relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
@@ -77,16 +89,14 @@ def _difference(
         return torch.randn(*shape, generator=generator).to(device)
 
     layers, inputs, positions = 2, 2, 131  # blocks that are full, and one that is not
-    u = normal(layers, inputs, positions, rank).to(dtype)
-    s = normal(*u.shape).square().add(0.1).to(dtype) if step.noise else None
-    e, m, offset = (normal(layers, inputs, 1, rank) for _ in range(3))
-    gate = (offset, normal(layers, rank, rank)) if step.gate else ()
+    u = normal(layers, inputs, positions, widths[0]).to(dtype)
+    s = normal(*u.shape).square().add(0.1).to(dtype)
+    tensors = example(step, normal, layers, inputs, widths)
     weights = normal(inputs, positions).softmax(-1)
     dy, found = normal(*u.shape).to(dtype), []
     for function, wide in ((step, torch.float32), (kernel, dtype)):
-        of_u, of_s = u.to(wide), None if s is None else s.to(wide)
-        tensors = (m * 1.2, e, m, *gate)
-        y, part, saved = function.forward(of_u, of_s, weights, tensors)
+        of_s = s.to(wide) if getattr(function, "noise", True) else None
+        y, part, saved = function.forward(u.to(wide), of_s, weights, tensors)
         du, ds, gradients = function.backward(saved, dy.to(wide), part)
         found.append([t.float() for t in (y, part, du, ds, *gradients) if t is not None])
     pairs = zip(*found, strict=True)
