@@ -144,8 +144,7 @@ class WeightDraws(DrawSource):
         """The logits (n, C) of the mean weights become those of every draw, (S n, C)."""
         ((name, layer),) = self.layers.items()
         joint = (layer.out_features, layer.in_features + 1)
-        normal = draws.numbers(name, "normal", joint, layer.weight.device)
-        noise = torch.stack([self.factors[name].noise(one) for one in normal])  # (S, C, d + 1)
+        noise = self._drawn(name, draws, joint, layer.weight.device)  # (S, C, d + 1)
         features: list[Tensor] = []
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -184,8 +183,7 @@ class WeightDraws(DrawSource):
         blocks, rows = Blocks(draws.num_draws), [0]
         layers: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
-            normal = draws.numbers(name, "normal", tuple(parameter.shape), parameter.device)
-            noise = torch.stack([self.factors[name].noise(one) for one in normal])
+            noise = self._drawn(name, draws, tuple(parameter.shape), parameter.device)
             layer, _, part = name.rpartition(".")
             layers.setdefault(layer, {})[part] = noise.to(parameter.dtype)
 
@@ -231,16 +229,23 @@ class WeightDraws(DrawSource):
             pair, second = divmod(draws.first, 2)
             draws, sign = Draws(1, draws.seed, pair), -1.0 if second else 1.0
         noise: dict[str, Tensor] = {}
-        for name, factors in self.factors.items():
+        for name in self.factors:
             parts = [self.parameters[part] for part in self._parts(name)]
             shape = parts[0].shape
             if len(parts) > 1:
                 shape = torch.Size((shape[0], shape[1] + 1))
-            normal = draws.numbers(name, "normal", tuple(shape), parts[0].device)[0]
-            change = sign * factors.noise(normal).to(parts[0].dtype)
+            (drawn,) = self._drawn(name, draws, tuple(shape), parts[0].device)
+            change = sign * drawn.to(parts[0].dtype)
             changes = [change] if len(parts) == 1 else [change[:, :-1], change[:, -1]]
             noise.update(zip(self._parts(name), changes, strict=True))
         return noise
+
+    def _drawn(
+        self, name: str, draws: Draws, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor:
+        """The noise of every draw on an entry of this shape, (S, *shape)."""
+        normal = draws.numbers(name, "normal", shape, device)
+        return torch.stack([self.factors[name].noise(one) for one in normal])
 
     def _change(
         self, noise: dict[str, Tensor], args: Any, kwargs: dict[str, Any], handle: Any
