@@ -422,6 +422,24 @@ def test_only_certified_classifiers(tmp_path, tiny_model_dir, table, capsys):
     assert "only classifiers" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_its_rows_to_certify_on(tmp_path, tiny_model_dir, table, capsys):
+    """The checkpoint's prior has learned rows that another split would certify on."""
+    adapter = tmp_path / "adapter"
+    assert train(tiny_model_dir, table, adapter, "--prior-fraction", 0.5) == 0
+    lines = table.read_text().splitlines(keepends=True)
+    reordered = tmp_path / "reordered.jsonl"
+    reordered.write_text("".join(lines[::-1]))
+    resume = ["train", "--resume", "--output", str(adapter), "--epochs", "3"]
+    capsys.readouterr()
+    for other in (["--seed", "1"], ["--data", str(reordered)]):
+        assert main([*resume, *other]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "resume it with the seed and the table" in error
+    assert main(resume) == 0  # what was refused changed nothing
+    assert main(["certify", str(adapter), "--data", str(table), "--num-draws", "2"]) == 0
+
+
 def test_a_resumed_run_keeps_its_prior(tmp_path, tiny_model_dir, table):
     def recipe(name):
         return TrainRecipe(

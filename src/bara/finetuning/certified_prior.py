@@ -15,6 +15,7 @@ from bara.cards.adapter_files import RECIPE_FILE, WEIGHTS_FILE
 from bara.certificates.certificate import fitted, not_certified
 from bara.data.text_task import TextTask, split_dataset
 from bara.errors import BaraError
+from bara.finetuning.checkpoints import CHECKPOINTS, newest_checkpoint
 from bara.finetuning.load import read_config
 from bara.methods.recipe import TrainRecipe
 from bara.posteriors.certified import CertifiedConfig
@@ -43,7 +44,8 @@ def prepare(
             checkpoint of a resumed run will bring the prior.
 
     Raises:
-        BaraError: regression, or a class that the prior's part of the table lacks.
+        BaraError: regression, a class that the prior's part of the table lacks, or a resumed run
+            with other rows to certify on.
     """
     if task.task != "classification":
         raise BaraError("method certified: only classifiers can be certified")
@@ -51,7 +53,10 @@ def prepare(
     assert isinstance(config, CertifiedConfig)
     rows, prior_rows = _split(train, config.prior_fraction, recipe.seed)
     config.data_digest = _digest(rows, task)
-    if prior_rows is None or learn is None:
+    if learn is None:
+        _require_same_rows(Path(recipe.output), config.data_digest)
+        return
+    if prior_rows is None:
         return
     lacking = set(range(task.num_labels)) - set(task.encode_labels(prior_rows))
     if lacking:
@@ -64,6 +69,18 @@ def prepare(
     options = {"output": output, "method_options.prior_fraction": 0.0, "validation": None}
     options["method_options.kl_weight"] = 1.0  # the certificate does not charge for this KL
     start_from_prior(model, learn(recipe.with_options(options), prior_rows))
+
+
+def _require_same_rows(output: Path, digest: str) -> None:
+    """Holds a resumed run to the rows that it set aside: its prior may have learned any others."""
+    checkpoint = newest_checkpoint(output / CHECKPOINTS)
+    assert checkpoint is not None  # `check_output` refuses to resume without one
+    earlier = read_config(checkpoint)
+    if not isinstance(earlier, CertifiedConfig) or earlier.data_digest != digest:
+        raise BaraError(
+            f"the run in {output} set other rows aside to certify on: resume it with the seed and "
+            "the table that it began with (--seed, --data), or start it anew (--overwrite)"
+        )
 
 
 def start_from_prior(model: PeftModel, folder: Path) -> None:
