@@ -124,6 +124,16 @@ def test_members_write_no_checkpoints(ensemble_dir):
     assert not list((ensemble_dir / "checkpoints").glob("checkpoint-*"))
 
 
+def test_adalora_is_not_resumed(base_dir, tmp_path):
+    """Its checkpoints have lost the ranks that were cut off."""
+    output = train(base_dir, tmp_path / "out", "adalora", training={"save_strategy": "epoch"})
+    weights = (output / "adapter_model.safetensors").read_bytes()
+    recipe = TrainRecipe.load(output / "recipe.yaml")
+    with pytest.raises(BaraError, match=r"method adalora lack what.*\(--overwrite\)"):
+        finetune(recipe, TABLE, TABLE, resume=True)
+    assert (output / "adapter_model.safetensors").read_bytes() == weights
+
+
 def test_a_missing_member_is_an_error(ensemble_dir, tmp_path):
     folder = shutil.copytree(ensemble_dir, tmp_path / "copy")
     (folder / "member-1" / "adapter_model.safetensors").unlink()

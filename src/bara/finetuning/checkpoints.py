@@ -22,6 +22,7 @@ from bara.files import atomic_write_text, only_writer
 from bara.finetuning.task_inputs import load_task
 from bara.language.tasks import Task
 from bara.methods.recipe import TrainRecipe
+from bara.methods.table import parse_method
 from bara.schema import read_json, shown
 from bara.training.trainer import COMPLETE
 
@@ -78,6 +79,11 @@ def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: 
                     f"the run in {output} has {name} = {before}: it can only be resumed with that "
                     f"({TYPED.get(name, '--' + name.replace('_', '-'))})"
                 )
+        if not parse_method(recipe.method)[0].trainer.resumes:
+            raise BaraError(
+                f"the run in {output} cannot be resumed: checkpoints of method {recipe.method} "
+                "lack what it goes on with; start it anew (--overwrite)"
+            )
     trained = any((output / name).exists() for name in (CONFIG_FILE, RECIPE_FILE))
     if not resume and not overwrite and (checkpoint or trained):
         raise BaraError(

@@ -28,7 +28,13 @@ def adalora_options(options: dict[str, Any], _: Any) -> dict[str, Any]:
 
 
 class AdaloraTrainer(AdapterTrainer):
-    """Tells AdaLoRA how long training is, and lets it share out its budget after every step."""
+    """Tells AdaLoRA how long training is, and lets it share out its budget after every step.
+
+    PEFT saves the ranks that are left, but neither those cut off, which may come back, nor what
+    every rank has mattered so far: no training can go on from its checkpoints.
+    """
+
+    resumes = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

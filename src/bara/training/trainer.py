@@ -39,9 +39,11 @@ class AdapterTrainer(KLMixin, Trainer):
 
     Attributes:
         weight_noise: whether `finish` attaches a `bara.methods.WeightDraws`.
+        resumes: whether its checkpoints hold all that training goes on with.
     """
 
     weight_noise = False
+    resumes = True
 
     def __init__(self, *args: Any, options: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
