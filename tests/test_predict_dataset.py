@@ -8,6 +8,7 @@ import time
 
 import pandas as pd
 import pytest
+import yaml
 
 import bara
 from bara import BaraError, predict_dataset
@@ -111,6 +112,39 @@ def test_a_second_run_does_what_is_missing_or_has_changed(tmp_path, adapter, dat
     assert not list(out.rglob("*.tmp"))
     with pytest.raises(BaraError, match=r"other draws.*give another folder \(--output\)"):
         predict_dataset(adapter, data, out, output_format="jsonl", num_draws=2, seed=1)
+
+
+def test_a_calibration_or_a_note_makes_no_other_adapter(tmp_path, adapter, data, run):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    predict_dataset(copy, data, tmp_path / "out", num_draws=2)
+    recipe = TrainRecipe.load(copy / "recipe.yaml")
+    options = ["--data", recipe.data, "--calibrate-conformal", "--calibrate-risk", 0.5]
+    run("evaluate", copy, *options, "--num-draws", 2)
+    assert (copy / "conformal.safetensors").is_file()
+    assert (copy / "abstention.json").is_file()
+    recipe.training["logging_steps"] = 7  # read in training only
+    (copy / "recipe.yaml").write_text(recipe.to_yaml())
+    assert len(predict_dataset(copy, data, tmp_path / "out", num_draws=2).skipped) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("adapter_config.json", "weight_noise", 4.0),
+        ("text_task.json", "max_length", 5),
+        ("recipe.yaml", "method", "bara+temperature"),
+    ],
+)
+def test_other_numbers_beside_the_weights_make_another_adapter(
+    tmp_path, adapter, data, name, field, value
+):
+    copy = shutil.copytree(adapter, tmp_path / "copy")
+    predict_dataset(copy, data, tmp_path / "out", num_draws=2)
+    saved = yaml.safe_load((copy / name).read_text())
+    assert saved[field] != value
+    (copy / name).write_text(json.dumps(saved | {field: value}))
+    with pytest.raises(BaraError, match="of another adapter"):
+        predict_dataset(copy, data, tmp_path / "out", num_draws=2)
 
 
 @pytest.fixture

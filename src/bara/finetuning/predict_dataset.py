@@ -14,19 +14,25 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from tqdm.auto import tqdm
 
+from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, TASK_FILE
 from bara.data.images import ImageTask
 from bara.data.tables import FILE_SUFFIXES, parquet_rows
 from bara.errors import BaraError, last_line
+from bara.evaluation import conformal
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
 from bara.finetuning.prediction_parts import CHUNK, Unit, join, units_of
 from bara.finetuning.task_inputs import predict_table, read_table
 from bara.machine import Executor, check_executor, gpus_each, ray_cluster
+from bara.methods.recipe import TrainRecipe
+from bara.prediction.temperature import TEMPERATURE_FILE
 from bara.schema import json_text
 
 Format = Literal["csv", "jsonl", "parquet"]
 SETTINGS_FILE = ".bara-predictions.json"
 """What the files of an output folder were predicted with."""
+DECIDING_FILES = (CONFIG_FILE, "config.json", TASK_FILE, TEMPERATURE_FILE)
+"""Files of an adapter, or of a whole model, that decide predictions besides its weights."""
 LOCK_FILE = ".bara-predictions.lock"
 
 
@@ -254,13 +260,7 @@ def _require_same_settings(folder: Path, job: Job) -> None:
     Raises:
         BaraError: the folder has some.
     """
-    digest = hashlib.sha256()
-    root = Path(job.adapter)
-    weights = [p for p in root.rglob("*.safetensors") if "checkpoints" not in p.parts]
-    for path in sorted([*weights, *root.glob("temperature.json")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    unnamed = {"adapter": digest.hexdigest(), "base_model": None}
+    unnamed = {"adapter": _digest(Path(job.adapter)), "base_model": None}
     settings = json_text(asdict(job) | unnamed) + "\n"
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -270,6 +270,26 @@ def _require_same_settings(folder: Path, job: Job) -> None:
             f"the predictions in {folder} are of another adapter, other draws, seed, batch size or "
             "columns: give another folder (--output)"
         )
+
+
+def _digest(adapter: Path) -> str:
+    """A hash of what decides an adapter's predictions.
+
+    Left out are calibrations, which come later and change none, and of the recipe what only
+    training reads.
+    """
+    digest = hashlib.sha256()
+    for folder in [adapter, *sorted(adapter.glob("member-*"))]:  # of an ensemble
+        weights = [p for p in folder.glob("*.safetensors") if p.name != conformal.FILE]
+        others = [folder / name for name in DECIDING_FILES if (folder / name).is_file()]
+        for path in [*sorted(weights), *others]:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    read = [recipe.method, recipe.method_options, recipe.model_options]
+    digest.update(json_text(read, default=str).encode())
+    return digest.hexdigest()
 
 
 def _encoded(records: list[dict[str, Any]], suffix: str) -> bytes:
