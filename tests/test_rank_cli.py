@@ -109,6 +109,23 @@ def test_a_method_without_draws_has_none_in_its_card(
     assert "posterior draws" not in card
 
 
+@pytest.mark.parametrize(("method", "used"), [("lora", None), ("ensemble", 2), ("bara", 4)])
+def test_evaluate_writes_the_draws_that_were_used(
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    table: Path,
+    run: Callable[..., str],
+    method: str,
+    used: int | None,
+) -> None:
+    trained, numbers = tmp_path / "trained", tmp_path / "numbers.json"
+    options = ["--set", "method_options={num_members: 2}"] if method == "ensemble" else []
+    train = ["--method", method, "--model", tiny_model_dir, "--data", table, "--epochs", 1]
+    run("train", *train, "--output", trained, *options)
+    run("evaluate", trained, "--data", table, "--num-draws", 4, "--json", numbers)
+    assert json.loads(numbers.read_text())["num_draws"] == used
+
+
 def test_prune_then_export(
     tmp_path: Path, adapter: Path, table: Path, tiny_model_dir: Path, run: Callable[..., str]
 ) -> None:

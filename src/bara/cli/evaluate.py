@@ -151,7 +151,7 @@ def evaluate(
             "data": data,
             "ood": ood,
             "num_texts": len(table),
-            "num_draws": num_draws,
+            "num_draws": drawn,
             "seed": seed,
             "metrics": metrics,
         }
