@@ -201,6 +201,21 @@ def test_a_head_in_haste_is_quicker_whatever_its_features_tell(strength):
     assert _pace(x, labels, 0.2, 2, haste=8.0) == _pace(x, labels, 0.2, 2)
 
 
+def test_a_mean_that_all_inputs_have_bounds_the_pace():
+    """At 1e-3 a step of Adam moves each weight by that: all logits by 1e-3 scale |mean|_1."""
+    x, labels = spread_signal(9)
+    free = _pace(x, labels, None, 2, haste=8.0).scale
+    wide = x + 1000 / (2 * free) / x.shape[1]
+    assert _pace(wide, labels, None, 2, haste=8.0).scale == free
+    much = x + 8 * 1000 / free / x.shape[1]
+    scale = _pace(much, labels, None, 2, haste=8.0).scale
+    assert free / 16 <= scale <= free / 4
+    assert 1e-3 * scale * float(much.mean(0).abs().sum()) < 1.5
+    assert _pace(x + 100, labels, None, 2).scale == 1.0  # no slower than as PEFT trains it
+    # what was asked for is what it says
+    assert _pace(much, labels, 0.2, 2) == _pace(x, labels, 0.2, 2)
+
+
 @pytest.mark.parametrize(
     ("examples", "steps", "rate", "factor"),
     [

@@ -473,6 +473,15 @@ def test_training_makes_a_calibration_stale():
         model.merge_adapter()
 
 
+def test_weights_that_are_loaded_make_a_calibration_stale(tmp_path):
+    model = stir(adapt(TinyNet(), target_modules=["layer"]))
+    model.save_pretrained(tmp_path)
+    bara.calibrate_gates(model, {"x": torch.randn(8, 6)})
+    model.load_adapter(tmp_path, "default")
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize("method", ["bara", "balora"])
 def test_a_bias_of_b_is_scaled_as_in_peft(method):
     options = {"local_gate": False} if method == "bara" else {}

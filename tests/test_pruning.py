@@ -142,6 +142,17 @@ def test_a_layer_without_factors_loses_its_adapter(tiny_bert, bert, batch, tmp_p
     torch.testing.assert_close(outputs(loaded, batch), outputs(pruning.model, batch))
 
 
+@pytest.mark.parametrize("options", [{"bias": "lora_only"}, {"lora_bias": True}])
+def test_a_layer_with_a_trained_bias_is_not_emptied(tiny_bert, options):
+    """PEFT saves such a bias with the layer's adapter, or in it."""
+    model = adapt(
+        tiny_bert, task_type="SEQ_CLS", local_gate=False, target_modules=["query", "key"], **options
+    )
+    close(model, range(4), layers=[1])
+    with pytest.raises(BaraError, match=r"would remove all factors of .* the bias that"):
+        bara.prune(model)
+
+
 def test_inclusion_is_the_probability_of_an_open_gate(bert, batch):
     pruning = bara.prune(bert, batch, threshold=0.0)
     assert pruning.removed == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import bara
 from bara.bench import select
 from bara.bench.cell import run_cell
 from bara.bench.models import Fitted
@@ -18,7 +19,7 @@ from bara.errors import BaraError
 from bara.prediction.predictive import ClassificationPredictive
 from bara.prediction.temperature import get_temperature
 from bara.training.epochs import BestEpoch, StopAfter
-from helpers import TinyNet
+from helpers import TinyNet, adapt
 from test_bench import benchmark_file
 
 SEARCH = {"learning_rates": [0.01, 0.1], "strengths": [1, 2], "epochs": [1, 2], "held_back": 0.25}
@@ -176,6 +177,28 @@ def test_the_best_epoch_comes_back_and_can_be_stopped_at(tmp_path):
     assert stopped.state.epoch == epoch
     for one, other in zip(whole.model.parameters(), stopped.model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_the_best_epoch_of_a_head_in_other_units_comes_back(tmp_path, tiny_bert):
+    rows = [
+        {"input_ids": torch.tensor([2, 5 + i % 7, 3]), "labels": torch.tensor(i % 2)}
+        for i in range(16)
+    ]
+    model = adapt(
+        tiny_bert, "bara", task_type="SEQ_CLS", target_modules=["query"], head_input_std=50.0
+    )
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=3, learning_rate=0.05, eval_strategy="epoch",
+        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    best = BestEpoch()
+    training = Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows[:5], callbacks=[best]
+    )
+    training.add_callback(bara.BayesianCallback())
+    training.train()
+    losses = [row["eval_loss"] for row in training.state.log_history if "eval_loss" in row]
+    assert training.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_a_cell_with_a_search_says_what_it_chose(tmp_path, tiny_model_dir):

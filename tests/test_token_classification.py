@@ -176,6 +176,19 @@ def test_entities_are_counted_whole():
     assert evaluation.by_label["LOC"]["precision"] == pytest.approx(0.5)
 
 
+def test_last_and_unit_words_end_an_entity():
+    """Two neighbours of one type are two, as BIOES has them by its own names."""
+    tags = ("O", "B-PER", "L-PER", "U-PER")
+    right, found = [3, 3, 1, 2, 0], [3, 0, 1, 2, 0]
+    probs = torch.full((5, 4), 0.02)
+    probs[range(5), found] = 0.94
+    words = ClassificationPredictive(probs.log().unsqueeze(0), torch.tensor(right), tags)
+    evaluation = measure(TokenPredictive(words, torch.tensor([5])))
+    assert evaluation.by_label["PER"] == pytest.approx(
+        {"precision": 1.0, "recall": 2 / 3, "f1": 0.8, "support": 3}
+    )
+
+
 def test_tags_that_mark_no_entities_have_no_entity_scores():
     words = ClassificationPredictive(
         torch.zeros(1, 3, 2).log_softmax(-1), torch.tensor([0, 1, -100]), ("NOUN", "VERB")

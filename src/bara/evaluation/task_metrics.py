@@ -125,13 +125,15 @@ def _entities(predictive: TokenPredictive) -> dict[str, Any]:
         raise BaraError("the scores of entities need a package: pip install 'bara-peft[tasks]'")
     from seqeval.metrics import classification_report
 
+    # seqeval counts by B, I, E and S; last and unit words have two names
+    tags = [{"L": "E", "U": "S"}.get(name[0], name[0]) + name[1:] for name in names]
     right, predicted = [], []
     for part in predictive.split():
         assert part.labels is not None
         labelled = part.labels != IGNORED
         if labelled.any():
-            right.append([names[i] for i in part.labels[labelled].tolist()])
-            predicted.append([names[i] for i in part.prediction[labelled].tolist()])
+            right.append([tags[i] for i in part.labels[labelled].tolist()])
+            predicted.append([tags[i] for i in part.prediction[labelled].tolist()])
     report: dict[str, Any] = classification_report(
         right, predicted, output_dict=True, zero_division=0
     )

@@ -180,6 +180,10 @@ class Posterior(nn.Module):
         """
         raise BaraError(f"{type(self).__name__} has no draws that are plain LoRA adapters.")
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.calibrated = None  # what it was averaged over is another's
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _calibrated(self) -> Tensor:
         if self.calibrated is None:
             raise BaraError(

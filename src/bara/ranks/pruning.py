@@ -152,7 +152,8 @@ def prune(
 
     Raises:
         BaraError: another method's adapter or no global gates, several adapters, a threshold
-            outside [0, 1], nothing would be left, data that is missing or cannot be used, or a
+            outside [0, 1], nothing would be left, or a layer with a bias of its own would be
+            emptied, data that is missing or cannot be used, or a
             change beyond the tolerance.
     """
     check_threshold(threshold)
@@ -169,6 +170,7 @@ def prune(
             f"a threshold of {threshold:g} would remove every factor (the largest inclusion is "
             f"{highest:.3f}): give a lower one (--threshold)"
         )
+    _require_no_bias_lost(model.peft_config[adapter], kept, threshold)
     fits = {
         posteriors[name]: _GateFit(posteriors[name], factors)
         for name, factors in kept.items()
@@ -241,6 +243,16 @@ def _inclusion(model: PeftModel) -> dict[str, Tensor]:
     _require_prunable(model, adapter)
     layers: Any = adapted_layers(model, adapter)
     return {name: p.inclusion().detach().cpu() for name, _, p in layers}
+
+
+def _require_no_bias_lost(config: Any, kept: Mapping[str, Tensor], threshold: float) -> None:
+    emptied = [name for name, factors in kept.items() if len(factors) == 0]
+    if emptied and (config.bias == "lora_only" or config.lora_bias):
+        option = "bias='lora_only'" if config.bias == "lora_only" else "lora_bias=True"
+        raise BaraError(
+            f"a threshold of {threshold:g} would remove all factors of {emptied[0]}, and with them "
+            f"the bias that {option} trained there: give a lower one (--threshold)"
+        )
 
 
 def _require_prunable(model: PeftModel, adapter: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _NEARLY = 1e-6
@@ -37,16 +37,19 @@ class BestEpoch(TrainerCallback):
         loss = kwargs["metrics"]["eval_loss"]
         if loss < self._least:
             self._least, self._epoch = loss, float(state.epoch or 0)
-            trained = kwargs["model"].named_parameters()
-            self._weights = {n: p.detach().clone() for n, p in trained if p.requires_grad}
+            self._weights = _trained(kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for name, parameter in kwargs["model"].named_parameters():
-            if name in self._weights:
-                parameter.data.copy_(self._weights[name])
+        kwargs["model"].load_state_dict(self._weights, strict=False)
         self.epochs.append(self._epoch)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what is trained, in the units of state dicts: a head may be in others meanwhile."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {n: t.clone() for n, t in model.state_dict().items() if n in names}
 
 
 class StopAfter(TrainerCallback):

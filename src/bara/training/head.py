@@ -45,6 +45,9 @@ NUM_ROWS = 1000
 """Training examples whose features are looked at."""
 NOISE = 1e-4
 """Features that vary by less than this part of their size are one text, but for rounding."""
+MOST_COMMON = 1000.0
+"""What the mean of a head's input adds up to, at most, in absolute values and scaled: a step of
+Adam at 1e-3 moves the logits of all inputs at once by a thousandth of it."""
 
 
 def scale_head(
@@ -70,6 +73,9 @@ def scale_head(
     and yet the regression loses less than 0.93 of the labels' entropy: there is something to learn,
     and not for the head. BaRA's defaults hold KL and noise on A back until the adapter has learned
     it.
+
+    All inputs have the mean of the features in common, along which the logits of all of them move
+    at once: a default that had them move by more than 1 in a step at 1e-3 is narrower.
 
     Where steps are few the default is wider, so that the head moves as far as it would in 400 steps
     at 1e-3, or in 2N/3 of them where N is below 600 and more would learn the examples by heart.
@@ -171,7 +177,8 @@ def _pace(
             little = best.variance <= LITTLE and nll < NOTHING * _entropy(labels)
             if found < NARROWEST / 2 and little:
                 return Pace(_power_of_two(haste), found / NARROWEST, nll)
-        std *= haste
+        common = float(x.mean(0).abs().sum())
+        std = min(std * haste, max(1.0, MOST_COMMON / max(common, 1e-12)) * found)
     return Pace(_power_of_two(std / found), 1.0, nll)
 
 
