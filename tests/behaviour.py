@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 import bara
+from bara.adapter.layer import adapted_layers
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import predict_table
@@ -69,10 +70,11 @@ def model_of(kind: str, name: str, dtype: torch.dtype) -> PeftModel:
     options |= {"task_type": {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "conv": None}[kind]}
     family = name if name in FAMILIES else name.partition("-")[0]
     model = get_peft_model(base.to(dtype), FAMILIES[family](**options, **OPTIONS.get(name, {})))
-    if family == "bara":  # the records are of a KL that does not go by the steps
+    if family == "bara":  # the records are of a KL that the layers share, whatever the steps
         written: Any = model.peft_config["default"]
-        written.kl_weight = written.resolved.kl_weight
-        written.local_kl_weight = written.resolved.local_kl_weight
+        layers = sum(1 for _ in adapted_layers(model, "default"))
+        written.kl_weight = min(1.0, 3 / layers)
+        written.local_kl_weight = 0.018 / layers
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

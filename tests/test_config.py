@@ -42,7 +42,7 @@ def test_one_configuration_for_two_models_of_other_depths():
     kl_weights = [
         numbers(get_peft_model(tiny_llama(num_hidden_layers=n), config)).kl_weight for n in (1, 24)
     ]
-    assert kl_weights == [1.0, 3 / 48]
+    assert kl_weights == [1 / 6, 1 / 6]
 
 
 def test_what_is_saved_says_both(tmp_path):
@@ -57,31 +57,31 @@ def test_what_is_saved_says_both(tmp_path):
     assert stored["resolved"] == {
         "num_observations": 77,
         "frozen_nll": None,
-        "kl_weight": 3 / 48,
-        "local_kl_weight": 0.018 / 48,
+        "kl_weight": 1 / 12,
+        "local_kl_weight": 0.0005,
         "strength": 1.0,
         "warmup": 0.5,
         "head_pace": 1.0,
         "warmup_by_head": True,
         "init_noise": 0.25,
-        "weight_noise": 1.5,
+        "weight_noise": 2.0,
         "whole": {
-            "kl_weight": 3 / 24,
-            "local_kl_weight": 0.018 / 24,
+            "kl_weight": 1 / 6,
+            "local_kl_weight": 0.001,
             "init_noise": 0.5,
-            "weight_noise": 3.0,
+            "weight_noise": 4.0,
         },
         "trained_steps": 80.0,
     }
     loaded = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=12), tmp_path)
     assert numbers(loaded) == numbers(model)
     bara.set_progress(loaded.train(), 0.0, num_steps=1000)  # nothing of it is trained
-    assert numbers(loaded).weight_noise == 1.5
+    assert numbers(loaded).weight_noise == 2.0
     trained = PeftModel.from_pretrained(
         tiny_llama(num_hidden_layers=12), tmp_path, is_trainable=True
     )
     bara.set_progress(trained, 0.0, num_steps=1000)
-    assert numbers(trained).weight_noise == 3.0
+    assert numbers(trained).weight_noise == 4.0
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_a_short_training_has_less_kl_and_noise(steps, rate, part):
     bara.set_progress(model, 0.0, steps, rate)
     noise, others = part, max(part, 1 / 8)
     resolved, posterior = numbers(model), layer_posterior(model)[1]
-    assert resolved.weight_noise == pytest.approx(3.0 * noise)
-    assert resolved.kl_weight == pytest.approx(3 / 24 * others)
-    assert resolved.local_kl_weight == pytest.approx(0.018 / 24 * others)
+    assert resolved.weight_noise == pytest.approx(4.0 * noise)
+    assert resolved.kl_weight == pytest.approx(others / 6)
+    assert resolved.local_kl_weight == pytest.approx(0.001 * others)
     alpha = (100 * posterior.noise_logit.detach()).exp()
     torch.testing.assert_close(alpha, torch.full((4,), 0.5 * others))
 
@@ -128,7 +128,7 @@ def test_few_steps_leave_what_is_given_and_what_is_trained():
     bara.set_progress(model, 0.0, num_steps=50)
     posterior = layer_posterior(model)[1]
     assert numbers(model).kl_weight == 0.3
-    assert numbers(model).local_kl_weight == pytest.approx(0.018 / 24 / 8)
+    assert numbers(model).local_kl_weight == pytest.approx(0.001 / 8)
     torch.testing.assert_close((100 * posterior.noise_logit.detach()).exp(), torch.full((4,), 0.2))
     model = get_peft_model(tiny_llama(num_hidden_layers=12), BaraConfig(r=4, **TARGETS))
     posterior = layer_posterior(model)[1]
@@ -147,11 +147,11 @@ def test_a_number_given_later_is_in_force():
     model.peft_config["default"].num_observations = 10
     model(x=x)
     first = bara.kl_loss(model)
-    model.peft_config["default"].kl_weight = 0.5
+    model.peft_config["default"].kl_weight = 0.05
     model.peft_config["default"].local_kl_weight = 0.0
     model(x=x)
     terms = bara.kl_terms(model)
-    assert bara.kl_loss(model).item() == pytest.approx(0.5 / 10 * terms["kl_global"], rel=1e-5)
+    assert bara.kl_loss(model).item() == pytest.approx(0.05 / 10 * terms["kl_global"], rel=1e-5)
     assert first > bara.kl_loss(model)
     model.peft_config["default"].weight_noise = 1.25
     bara.set_progress(model, 0.0, num_steps=1)

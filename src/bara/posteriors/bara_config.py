@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved, rise
 
-GLOBAL_KL, LOCAL_KL, WEIGHT_NOISE, FACTOR_NOISE = 3.0, 0.018, 72.0, 16.0
-"""What all layers share of BaRA's default weights of the KL, of the variance of A's noise, and of
-the variance of the factors' noise at the start."""
+WHOLE = {"kl_weight": 1 / 6, "local_kl_weight": 0.001, "init_noise": 0.5, "weight_noise": 4.0}
+"""The defaults of numbers of which a short training has only a part."""
 FEW_STEPS, MANY_STEPS = 40, 120
 """Steps up to which defaults that go by them have their least part, and from which all of it."""
 LEAST = 1 / 8
@@ -95,17 +94,14 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0. None stands "
-            "for min(1, 3 / number of adapted layers): the KL is a sum over layers, so that its "
-            "whole weight does not grow with the model's depth. A short training has only a part "
-            "of it, at least 1/8: see weight_noise."
+            "for 1/6, of which a short training has only a part, at least 1/8: see weight_noise."
         },
     )
     local_kl_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of KL_local, what is drawn per input. >= 0. None stands for 0.018 / "
-            "number of adapted layers, of which a short training has only a part, at least 1/8: "
-            "see weight_noise."
+            "help": "Weight of KL_local, what is drawn per input. >= 0. None stands for 0.001, of "
+            "which a short training has only a part, at least 1/8: see weight_noise."
         },
     )
     warmup: float | None = field(
@@ -151,18 +147,16 @@ class BaraConfig(BayesianConfig):
     init_noise: float | None = field(
         default=None,
         metadata={
-            "help": "Where the factors' relative variance alpha > 0 starts. None stands for "
-            "min(0.5, 16 / number of adapted layers), of which a short training has only a part, "
-            "at least 1/8: see weight_noise."
+            "help": "Where the factors' relative variance alpha > 0 starts. None stands for 0.5, of "
+            "which a short training has only a part, at least 1/8: see weight_noise."
         },
     )
     weight_noise: float | None = field(
         default=None,
         metadata={
             "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
-            "is fixed, so that it has no KL; 0 switches it off. None stands for min(4, 72 / number "
-            "of adapted layers): the noise of all layers adds up too. Few steps cannot average it "
-            "out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
+            "is fixed, so that it has no KL; 0 switches it off. None stands for 4. Few steps cannot "
+            "average it out: bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
             "(steps - 40) / 80 of it, at least 0 and at most 1. Steps count for less at learning "
             "rates below 1e-3, in proportion, and where a new head is left slow (see "
             "head_input_std)."
@@ -229,14 +223,8 @@ class BaraConfig(BayesianConfig):
         """Whether there is a posterior besides the fixed noise."""
         return self.global_gate or self.local_gate or self.factor_noise
 
-    def defaults_by_layers(self, num_layers: int) -> dict[str, Any]:
-        whole = {
-            "kl_weight": min(1.0, GLOBAL_KL / num_layers),
-            "local_kl_weight": LOCAL_KL / num_layers,
-            "init_noise": min(0.5, FACTOR_NOISE / num_layers),
-            "weight_noise": min(4.0, WEIGHT_NOISE / num_layers),
-        }
-        return {**whole, "whole": whole if self._learns_noise() else {}}
+    def defaults(self) -> dict[str, Any]:
+        return {**WHOLE, "whole": dict(WHOLE) if self._learns_noise() else {}}
 
 
 def _default_global_prior(rank: int) -> float:
