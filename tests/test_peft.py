@@ -527,7 +527,7 @@ def test_a_model_with_an_adapter_is_copied_and_pickled():
 def test_peft_can_attach_to_no_layer_at_all():
     config = BaraConfig(target_modules="dummy-target-modules")
     model = get_peft_model(TinyNet(), config)
-    assert model.peft_config["default"].resolved.kl_weight == 1
+    assert model.peft_config["default"].resolved.kl_weight == 1 / 6
 
 
 @pytest.mark.parametrize(
