@@ -42,7 +42,7 @@ def test_one_configuration_for_two_models_of_other_depths():
     kl_weights = [
         numbers(get_peft_model(tiny_llama(num_hidden_layers=n), config)).kl_weight for n in (1, 24)
     ]
-    assert kl_weights == [1 / 6, 1 / 6]
+    assert kl_weights == [1 / 6, 6 / 48]
 
 
 def test_what_is_saved_says_both(tmp_path):

@@ -58,7 +58,7 @@ def test_the_loss_is_data_plus_weighted_kl():
 
 
 @pytest.mark.parametrize("num_layers", [1, 3, 48])
-def test_left_alone_the_weights_are_those_of_every_depth(num_layers):
+def test_left_alone_more_than_36_layers_share_kl_and_noise(num_layers):
     torch.manual_seed(0)
     base = tiny_llama(num_hidden_layers=num_layers)
     model = adapt(base, task_type="CAUSAL_LM", target_modules=["q_proj"], warmup=0.0)
@@ -71,9 +71,10 @@ def test_left_alone_the_weights_are_those_of_every_depth(num_layers):
     terms = bara.kl_terms(model)
     logits = outputs.logits[:, :-1].flatten(0, 1)
     data = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
-    assert model.peft_config["default"].resolved.weight_noise == 4.0
-    assert alpha == pytest.approx([0.5] * 4)
-    expected = data + terms["kl_global"] / (6 * 50) + 0.001 * terms["kl_local"]
+    share = {1: 1.0, 3: 1.0, 48: 0.75}[num_layers]
+    assert model.peft_config["default"].resolved.weight_noise == 4.0 * share
+    assert alpha == pytest.approx([0.5 * share] * 4)
+    expected = data + share * (terms["kl_global"] / (6 * 50) + 0.001 * terms["kl_local"])
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-5)
 
 

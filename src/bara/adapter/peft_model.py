@@ -105,7 +105,7 @@ class BayesianLoraModel(LoraModel):
         )
         new, self._new = self._new, []
         family = family_of(config)
-        config.resolved = resolved = config.resolve()
+        config.resolved = resolved = config.resolve(len(new))
         attached = AttachedAdapter(config, resolved)
         self.elbo.adapters[adapter_name] = attached
         empty = init_empty_weights if low_cpu_mem_usage else nullcontext

@@ -63,7 +63,7 @@ def rise(value: float, start: float, end: float) -> float:
 @dataclass
 class Resolved:
     """The numbers in force on one attached adapter: its configuration's, and for those left to the
-    data or the steps what these made of them.
+    data, the layers or the steps what these made of them.
 
     Attributes:
         num_observations: N; None until it is known.
@@ -261,12 +261,12 @@ class BayesianConfig(LoraConfig):
                     stacklevel=4,  # where the configuration is made
                 )
 
-    def resolve(self) -> Resolved:
-        """The numbers in force on an attached adapter, before training.
+    def resolve(self, num_layers: int) -> Resolved:
+        """The numbers in force on an adapter of this many layers, before training.
 
         What was saved with an adapter is taken over; a field that is set has the last word.
         """
-        resolved = self.RESOLVED(**self.defaults())
+        resolved = self.RESOLVED(**self.defaults(max(1, num_layers)))  # PEFT allows none
         names = [number.name for number in fields(resolved)]
         if self.resolved is not None:
             resolved = copy.copy(self.resolved)
@@ -282,8 +282,8 @@ class BayesianConfig(LoraConfig):
         if isinstance(resolved, Resolved) and value is not None and name in vars(resolved):
             resolved.give(name, value)
 
-    def defaults(self) -> dict[str, Any]:
-        """What the fields left at None stand for, by name."""
+    def defaults(self, num_layers: int) -> dict[str, Any]:
+        """What the fields left at None stand for on this many layers, by name."""
         return {}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
