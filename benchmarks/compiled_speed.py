@@ -7,8 +7,8 @@ All adapters of a model are trained side by side in one process and take turns, 
 ones, on a GPU also without kernels of ours (`pytorch`), some whose blocks are compiled, one graph
 for all, and some that are compiled as a whole. All are in bfloat16 autocast. The models have random
 weights, which are nothing to their speed, in the sizes of real ones. Every model's row is written
-to benchmarks/results/compiled_speed.jsonl when it is finished; the tables go to docs/compiled-
-speed.md.
+to benchmarks/results/compiled_speed.jsonl when it is finished; the tables go to
+docs/compiled-speed.md.
 """
 
 from __future__ import annotations
@@ -159,10 +159,9 @@ class Adapted:
         """One training step."""
         if self.bayesian:
             bara.set_progress(self.model, number / self.steps, self.steps)
-        with patch.dict(os.environ, self.variables):
-            with torch.autocast(self.device, torch.bfloat16):
-                loss = self.call(**batch).loss
-            loss.backward()
+        with patch.dict(os.environ, self.variables), torch.autocast(self.device, torch.bfloat16):
+            loss = self.call(**batch).loss
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -160,12 +160,11 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
-            "is fixed, so that it has no KL; 0 switches it off. None stands for 4, "
-            "shared as kl_weight is. Few steps "
-            "cannot average it out: bara.BayesianCallback, or bara.set_progress with num_steps, "
-            "takes only the part (steps - 40) / 80 of it, at least 0 and at most 1. Steps count "
-            "for less at learning rates below 1e-3, in proportion, and where a new head is left "
-            "slow (see head_input_std)."
+            "is fixed, so that it has no KL; 0 switches it off. None stands for 4, shared as "
+            "kl_weight is. Few steps cannot average it out: bara.BayesianCallback, or "
+            "bara.set_progress with num_steps, takes only the part (steps - 40) / 80 of it, at "
+            "least 0 and at most 1. Steps count for less at learning rates below 1e-3, in "
+            "proportion, and where a new head is left slow (see head_input_std)."
         },
     )
     prior_std: float | None = field(

@@ -152,9 +152,8 @@ def prune(
 
     Raises:
         BaraError: another method's adapter or no global gates, several adapters, a threshold
-            outside [0, 1], nothing would be left, or a layer with a bias of its own would be
-            emptied, data that is missing or cannot be used, or a
-            change beyond the tolerance.
+            outside [0, 1], nothing would be left, a layer with a bias of its own would be emptied,
+            data that is missing or cannot be used, or a change beyond the tolerance.
     """
     check_threshold(threshold)
     check_tolerance(tolerance)

@@ -22,6 +22,17 @@ LEAST_ALPHA = tl.constexpr(balora_step.LEAST_ALPHA)
 
 
 @triton.jit
+def _of_layer(
+    weight, bias, output, constant, layer,
+    R: tl.constexpr, W: tl.constexpr, H: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """A layer's network: W (V, W), b and w (1, V), and c."""
+    matrix = read(weight, layer * H * R, H, 0, R, W, V)
+    first, last = read(bias, layer * H, 1, 0, H, V, 1), read(output, layer * H, 1, 0, H, V, 1)
+    return matrix, first, last, tl.load(constant + layer)
+
+
+@triton.jit
 def _network(features, weight, bias, output, constant, R: tl.constexpr, POOL: tl.constexpr):
     """n, the hidden units, w tanh(W n + b) + c, and alpha, the last two (N, 1)."""
     n, _norm = direction(features, R)
@@ -63,9 +74,7 @@ def _forward(
     row, begin = tl.program_id(0), tl.program_id(1) * span
     first, layer = row * positions * R, row // inputs
     e = read(e, row * R, 1, 0, R, W, 1)
-    weight = read(weight, layer * H * R, H, 0, R, W, V)
-    bias, output = read(bias, layer * H, 1, 0, H, V, 1), read(output, layer * H, 1, 0, H, V, 1)
-    constant = tl.load(constant + layer)
+    weight, bias, output, constant = _of_layer(weight, bias, output, constant, layer, R, W, H, V)
     if POOL:
         features = mean(u, weights, first, row % inputs * positions, positions, R, W, N, WEIGHTED)
         _n, _hidden, _raw, alpha = _network(features, weight, bias, output, constant, R, POOL)
@@ -90,9 +99,7 @@ def _backward(
     begin, program = block * span, row * tl.num_programs(1) + block
     first, layer = row * positions * R, row // inputs
     e = read(e, row * R, 1, 0, R, W, 1)
-    weight = read(weight, layer * H * R, H, 0, R, W, V)
-    bias, output = read(bias, layer * H, 1, 0, H, V, 1), read(output, layer * H, 1, 0, H, V, 1)
-    constant = tl.load(constant + layer)
+    weight, bias, output, constant = _of_layer(weight, bias, output, constant, layer, R, W, H, V)
     if POOL:
         features = mean(u, weights, first, row % inputs * positions, positions, R, W, N, WEIGHTED)
         n, hidden, raw, alpha = _network(features, weight, bias, output, constant, R, POOL)
