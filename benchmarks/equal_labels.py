@@ -1,11 +1,12 @@
 """The reading of the comparison on equal labels, for the README and docs/benchmarks.md.
 
-    bara bench benchmarks/development/equal-labels-*.yaml --output benchmarks/results/development
+    bara bench benchmarks/development/equal-labels-*.yaml benchmarks/development/unseen-*.yaml \
+        --output benchmarks/results/development
     python benchmarks/equal_labels.py
 
 The question: with the same labels in all, and none to choose with, is BaRA below the NLL of LoRA
 that chose its learning rate and when to stop, and nowhere above that of logistic regression on the
-frozen model?
+frozen model? Once on the tasks that defaults were chosen on, and once on tasks that none was.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ METHODS = {"probe": "probe", "lora": "LoRA that chose", "bara as it is": "BaRA, 
 METRICS = ("accuracy", "nll", "ece")
 SLICE = "equal-labels"
 """What the names of its benchmarks begin with."""
+UNSEEN = "unseen"
+"""What the names of the benchmarks begin with whose tasks no default was chosen on."""
 PEERS = "equal-labels-peers"
 """The benchmark of the other methods with LoRA's search, one seed."""
 CHOSE = "bara that chose"
@@ -78,30 +81,48 @@ def lead(rows: list[dict[str, Any]], peer: str) -> tuple[float, float | None]:
     return mean(parts), stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else None
 
 
+def below(rows: list[dict[str, Any]], peer: str) -> str:
+    """`lead` in words."""
+    part, error = lead(rows, peer)
+    return f"{part:.0%}" if error is None else f"{100 * part:.0f} ± {100 * error:.0f}%"
+
+
+def above(rows: list[dict[str, Any]], peer: str) -> str:
+    """The tasks where BaRA's mean NLL is above a peer's, with by how much."""
+    tasks = means(rows).items()
+    parts = {task: m["bara as it is"]["nll"] / m[peer]["nll"] - 1 for task, m in tasks}
+    return ", ".join(f"{task} {part:.1%}" for task, part in parts.items() if part > 0) or "nowhere"
+
+
+def seeds_of(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(map(str, sorted({row["seed"] for row in rows})))
+
+
 def sentence(rows: list[dict[str, Any]]) -> str:
-    """The answer in words."""
-    tasks, seeds = means(rows), sorted({row["seed"] for row in rows})
-
-    def below(peer: str, of: list[dict[str, Any]]) -> str:
-        part, error = lead(of, peer)
-        return f"{part:.0%}" if error is None else f"{100 * part:.0f} ± {100 * error:.0f}%"
-
-    def worse(peer: str) -> str:
-        names = [t for t, m in tasks.items() if m["bara as it is"]["nll"] > m[peer]["nll"]]
-        return ", ".join(names) or "nowhere"
-
+    """The answer on the tasks that defaults were chosen on."""
     others = [row for row in rows if row["seed"] not in SEEDS_OF_THE_PACE]
     alone = ""
     if others and len(others) < len(rows):
         alone = (
             f" Of the seeds that the default pace of BaRA's head was not found on alone: "
-            f"{below('lora', others)} and {below('probe', others)}."
+            f"{below(others, 'lora')} and {below(others, 'probe')}."
         )
     return (
         f"On equal labels (all that a method gets, with those it chooses by among them; seeds "
-        f"{', '.join(map(str, seeds))}) BaRA's NLL is {below('lora', rows)} below that "
-        f"of a LoRA that chose its learning rate and when to stop (above it: {worse('lora')}), and "
-        f"{below('probe', rows)} below the probe's (above it: {worse('probe')}).{alone}"
+        f"{seeds_of(rows)}) BaRA's NLL is {below(rows, 'lora')} below that "
+        f"of a LoRA that chose its learning rate and when to stop (above it: "
+        f"{above(rows, 'lora')}), and {below(rows, 'probe')} below the probe's (above it: "
+        f"{above(rows, 'probe')}).{alone}"
+    )
+
+
+def unseen_sentence(rows: list[dict[str, Any]]) -> str:
+    """The answer on tasks that no default was chosen on."""
+    return (
+        f"On {len(means(rows))} tasks that no default of ours was chosen on (seeds "
+        f"{seeds_of(rows)}), by the same protocol: {below(rows, 'lora')} below LoRA's (above it: "
+        f"{above(rows, 'lora')}) and {below(rows, 'probe')} below the probe's (above it: "
+        f"{above(rows, 'probe')})."
     )
 
 
@@ -117,14 +138,14 @@ def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["seed"] in whole]
 
 
-def finished() -> list[dict[str, Any]]:
+def finished(benchmarks: str = SLICE) -> list[dict[str, Any]]:
     """The rows of the comparison, of the seeds that every method has finished."""
-    return complete([row for row in everything() if row["name"] in METHODS])
+    return complete([row for row in everything(benchmarks) if row["name"] in METHODS])
 
 
-def everything() -> list[dict[str, Any]]:
-    """Every row on equal labels that has numbers."""
-    rows = [r for r in read_lines(RESULTS) if str(r["benchmark"]).startswith(SLICE)]
+def everything(benchmarks: str = SLICE) -> list[dict[str, Any]]:
+    """Every row on equal labels that has numbers, of the benchmarks of that beginning."""
+    rows = [r for r in read_lines(RESULTS) if str(r["benchmark"]).startswith(benchmarks)]
     return [row for row in rows if "nll" in row]
 
 
@@ -173,12 +194,14 @@ def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def main() -> None:
-    rows = finished()
-    answer = sentence(rows)
+    rows, unseen = finished(), finished(UNSEEN)
+    answer, of_unseen = sentence(rows), unseen_sentence(unseen)
     details, short = peers(beside_peers())
     text = f"\n{answer}\n\n{table(means(rows))}\n\n{short}\n"
     write_between(ROOT / "README.md", "equal labels", text)
-    write_between(ROOT / "docs/benchmarks.md", "equal labels", f"{answer} {details}")
+    text = f"\n{of_unseen}\n\n{table(means(unseen))}\n"
+    write_between(ROOT / "README.md", "unseen tasks", text)
+    write_between(ROOT / "docs/benchmarks.md", "equal labels", f"{answer} {of_unseen} {details}")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,6 @@ def evaluate(
     --max-new-tokens and --set. With --calibrate-conformal it gives what `bara predict --coverage`
     needs.
     """
-    from rich.table import Table
-
     from bara.adapter.inspection import against_frozen
     from bara.cli.generate import decoding_options
     from bara.cli.terminal import console, say_next, update_card
@@ -84,82 +82,52 @@ def evaluate(
 
     quieten_libraries()
     task = read_task(adapter)
-    if calibrate_delta is not None and calibrate_risk is None:
-        raise BaraError("--calibrate-delta is of --calibrate-risk: give that too, or leave it out")
-    if calibrate_risk is not None and task.task == "regression":
-        raise BaraError(
-            "--calibrate-risk is not for regression, which has no errors to count: leave it out"
-        )
-    if calibrate_conformal and task.task not in CONFORMAL_TASKS:
-        raise BaraError(
-            f"--calibrate-conformal is for {', '.join(CONFORMAL_TASKS)}, and this adapter for "
-            f"{task.task}: leave it out"
-        )
+    _refuse(task, calibrate_risk, calibrate_delta, calibrate_conformal)
     table = read_table(data, task, split=split)
     ood_table = None if ood is None else read_table(ood, task)
     decoding = decoding_options(max_new_tokens, generate_options)
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
-    answers = task.task in GENERATING_TASKS and calibrate_risk is not None
+    generates = task.task in GENERATING_TASKS
+    answers = generates and calibrate_risk is not None
     if decoding and not answers:
         raise BaraError(
             "--max-new-tokens and --set are for --calibrate-risk of a causal-lm or seq2seq "
             "adapter, which generates answers: leave them out"
         )
-    options = {"num_draws": num_draws, "seed": seed, "batch_size": batch_size}
+    draws = {"num_draws": num_draws, "seed": seed}
     metrics, by_label, selective = _evaluate(
-        model, tokenizer, task, table, ood_table, options, decoding
+        model, tokenizer, task, table, ood_table, {**draws, "batch_size": batch_size}, decoding
     )
     source = draw_source(model)
     drawn = None if source is None else source.num_draws(num_draws)
     inputs = "images" if task.task == IMAGE_TASK else "texts"
     caption = f"{len(table)} {inputs}, " + ("no draws" if drawn is None else f"{drawn} draws")
-    view = Table(title=f"{adapter} on {data}", caption=caption)
-    view.add_column("metric")
-    view.add_column("value", justify="right")
-    for name, value in metrics.items():
-        view.add_row(name, f"{value:.4f}")
-    console().print(view)
+    console().print(_metric_view(f"{adapter} on {data}", caption, metrics))
     if by_label:
         console().print(_label_view(by_label))
     if "nll" in metrics and (verdict := against_frozen(model, metrics["nll"])) is not None:
         console().print(verdict, soft_wrap=True)
     update_card(adapter, metrics=metrics, num_draws=drawn, data=data)
+    chat = "messages" in table.column_names
     if calibrate_risk is not None:
+        measure: dict[str, Any] = {"measure": "predictions"}
+        if answers:
+            measure = {"measure": "answers", "chat": chat, "decoding": decoding}
         threshold = calibrate_threshold(
             selective(), risk=calibrate_risk, delta=calibrate_delta or 0.1
         )
-        conditions: dict[str, Any] = {"num_draws": num_draws, "seed": seed}
-        if answers:
-            chat = "messages" in table.column_names
-            conditions |= {"measure": "answers", "chat": chat, "decoding": decoding}
-        else:
-            conditions |= {"measure": "predictions"}
-        save_threshold(adapter, threshold, **conditions)
-        if threshold.uncertainty is None:
-            print(f"No threshold keeps the risk at {calibrate_risk:g}: abstaining always.")
-        else:
-            print(
-                f"Abstaining above the uncertainty {threshold.uncertainty:.4f} keeps the risk at "
-                f"{calibrate_risk:g}; {threshold.coverage:.0%} of these are answered."
-            )
+        save_threshold(adapter, threshold, **draws, **measure)
+        print(_threshold_line(threshold, calibrate_risk))
     if calibrate_conformal:
-        save_conformal(adapter, calibrate(selective()), num_draws=num_draws, seed=seed)
+        save_conformal(adapter, calibrate(selective()), **draws)
         print(f"Prediction sets or intervals are calibrated by {len(table)} {inputs}.")
     if json_file is not None:
-        content: dict[str, Any] = {
-            "adapter": str(adapter),
-            "data": data,
-            "ood": ood,
-            "num_texts": len(table),
-            "num_draws": drawn,
-            "seed": seed,
-            "metrics": metrics,
-        }
-        if by_label is not None:
-            content["by_label"] = by_label
+        content: dict[str, Any] = {"adapter": str(adapter), "data": data, "ood": ood}
+        content |= {"num_texts": len(table), "num_draws": drawn, "seed": seed, "metrics": metrics}
+        content |= {} if by_label is None else {"by_label": by_label}
         atomic_write_text(json_file, json_text(content, indent=2) + "\n")
-    language = task.task in GENERATING_TASKS
-    use = ["generate", adapter, "PROMPT"] if language else ["predict", adapter, "--data", "TABLE"]
+    use: list[object] = ["bara", "generate" if generates else "predict", adapter]
+    use += ["PROMPT"] if generates else ["--data", "TABLE"]
     if calibrate_risk is not None:
         use += ["--abstain-at-risk", f"{calibrate_risk:g}"]
     if calibrate_conformal:
@@ -167,10 +135,37 @@ def evaluate(
     if calibrate_risk is not None or calibrate_conformal:  # it holds for the same draws
         use += ["--num-draws", num_draws, "--seed", seed]
     if answers:  # and the same decoding
-        use += ["--chat"] if "messages" in table.column_names else []
+        use += ["--chat"] if chat else []
         use += [] if max_new_tokens is None else ["--max-new-tokens", max_new_tokens]
         use += [word for option in generate_options or [] for word in ("--set", option)]
-    say_next(["bara", *use])
+    say_next(use)
+
+
+def _refuse(task: Any, risk: float | None, delta: float | None, conformal: bool) -> None:
+    """Refuses a calibration that the task has not, before anything is read or loaded."""
+    from bara.errors import BaraError
+
+    if delta is not None and risk is None:
+        raise BaraError("--calibrate-delta is of --calibrate-risk: give that too, or leave it out")
+    if risk is not None and task.task == "regression":
+        raise BaraError(
+            "--calibrate-risk is not for regression, which has no errors to count: leave it out"
+        )
+    if conformal and task.task not in CONFORMAL_TASKS:
+        raise BaraError(
+            f"--calibrate-conformal is for {', '.join(CONFORMAL_TASKS)}, and this adapter for "
+            f"{task.task}: leave it out"
+        )
+
+
+def _threshold_line(threshold: Any, risk: float) -> str:
+    """What was calibrated, in words."""
+    if threshold.uncertainty is None:
+        return f"No threshold keeps the risk at {risk:g}: abstaining always."
+    return (
+        f"Abstaining above the uncertainty {threshold.uncertainty:.4f} keeps the risk at "
+        f"{risk:g}; {threshold.coverage:.0%} of these are answered."
+    )
 
 
 def _evaluate(
@@ -203,6 +198,18 @@ def _evaluate(
         elsewhere = predict_table(model, tokenizer, task, ood, labels=False, **options)
     evaluation = measure(predictive, elsewhere)
     return evaluation.to_dict(), evaluation.by_label, lambda: predictive
+
+
+def _metric_view(title: str, caption: str, metrics: dict[str, float]) -> Any:
+    """A table with a row for each metric."""
+    from rich.table import Table
+
+    view = Table(title=title, caption=caption)
+    view.add_column("metric")
+    view.add_column("value", justify="right")
+    for name, value in metrics.items():
+        view.add_row(name, f"{value:.4f}")
+    return view
 
 
 def _label_view(by_label: dict[str, dict[str, float]]) -> Any:

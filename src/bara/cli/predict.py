@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
@@ -86,8 +86,6 @@ def predict(
         )
         return
     refuse_without_executor(workers, gpus, output_format, keep_column)
-    from tqdm.auto import tqdm
-
     from bara.cli.generate import generate
     from bara.cli.terminal import row_count, say_calibrate, say_next
     from bara.data.images import ImageTask, located
@@ -117,22 +115,13 @@ def predict(
             base_model=base_model,
         )
         return
-    options: dict[str, Any] = {
-        "num_draws": num_draws,
-        "seed": seed,
-        "batch_size": batch_size,
-        "progress": False,
-    }
-    threshold = (
-        None
-        if abstain_at_risk is None
-        else load_threshold(
-            adapter, abstain_at_risk, measure="predictions", num_draws=num_draws, seed=seed
-        )
-    )
-    conformal = (
-        None if coverage is None else load_conformal(adapter, num_draws=num_draws, seed=seed)
-    )
+    conditions = {"num_draws": num_draws, "seed": seed}
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": False, **conditions}
+    threshold, conformal = None, None
+    if abstain_at_risk is not None:
+        threshold = load_threshold(adapter, abstain_at_risk, measure="predictions", **conditions)
+    if coverage is not None:
+        conformal = load_conformal(adapter, **conditions)
     source = "standard input" if data == "-" else data
     with ExitStack() as files:
         rows = _read(data, split, read_task(adapter), files)
@@ -143,53 +132,72 @@ def predict(
             raise BaraError(f"{source} has no rows; give at least one")
         model, tokenizer, task = load_adapter(adapter, base_model=base_model)
 
-        def predicted() -> Iterator[str]:
-            done = 0
-            with tqdm(desc="predicting", unit="text", total=total, disable=None) as bar:
-                for chunk in chain([first_chunk], chunks):
-                    table = table_from_records(chunk, source, first_row=done + 1)
-                    if isinstance(task, ImageTask):
-                        table = located(table, Path())
-                    predictive = predict_table(
-                        model, tokenizer, task, table, labels=False, first_row=done + 1, **options
-                    )
-                    records = predictive.to_records()
-                    if isinstance(task, ImageTask):
-                        named = zip(table["image"], records, strict=True)
-                        records = [
-                            {"image": image, **record} if isinstance(image, str) else record
-                            for image, record in named
-                        ]
-                    if threshold is not None:
-                        _abstain(records, predictive, threshold)
-                    if conformal is not None and coverage is not None:
-                        for record, more in zip(
-                            records, conformal.to_records(predictive, coverage), strict=True
-                        ):
-                            record |= more
-                    for record in records:
-                        yield json_text(record, ensure_ascii=False) + "\n"
-                    done += len(chunk)
-                    bar.update(len(chunk))
+        def records(chunk: list[dict[str, Any]], first_row: int) -> list[dict[str, Any]]:
+            table = table_from_records(chunk, source, first_row=first_row)
+            if isinstance(task, ImageTask):
+                table = located(table, Path())
+            predictive = predict_table(
+                model, tokenizer, task, table, labels=False, first_row=first_row, **options
+            )
+            found = predictive.to_records()
+            if isinstance(task, ImageTask):
+                found = _named(found, table["image"])
+            if threshold is not None:
+                _abstain(found, predictive, threshold)
+            if conformal is not None and coverage is not None:
+                more = conformal.to_records(predictive, coverage)
+                found = [record | sets for record, sets in zip(found, more, strict=True)]
+            return found
 
+        lines = _lines(chain([first_chunk], chunks), records, total)
         if output == "-":
-            for number, line in enumerate(predicted(), start=1):
-                sys.stdout.write(line)
-                if number % CHUNK == 0:
-                    sys.stdout.flush()
-        else:
-            atomic_write_text(output, "".join(predicted()))
-            print(f"The predictions are in {output}.")
-            if threshold is None:
-                say_calibrate(adapter, regression=task.task == "regression")
-            elif task.task in REVIEWED_TASKS:
-                same: list[object] = ["--data", "TABLE" if data == "-" else data]
-                same += [] if split is None else ["--split", split]
-                same += ["--abstain-at-risk", f"{abstain_at_risk:g}"]
-                same += ["--num-draws", num_draws, "--seed", seed]
-                say_next(["bara", "review", adapter, *same, "--output", "review.csv"])
-            else:
-                say_next(["bara", "serve", adapter])
+            _stream(lines)
+            return
+        atomic_write_text(output, "".join(lines))
+    print(f"The predictions are in {output}.")
+    if threshold is None:
+        say_calibrate(adapter, regression=task.task == "regression")
+    elif task.task in REVIEWED_TASKS:
+        same: list[object] = ["--data", "TABLE" if data == "-" else data]
+        same += [] if split is None else ["--split", split]
+        same += ["--abstain-at-risk", f"{abstain_at_risk:g}"]
+        same += ["--num-draws", num_draws, "--seed", seed]
+        say_next(["bara", "review", adapter, *same, "--output", "review.csv"])
+    else:
+        say_next(["bara", "serve", adapter])
+
+
+def _lines(
+    chunks: Iterable[list[dict[str, Any]]],
+    records: Callable[[list[dict[str, Any]], int], list[dict[str, Any]]],
+    total: int | None,
+) -> Iterator[str]:
+    """The predictions as JSONL, a chunk computed when its first line is asked for."""
+    from tqdm.auto import tqdm
+
+    first_row = 1
+    with tqdm(desc="predicting", unit="text", total=total, disable=None) as bar:
+        for chunk in chunks:
+            for record in records(chunk, first_row):
+                yield json_text(record, ensure_ascii=False) + "\n"
+            first_row += len(chunk)
+            bar.update(len(chunk))
+
+
+def _stream(lines: Iterable[str]) -> None:
+    """Writes to standard output, which another program may be reading."""
+    for number, line in enumerate(lines, start=1):
+        sys.stdout.write(line)
+        if number % CHUNK == 0:
+            sys.stdout.flush()
+
+
+def _named(records: list[dict[str, Any]], images: Iterable[Any]) -> list[dict[str, Any]]:
+    """The records of images, each with its file's name where it came from a file."""
+    return [
+        {"image": image, **record} if isinstance(image, str) else record
+        for image, record in zip(images, records, strict=True)
+    ]
 
 
 def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:
