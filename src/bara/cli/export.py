@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from bara.cli.options import Adapter, BaseModel, BatchSize, Force, HeldOut
 from bara.schema import MAX_DRAWS, SEEDS
+
+if TYPE_CHECKING:
+    from bara.methods.recipe import TrainRecipe
 
 
 def export(
@@ -48,20 +51,15 @@ def export(
     force: Force = False,
 ) -> None:
     """Write plain LoRA adapters, or a merged model, that load without `bara`."""
-    from dataclasses import replace
-
     from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
     from bara.cli.terminal import calibration_inputs, require_output, say_next
     from bara.errors import BaraError
-    from bara.export.client import Ensemble, EnsembleError
     from bara.export.export_lora import check_mode, export_lora
     from bara.export.servers import check_server
     from bara.finetuning.load import load_adapter
     from bara.finetuning.task_inputs import model_inputs, read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
-    from bara.methods.recipe import TrainRecipe
-    from bara.methods.table import TEMPERED, parse_method
     from bara.prediction.temperature import save_temperature
 
     quieten_libraries()
@@ -69,14 +67,11 @@ def export(
     if server is not None:
         check_server(server)
     require_output(output, adapter, force)
-    if load_into is not None and chosen != "draws":
-        raise BaraError("--load-into is for --mode draws: a server averages nothing by itself")
-    for option, value in (("--num-draws", num_draws), ("--seed", seed)):
-        if value is not None and chosen != "draws":
-            raise BaraError(f"{option} is for --mode draws, and {chosen} has none: leave it out")
-    for option, given in (("--patterns", patterns), ("--server", server is not None)):
-        if given and chosen == "merged":
-            raise BaraError(f"{option} is for adapters, and merged is a whole model: leave it out")
+    _refuse(
+        chosen,
+        {"--load-into": load_into, "--num-draws": num_draws, "--seed": seed},
+        {"--patterns": patterns or None, "--server": server},
+    )
     if api_key_file is not None and load_into is None:
         raise BaraError("--api-key-file is for the server of --load-into: give that too")
     if held_out is not None and data is None:
@@ -89,11 +84,7 @@ def export(
         fit = model_inputs(read_table(data, task), tokenizer, task)
     elif data is not None:
         fit, measure = calibration_inputs(data, held_out, tokenizer, task)
-    recipe = TrainRecipe.load(adapter / RECIPE_FILE)
-    method, _ = parse_method(recipe.method)
-    if method.trainer.weight_noise:  # which the files of an export have no more
-        recipe = replace(recipe, method="lora", method_options={})
-    recipe = replace(recipe, method=recipe.method.lower().removesuffix(TEMPERED))
+    recipe = _recipe(adapter)
 
     def beside(folder: Path) -> None:
         tokenizer.save_pretrained(str(folder))
@@ -125,14 +116,49 @@ def export(
         if why:
             print(f"Not for this server: {why}.")
     if load_into is not None:
-        key = None if api_key_file is None else api_key_file.read_text("utf-8").strip()
-        ensemble = Ensemble.from_folder(output, url=load_into, api_key=key)
-        try:
-            ensemble.load(output)
-        except EnsembleError as error:
-            raise BaraError(f"the export is in {output}, but not loaded: {error}") from error
-        print(f"Loaded {len(ensemble.adapters)} draws into {load_into}.")
+        _load(output, load_into, api_key_file)
     print(f"{output / 'README.md'} has the lines that load it.")
     # a merged model is for others to load: it has no recipe
     readable = {"mean": output, "draws": output / "draw-0", "merged": adapter}[chosen]
     say_next(["bara", "evaluate", readable, "--data", "LABELLED"])
+
+
+def _refuse(mode: str, of_draws: dict[str, object], of_adapters: dict[str, object]) -> None:
+    """Refuses options that another mode has."""
+    from bara.errors import BaraError
+
+    for option, value in of_draws.items():
+        if value is not None and mode != "draws":
+            raise BaraError(f"{option} is for --mode draws, and {mode} has none: leave it out")
+    for option, value in of_adapters.items():
+        if value is not None and mode == "merged":
+            raise BaraError(f"{option} is for adapters, and merged is a whole model: leave it out")
+
+
+def _recipe(adapter: Path) -> TrainRecipe:
+    """The recipe of what is written: noise and temperature are not in its files any more."""
+    from dataclasses import replace
+
+    from bara.cards.adapter_files import RECIPE_FILE
+    from bara.methods.recipe import TrainRecipe
+    from bara.methods.table import TEMPERED, parse_method
+
+    recipe = TrainRecipe.load(adapter / RECIPE_FILE)
+    method, _ = parse_method(recipe.method)
+    if method.trainer.weight_noise:
+        recipe = replace(recipe, method="lora", method_options={})
+    return replace(recipe, method=recipe.method.lower().removesuffix(TEMPERED))
+
+
+def _load(folder: Path, url: str, api_key_file: Path | None) -> None:
+    """Loads the draws in a folder into a server."""
+    from bara.errors import BaraError
+    from bara.export.client import Ensemble, EnsembleError
+
+    key = None if api_key_file is None else api_key_file.read_text("utf-8").strip()
+    ensemble = Ensemble.from_folder(folder, url=url, api_key=key)
+    try:
+        ensemble.load(folder)
+    except EnsembleError as error:
+        raise BaraError(f"the export is in {folder}, but not loaded: {error}") from error
+    print(f"Loaded {len(ensemble.adapters)} draws into {url}.")

@@ -134,20 +134,12 @@ def bayesianize(
     require_new(output, overwrite)
     config: Any = read_config(folder)
     _require_plain(folder, config)
-    kind = task or TASK_TYPES.get(str(config.task_type))
-    if kind not in ("classification", *LANGUAGE_TASKS):
-        raise BaraError(
-            f"{folder} is of task type {config.task_type}: give --task classification, causal-lm "
-            "or multiple-choice"
-        )
-    if method == "laplace" and kind != "classification":
-        raise BaraError(
-            "laplace predicts with a linearised model, which generates no text: use --method tfb "
-            f"for {kind}"
-        )
+    kind = _kind(folder, config, task, method)
     name = base_model or config.base_model_name_or_path
     if not name:
         raise BaraError(f"{folder / CONFIG_FILE} names no base model; give it with --base-model")
+    if labels and kind != "classification":
+        raise BaraError(f"--labels are the classes of a classifier: leave it out for {kind}")
     loading = {"revision": config.revision} if config.revision else {}
     recipe = TrainRecipe(
         model=name,
@@ -172,9 +164,7 @@ def bayesianize(
         )
         described = _with_labels(described, table, labels, _head(folder), name, loading)
     else:
-        if labels:
-            raise BaraError(f"--labels are the classes of a classifier: leave it out for {kind}")
-        described = LanguageTask(kind)  # type: ignore[arg-type]  # checked above
+        described = LanguageTask(kind)  # type: ignore[arg-type]  # one of these by now
     config.task_type = "SEQ_CLS" if kind == "classification" else "CAUSAL_LM"
     base, _ = load_base(name, described, recipe.model_options)
     whole = (folder / TOKENIZER_FILE).is_file()
@@ -190,20 +180,36 @@ def bayesianize(
     nll = _loss(model, tokenizer, table, described, batch_size, seed)
     before = nll()
     noise, precision = None, None
-    if method == "laplace":
+    if not isinstance(described, TextTask):
+        noise = largest_noise(model, nll, tolerance=options.tolerance)
+    elif method == "tfb":
+        inputs = model_inputs(table, tokenizer, described)
+        noise = tfb(model, inputs, tolerance=options.tolerance, seed=seed, batch_size=batch_size)
+    else:
         for part, parameter in model.named_parameters():
             parameter.requires_grad_("modules_to_save" in part)  # how it finds the last layer
         inputs = model_inputs(table, tokenizer, described)
         precision = laplace(model, inputs, options, batch_size=batch_size)
-    elif isinstance(described, TextTask):
-        inputs = model_inputs(table, tokenizer, described)
-        noise = tfb(model, inputs, tolerance=options.tolerance, seed=seed, batch_size=batch_size)
-    else:
-        noise = largest_noise(model, nll, tolerance=options.tolerance)
     after = nll()
     recipe = replace(recipe, max_length=described.max_length)
     save_adapter(output, model, tokenizer, described, recipe)
     return Bayesianized(Path(output), method, len(table), noise, precision, before, after)
+
+
+def _kind(folder: Path, config: Any, task: str | None, method: str) -> str:
+    """The task that was asked for or that the configuration names, if the method is for it."""
+    kind = task or TASK_TYPES.get(str(config.task_type))
+    if kind is None or kind not in ("classification", *LANGUAGE_TASKS):
+        raise BaraError(
+            f"{folder} is of task type {config.task_type}: give --task classification, causal-lm "
+            "or multiple-choice"
+        )
+    if method == "laplace" and kind != "classification":
+        raise BaraError(
+            "laplace predicts with a linearised model, which generates no text: use --method tfb "
+            f"for {kind}"
+        )
+    return kind
 
 
 def _require_plain(folder: Path, config: PeftConfig) -> None:
