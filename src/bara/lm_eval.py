@@ -9,7 +9,6 @@ with `bara` imported. In Python, `import bara.lm_eval` and then `lm_eval.simple_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.finetuning.load import load_adapter
 from bara.language.generation import SAMPLED, generate
@@ -136,7 +136,7 @@ class BaraLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._shortened(before, after) for _, before, after in requests]
         log_probs, greedy = self._read(pairs, disable_tqdm)
-        mixture = _mixture(log_probs).tolist()
+        mixture = log_mean_exp(log_probs).tolist()
         answers = list(zip(mixture, greedy.tolist(), strict=True))
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], answer)
@@ -161,7 +161,7 @@ class BaraLM(TemplateLM):
             counts.append(len(found))
         log_probs, _ = self._read(pairs, disable_tqdm)
         sums = torch.stack([part.sum(1) for part in log_probs.split(counts, 1)], 1)
-        answers: list[float] = _mixture(sums).tolist()
+        answers: list[float] = log_mean_exp(sums).tolist()
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers
@@ -221,11 +221,6 @@ class _Until(StoppingCriteria):
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
         ended = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
-
-
-def _mixture(log_probs: Tensor) -> Tensor:
-    """log of the mean over draws, (n,), of the probabilities whose logs are (S, n)."""
-    return log_probs.logsumexp(0) - math.log(len(log_probs))
 
 
 if __name__ == "__main__":

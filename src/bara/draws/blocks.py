@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,3 +61,8 @@ class Blocks:
             )
         rows = batch_size // self.num_draws
         return torch.arange(self.num_draws, device=device).repeat_interleave(rows)
+
+
+def log_mean_exp(log_probs_draws: Tensor) -> Tensor:
+    """(...) logarithm of the mean over draws of probabilities whose logarithms are (S, ...)."""
+    return log_probs_draws.logsumexp(0) - math.log(log_probs_draws.shape[0])

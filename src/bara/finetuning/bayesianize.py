@@ -21,6 +21,7 @@ from bara.finetuning.load import attach_adapter, read_config
 from bara.finetuning.save import save_adapter
 from bara.finetuning.task_inputs import model_inputs, predict_table
 from bara.language.evaluation import token_metrics
+from bara.language.prompts import context
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.laplace import laplace
 from bara.methods.recipe import TrainRecipe
@@ -169,7 +170,9 @@ def bayesianize(
     base, _ = load_base(name, described, recipe.model_options)
     whole = (folder / TOKENIZER_FILE).is_file()
     tokenizer = load_tokenizer(str(folder) if whole else name, base)
-    described = replace(described, max_length=_longest(described, max_length, base, tokenizer))
+    room = min(tokenizer.model_max_length, context(base))
+    longest = min(max_length or CONTEXT[type(described)], room)
+    described = replace(described, max_length=longest)
     model = attach_adapter(base, folder, config, name)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     _require_trained(model, folder)
@@ -293,12 +296,6 @@ def _with_labels(
         f"which output of the head is {found[0]!r}? Name the {count} classes in the order of the "
         "outputs, as in --labels negative,positive"
     )
-
-
-def _longest(task: Task, given: int | None, base: Any, tokenizer: Any) -> int:
-    positions = getattr(base.config, "max_position_embeddings", None)
-    room = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    return min(given or CONTEXT[type(task)], room)
 
 
 def _loss(

@@ -35,6 +35,7 @@ from bara.finetuning.checkpoints import CHECKPOINTS, check_output, only_run, pre
 from bara.finetuning.save import save_adapter
 from bara.finetuning.task_inputs import model_inputs, predict_table, read_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
+from bara.language.prompts import context
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
 from bara.methods.ensemble import EnsembleDraws, member_name
 from bara.methods.recipe import TrainRecipe
@@ -137,7 +138,8 @@ def _finetune(
     set_seed(recipe.seed)
     model, tokenizer = build_model(recipe, method, task)
     if not isinstance(task, ImageTask):
-        task = replace(task, max_length=min(task.max_length, _longest_input(model, tokenizer)))
+        room = min(tokenizer.model_max_length, context(model))
+        task = replace(task, max_length=min(task.max_length, room))
     if method.config is CertifiedConfig:
         learn = None if resume else partial(finetune, overwrite=True, callbacks=callbacks)
         prepare(model, recipe, train, text_task(task, "certify"), learn)
@@ -376,11 +378,6 @@ def _training_arguments(recipe: TrainRecipe, *, evaluate: bool) -> TrainingArgum
         )
     except Exception as error:  # transformers raises many types for what it cannot use
         raise BaraError(f"training: {first_line(error)}") from error
-
-
-def _longest_input(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
 
 
 def _absolute(model: str) -> str:

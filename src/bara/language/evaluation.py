@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bara.draws.blocks import Blocks
+from bara.draws.blocks import Blocks, log_mean_exp
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
@@ -100,7 +100,7 @@ def next_tokens(model: nn.Module, draws: Portions, batch: Batch, batch_size: int
         return here.float().log_softmax(-1)
 
     every = torch.cat(draws.map(run, len(known), batch_size))
-    log_probs = every.logsumexp(0) - math.log(draws.num_draws)
+    log_probs = log_mean_exp(every)
     return NextTokens(log_probs, labels[known], known.nonzero()[:, 0])
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bara.draws.blocks import Blocks
+from bara.draws.blocks import Blocks, log_mean_exp
 from bara.draws.draws import Draws, draw_source
 from bara.draws.sharing import decoding, evaluating, of_this_thread
 from bara.errors import BaraError, first_line
@@ -32,6 +32,7 @@ from bara.language.prompts import (
 )
 from bara.prediction.batches import progress_bar, to_device
 from bara.prediction.likelihood import require_finite
+from bara.prediction.outputs import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -285,7 +286,7 @@ class DrawSampler:
         Yields:
             The list that every call's last position is added to.
         """
-        root = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        root = base_of(self.model)
         blocks = Blocks(self.draws.num_draws)
         count, steps = blocks.num_draws, list[Step]()
         decoder_ids = "decoder_input_ids" if self.encodes else "input_ids"
@@ -311,7 +312,7 @@ class DrawSampler:
             nonlocal inside
             inside = False
             draws = blocks.split(require_finite(output.logits.float().log_softmax(-1)))
-            output.logits = draws.logsumexp(0) - math.log(count)
+            output.logits = log_mean_exp(draws)
             if self.encodes and "encoder_outputs" not in kwargs:
                 return  # Whisper finds out the language
             last = output.logits[:, -1]
@@ -347,9 +348,7 @@ def whole_rows(model: nn.Module) -> Iterator[None]:
     copy of the layer's weights for each row: with 128 rows in bfloat16 that took a CPU longer than
     all other steps together.
     """
-    wrapped: Any = model
-    root = wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
-    head = root.get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     if head is None:
         yield
         return

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bara.errors import BaraError
+from bara.prediction.outputs import base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,7 @@ def require_generator(model: nn.Module, purpose: str) -> None:
     Raises:
         BaraError: it is a classifier or an encoder, or its active adapter was trained as one.
     """
-    base, wrapped = _base(model), cast(Any, model)
+    base, wrapped = base_of(model), cast(Any, model)
     generates = callable(getattr(base, "can_generate", None)) and base.can_generate()
     if not generates:
         raise BaraError(
@@ -172,24 +173,19 @@ def require_decoder(model: nn.Module, purpose: str) -> None:
     require_generator(model, purpose)
     if is_encoder_decoder(model):
         raise BaraError(
-            f"{purpose} needs a decoder-only model, not a {type(_base(model)).__name__}."
+            f"{purpose} needs a decoder-only model, not a {type(base_of(model)).__name__}."
         )
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether an encoder reads the prompt and a decoder writes the answer."""
-    return bool(getattr(getattr(_base(model), "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
 
 
 def generates(model: nn.Module) -> bool:
     """Whether the model writes texts, of which each next token has a distribution."""
-    base = _base(model)
+    base = base_of(model)
     return isinstance(base, PreTrainedModel) and bool(base.can_generate())
-
-
-def _base(model: nn.Module) -> Any:
-    wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
 
 def context(model: nn.Module) -> int:

@@ -12,6 +12,7 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 from torch.nn import functional as F
 
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.methods.weight_draws import Factors
 from bara.training.logistic import PATIENCE, logistic_weights
@@ -72,7 +73,7 @@ class LinearPosterior:
         else:
             normal_ = torch.distributions.Normal(outputs[..., 0], math.sqrt(self.noise))
             log_likelihood = normal_.log_prob(y)
-        return float(math.log(len(weights)) - log_likelihood.logsumexp(0).mean())
+        return -float(log_mean_exp(log_likelihood).mean())
 
 
 Fit = Callable[[Tensor, Tensor, float], LinearPosterior]

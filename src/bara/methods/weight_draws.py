@@ -21,6 +21,7 @@ from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, DrawSource
 from bara.draws.sharing import lock_of
 from bara.errors import BaraError
+from bara.prediction.outputs import base_of
 
 NOISE_FILE = "weight_noise.safetensors"
 LINEARISED, SHARED = "linearised", "shared"
@@ -178,8 +179,7 @@ class WeightDraws(DrawSource):
     @contextmanager
     def _together(self, draws: Draws) -> Iterator[None]:
         """Every linear layer adds to each block of rows the noise of its draw."""
-        root: Any = self.model
-        root = root.get_base_model() if hasattr(root, "get_base_model") else root
+        root = base_of(self.model)
         blocks, rows = Blocks(draws.num_draws), [0]
         layers: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.prediction.predictive import Predictive, check_not_nan
 
@@ -100,7 +101,7 @@ class MultiLabelPredictive(Predictive):
         Args:
             labels: (n, L), 0 or 1.
         """
-        return self._log_prob_draws(labels).sum(-1).logsumexp(0) - math.log(self.num_draws)
+        return log_mean_exp(self._log_prob_draws(labels).sum(-1))
 
     def label_log_prob(self, labels: Tensor) -> Tensor:
         """(n, L) log-probability of each label alone, under the mixture.
@@ -108,7 +109,7 @@ class MultiLabelPredictive(Predictive):
         Args:
             labels: (n, L), 0 or 1.
         """
-        return self._log_prob_draws(labels).logsumexp(0) - math.log(self.num_draws)
+        return log_mean_exp(self._log_prob_draws(labels))
 
     def _log_prob_draws(self, labels: Tensor) -> Tensor:
         return logsigmoid(torch.where(labels.bool(), self.logits_draws, -self.logits_draws))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.draws.blocks import Blocks
@@ -63,8 +62,13 @@ def outputs_of_draws(
         yield torch.cat(draws.map(run, rows, batch_size)), batch, index
 
 
+def base_of(model: nn.Module) -> Any:
+    """The model that an adapter was put on; the model itself without one."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+
+
 def accepted(model: nn.Module) -> set[str] | None:
     """The forward arguments the base model names, None if there is no telling."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    parameters = inspect.signature(base.forward).parameters
+    parameters = inspect.signature(base_of(model).forward).parameters
     return set(parameters) if "input_ids" in parameters or "pixel_values" in parameters else None

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from bara.data.questions import QuestionWindows
@@ -17,7 +16,7 @@ from bara.errors import BaraError
 from bara.prediction.batches import Collate
 from bara.prediction.likelihood import MIN_LOG_VARIANCE
 from bara.prediction.multi_label import MultiLabelPredictive
-from bara.prediction.outputs import outputs_of_draws
+from bara.prediction.outputs import base_of, outputs_of_draws
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
 from bara.prediction.spans import SpanCollector, start_and_end
 from bara.prediction.temperature import get_temperature
@@ -75,7 +74,7 @@ def predict(
         raise BaraError(f"batch_size must be at least 1, got {batch_size}.")
     if noise_variance < 0:
         raise BaraError(f"noise_variance must be at least 0, got {noise_variance}.")
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and base.can_generate():
         raise BaraError(
             f"predict is for classes and numbers: use bara.generate for a {type(base).__name__}."

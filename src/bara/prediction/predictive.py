@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class ClassificationPredictive(Predictive):
     @property
     def log_probs(self) -> Tensor:
         """(n, C) logarithm of the mean probabilities."""
-        return self.log_probs_draws.logsumexp(0) - math.log(self.num_draws)
+        return log_mean_exp(self.log_probs_draws)
 
     @property
     def probs(self) -> Tensor:
@@ -243,7 +243,7 @@ class RegressionPredictive(Predictive):
         if (self.variance_draws == 0).any():
             raise BaraError("a noise variance of 0 has no density: give noise_variance a value > 0")
         components = Normal(self.mean_draws, self.variance_draws.sqrt())
-        return components.log_prob(targets).logsumexp(0) - math.log(self.num_draws)
+        return log_mean_exp(components.log_prob(targets))
 
     def cdf(self, values: Tensor) -> Tensor:
         """(n,) probability that each target is at most ``values`` (n,); float64."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bara.data.questions import Passage, QuestionWindows
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.prediction.predictive import Predictive, with_labels
 
@@ -72,17 +73,17 @@ class SpanDistribution(NamedTuple):
     @property
     def log_probs(self) -> Tensor:
         """(T, M) of the mixture over draws."""
-        return _mixed(self.log_probs_draws)
+        return log_mean_exp(self.log_probs_draws)
 
     @property
     def no_answer(self) -> Tensor:
         """Log-probability under the mixture that there is no answer, a scalar."""
-        return _mixed(self.no_answer_draws)
+        return log_mean_exp(self.no_answer_draws)
 
     def entropies(self) -> tuple[float, float]:
         """Entropy of the mixture, and mean entropy over the draws, in nats."""
         every = torch.cat([self.log_probs_draws.flatten(1), self.no_answer_draws[:, None]], dim=1)
-        total = torch.special.entr(_mixed(every).exp()).sum()
+        total = torch.special.entr(log_mean_exp(every).exp()).sum()
         return float(total), float(torch.special.entr(every.exp()).sum(-1).mean())
 
 
@@ -322,7 +323,3 @@ class SpanCollector:
             self.data.unanswerable,
             self.data.max_answer_length,
         )
-
-
-def _mixed(log_probs_draws: Tensor) -> Tensor:
-    return log_probs_draws.logsumexp(0) - math.log(log_probs_draws.shape[0])

@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
@@ -155,4 +156,4 @@ def negative_log_likelihood(predictive: Predictive, temperature: float = 1.0) ->
         std = (predictive.variance_draws.double() * temperature).sqrt()
         normal = torch.distributions.Normal(predictive.mean_draws.double(), std)
         log_likelihood = normal.log_prob(predictive.labels.double())
-    return math.log(log_likelihood.shape[0]) - log_likelihood.logsumexp(0).mean()
+    return -log_mean_exp(log_likelihood).mean()

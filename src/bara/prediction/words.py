@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.prediction.predictive import ClassificationPredictive, Predictive, with_labels
 
@@ -74,7 +74,7 @@ class TokenPredictive(Predictive):
         chosen = draws.gather(-1, self.words.prediction.expand(len(draws), -1).unsqueeze(-1))
         sums = draws.new_zeros(len(draws), len(self.lengths))
         sums.index_add_(1, self.owners, chosen.squeeze(-1))
-        return (sums.logsumexp(0) - math.log(self.num_draws)).exp()
+        return log_mean_exp(sums).exp()
 
     @property
     def owners(self) -> Tensor:

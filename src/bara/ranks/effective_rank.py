@@ -110,18 +110,20 @@ def rank_shift(first: EffectiveRank, other: EffectiveRank) -> RankShift:
     Raises:
         BaraError: the ranks are of different models, or a data set has fewer than two inputs.
     """
+    from sklearn.metrics import roc_auc_score
+
     if first.layers != other.layers:
         raise BaraError("A rank shift needs the ranks of one model: the layers differ.")
     ours, theirs = first.per_input.double(), other.per_input.double()
     if min(len(ours), len(theirs)) < 2:
         raise BaraError("A rank shift needs at least two inputs in each data set.")
     variance = ours.var() / len(ours) + theirs.var() / len(theirs)
-    above = (theirs[:, None] > ours).double() + 0.5 * (theirs[:, None] == ours).double()
+    other_set = torch.cat([torch.zeros_like(ours), torch.ones_like(theirs)])
     return RankShift(
         mean=float(theirs.mean() - ours.mean()),
         standard_error=float(variance.sqrt()),
         per_layer=other.per_layer - first.per_layer,
-        auroc=float(above.mean()),
+        auroc=float(roc_auc_score(other_set, torch.cat([ours, theirs]))),
     )
 
 
