@@ -107,10 +107,12 @@ class RankSpaceVariant(LoraVariant):
             return result
         space, layout = self._rank_space(module, active_adapter, shared, forward)
         noise = self._noise(module, active_adapter, posterior, space, forward)
-        output = posterior(space, noise, with_kl=with_kl)
+        with torch.autocast(space.u.device.type, enabled=False):
+            output = posterior(space, noise, with_kl=with_kl)
+            for observe in forward.observers:
+                observe(self.layer, posterior, space)
         if with_kl:
             forward.add(active_adapter, posterior, output.kl, posterior.kl)
-        self._tell_observers(posterior, space, forward)
         return result + self._through_b(module, active_adapter, output, layout)
 
     def _input(
@@ -189,12 +191,6 @@ class RankSpaceVariant(LoraVariant):
         active = module.active_adapters
         position = active.index(adapter) if adapter in active else 0
         return f"{self.layer}#{position}" if position else self.layer
-
-    def _tell_observers(self, posterior: Posterior, space: RankSpace, forward: ForwardPass) -> None:
-        if forward.observers:
-            with torch.autocast(space.u.device.type, enabled=False):
-                for observe in forward.observers:
-                    observe(self.layer, posterior, space)
 
     def _through_b(
         self, module: LoraLayer, adapter: str, output: PosteriorOutput, layout: Layout

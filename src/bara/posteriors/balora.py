@@ -27,7 +27,7 @@ from bara.posteriors.posterior import (
     LayerSetup,
     Posterior,
     PosteriorOutput,
-    relative_noise_draw,
+    gaussian_draw,
 )
 from bara.posteriors.rank_space import RankSpace, position_mean, rms_normalised, wide
 from bara.posteriors.registry import register
@@ -84,9 +84,11 @@ class BaloraPosterior(Posterior):
     nothing, and the network cannot bend A to lower the noise.
     """
 
+    config: BaloraConfig
+
     def __init__(self, setup: LayerSetup[BaloraConfig]) -> None:
         super().__init__(setup)
-        self.config = config = setup.config
+        config = setup.config
         hidden, output = nn.Linear(self.rank, config.hidden_size), nn.Linear(config.hidden_size, 1)
         start = config.noise_prior if config.init_noise is None else config.init_noise
         # not as modules: PEFT swaps adapters by names that are one part long
@@ -106,16 +108,15 @@ class BaloraPosterior(Posterior):
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None and not with_kl:
             return PosteriorOutput(space.u)
-        with torch.autocast(space.u.device.type, enabled=False):
-            alpha, u = self.alpha(space), space.u
-            if noise is not None:
-                u = space.with_relative_noise(alpha, noise).to(u.dtype)
-            if not with_kl:
-                return PosteriorOutput(u)
-            parts = {"alpha": alpha, "elements": alpha.new_tensor(space.a.numel())}
-            if space.weights is not None and alpha.shape[1] > 1:
-                parts["weights"] = space.weights
-            return PosteriorOutput(u, parts)
+        alpha, u = self.alpha(space), space.u
+        if noise is not None:
+            u = space.with_relative_noise(alpha, noise).to(u.dtype)
+        if not with_kl:
+            return PosteriorOutput(u)
+        parts = {"alpha": alpha, "elements": alpha.new_tensor(space.a.numel())}
+        if space.weights is not None and alpha.shape[1] > 1:
+            parts["weights"] = space.weights
+        return PosteriorOutput(u, parts)
 
     def fuse(self, stack: Stack) -> Fused:
         root = math.sqrt(self.rank)  # features of norm 1 here, of root mean square 1 there
@@ -143,7 +144,8 @@ class BaloraPosterior(Posterior):
         return None
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        return relative_noise_draw(a, self._calibrated(), noise), None
+        std = self._calibrated().sqrt() * wide(a).abs()
+        return gaussian_draw(a, std, noise), None
 
 
 register(

@@ -43,7 +43,7 @@ from bara.posteriors.posterior import (
     Posterior,
     PosteriorOutput,
     ScaledGradient,
-    relative_noise_draw,
+    gaussian_draw,
 )
 from bara.posteriors.rank_space import RankSpace, position_mean, rms_normalised, wide
 from bara.posteriors.registry import register
@@ -79,11 +79,13 @@ class Variables(NamedTuple):
 class BaraPosterior(Posterior):
     """The gates, noise and priors of one layer's r factors."""
 
+    config: BaraConfig
+
     resolved: BaraResolved
 
     def __init__(self, setup: LayerSetup[BaraConfig]) -> None:
         super().__init__(setup)
-        self.config = config = setup.config
+        config = setup.config
         rank = self.rank
         if config.global_gate:
             self.global_logit = nn.Parameter(torch.full((rank,), OPEN / LOGIT_SCALE))
@@ -123,16 +125,15 @@ class BaraPosterior(Posterior):
             set_parameter(self.noise_logit, self._noise_start)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            variables, u = self.variables(space), space.wide_u
-            if noise is not None and (variance := self.weight_noise):
-                u = space.with_relative_noise(variance, noise)
-            if multipliers := self._multipliers(variables, noise):
-                u = u * reduce(torch.mul, multipliers)
-            u = u.to(space.u.dtype)
-            if not with_kl:
-                return PosteriorOutput(u)
-            return PosteriorOutput(u, self._kl_parts(space, variables))
+        variables, u = self.variables(space), space.wide_u
+        if noise is not None and (variance := self.weight_noise):
+            u = space.with_relative_noise(variance, noise)
+        if multipliers := self._multipliers(variables, noise):
+            u = u * reduce(torch.mul, multipliers)
+        u = u.to(space.u.dtype)
+        if not with_kl:
+            return PosteriorOutput(u)
+        return PosteriorOutput(u, self._kl_parts(space, variables))
 
     @property
     def depends_on_input(self) -> bool:
@@ -341,7 +342,7 @@ class BaraPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         if variance := self.weight_noise:
-            a = relative_noise_draw(a, variance, noise)
+            a = gaussian_draw(a, variance**0.5 * wide(a).abs(), noise)
         return a, self._plain_scale(noise)
 
     def _plain_scale(self, noise: Noise | None) -> Tensor | None:

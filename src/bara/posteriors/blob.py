@@ -16,7 +16,7 @@ from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import gaussian_kl
 from bara.posteriors.fused import Fused, Stack, flipout
-from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput, gaussian_draw
 from bara.posteriors.rank_space import RankSpace, wide
 from bara.posteriors.registry import register
 
@@ -53,9 +53,11 @@ class BlobConfig(BayesianConfig):
 class BlobPosterior(Posterior):
     """G of one layer; the mean M is LoRA's own A."""
 
+    config: BlobConfig
+
     def __init__(self, setup: LayerSetup[BlobConfig]) -> None:
         super().__init__(setup)
-        self.config = config = setup.config
+        config = setup.config
         g = torch.empty_like(setup.a, dtype=torch.float32)
         nn.init.uniform_(g, config.init_noise / math.sqrt(2), config.init_noise)
         self.noise_root = nn.Parameter(g)
@@ -65,14 +67,13 @@ class BlobPosterior(Posterior):
         return wide(self.noise_root).square()
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            u, std = space.u, self.std()
-            if noise is not None:
-                u = u + space.project_noise(std, noise, "A").to(u.dtype)
-            if not with_kl:
-                return PosteriorOutput(u)
-            kl = gaussian_kl(wide(space.a), std, self.config.prior_std).sum()
-            return PosteriorOutput(u, {"parameters": kl})
+        u, std = space.u, self.std()
+        if noise is not None:
+            u = u + space.project_noise(std, noise, "A").to(u.dtype)
+        if not with_kl:
+            return PosteriorOutput(u)
+        kl = gaussian_kl(wide(space.a), std, self.config.prior_std).sum()
+        return PosteriorOutput(u, {"parameters": kl})
 
     def fuse(self, stack: Stack) -> Fused | None:
         roots: list[Any] = [posterior.noise_root for posterior in stack.posteriors]
@@ -86,7 +87,7 @@ class BlobPosterior(Posterior):
         return None
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        return a + (self.std() * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None
+        return gaussian_draw(a, self.std(), noise), None
 
 
 register(

@@ -102,6 +102,8 @@ class CertifiedPosterior(Posterior):
     mu of B is the weight of the layer's `lora_B`.
     """
 
+    config: CertifiedConfig
+
     prior_mean: Tensor
     prior_logit: Tensor
     prior_log_std: Tensor
@@ -127,17 +129,16 @@ class CertifiedPosterior(Posterior):
         return wide(self.prior_log_std) + LOG_SCALE * wide(self.spread)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            if noise is None:
-                gated, from_b = space.wide_u * self.logit().sigmoid(), None
-            else:
-                gated = space.wide_u * self._draw_gates(noise).unsqueeze(1)
-                normal = noise.normal("B", tuple(space.b.shape))
-                from_b = torch.einsum("btr,bor->bto", gated, normal * self.log_std().exp())
-            kl = {}
-            if with_kl:
-                kl = {"parameters": self.kl_of(space.b), "activity": self.logit().sigmoid()}
-            return PosteriorOutput(gated.to(space.u.dtype), kl, from_b)
+        if noise is None:
+            gated, from_b = space.wide_u * self.logit().sigmoid(), None
+        else:
+            gated = space.wide_u * self._draw_gates(noise).unsqueeze(1)
+            normal = noise.normal("B", tuple(space.b.shape))
+            from_b = torch.einsum("btr,bor->bto", gated, normal * self.log_std().exp())
+        kl = {}
+        if with_kl:
+            kl = {"parameters": self.kl_of(space.b), "activity": self.logit().sigmoid()}
+        return PosteriorOutput(gated.to(space.u.dtype), kl, from_b)
 
     def _draw_gates(self, noise: Noise) -> Tensor:
         """Bernoulli draws, (B, r), with the gradient of a concrete relaxation (straight-through).

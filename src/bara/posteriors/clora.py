@@ -57,10 +57,12 @@ class CloraConfig(BayesianConfig):
 class CloraPosterior(Posterior):
     """The network behind one layer's E(x): one hidden layer of rectified units."""
 
+    config: CloraConfig
+
     def __init__(self, setup: LayerSetup[CloraConfig]) -> None:
         super().__init__(setup)
         refuse_grouped(setup, "C-LoRA")
-        self.config = config = setup.config
+        config = setup.config
         hidden = nn.Linear(self.rank, config.hidden_size)
         output = nn.Linear(config.hidden_size, 2 * self.rank**2)
         # not as modules: PEFT swaps adapters by names that are one part long
@@ -75,18 +77,17 @@ class CloraPosterior(Posterior):
         return mean, torch.sigmoid(root).square() + LEAST_STD
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            mean, std = self.matrix(space)
-            element = mean
-            if noise is not None:
-                element = mean + std * noise.normal("E", (self.rank**2,)).unsqueeze(1)
-            matrix = element.unflatten(-1, (self.rank, self.rank))
-            u = (matrix @ space.wide_u.unsqueeze(-1)).squeeze(-1).to(space.u.dtype)
-            if not with_kl:
-                return PosteriorOutput(u)
-            kl = gaussian_kl(mean, std, self.config.prior_std)
-            weights = space.weights if mean.shape[1] > 1 else None
-            return PosteriorOutput(u, {"parameters": position_mean(kl, weights, dim=1).sum(-1)})
+        mean, std = self.matrix(space)
+        element = mean
+        if noise is not None:
+            element = mean + std * noise.normal("E", (self.rank**2,)).unsqueeze(1)
+        matrix = element.unflatten(-1, (self.rank, self.rank))
+        u = (matrix @ space.wide_u.unsqueeze(-1)).squeeze(-1).to(space.u.dtype)
+        if not with_kl:
+            return PosteriorOutput(u)
+        kl = gaussian_kl(mean, std, self.config.prior_std)
+        weights = space.weights if mean.shape[1] > 1 else None
+        return PosteriorOutput(u, {"parameters": position_mean(kl, weights, dim=1).sum(-1)})
 
     def input_dependence(self, space: RankSpace) -> Tensor | None:
         """Mean and standard deviation of E's elements, (2 r^2,)."""

@@ -14,7 +14,7 @@ from bara.draws.draws import Noise
 from bara.draws.noise_stack import FreshNoiseStack
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.fused import Fused, Stack, put
-from bara.posteriors.posterior import LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.posterior import Posterior, PosteriorOutput
 from bara.posteriors.rank_functions import Plain
 from bara.posteriors.rank_space import RankSpace, trailing
 from bara.posteriors.registry import register
@@ -43,9 +43,7 @@ class McDropoutConfig(BayesianConfig):
 class McDropoutPosterior(Posterior):
     """Has no parameters: the rate is fixed, and weight decay stands for the prior."""
 
-    def __init__(self, setup: LayerSetup[McDropoutConfig]) -> None:
-        super().__init__(setup)
-        self.config = setup.config
+    config: McDropoutConfig
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         if noise is None:
@@ -54,7 +52,7 @@ class McDropoutPosterior(Posterior):
         channel = -1 if space.a.dim() == 2 else 1
         mask = self._mask(x.shape[channel], noise)
         mask = mask.unsqueeze(1) if channel == -1 else trailing(mask, x.dim())
-        x = x * mask.to(x.dtype)
+        x = (x * mask.to(x.dtype)).to(space.u.dtype)
         return PosteriorOutput(space.project(x, space.a.to(x.dtype)))
 
     def fuse(self, stack: Stack) -> Fused | None:

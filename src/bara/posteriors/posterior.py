@@ -13,7 +13,7 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.fused import Fused, Stack
-from bara.posteriors.rank_space import Granularity, RankSpace, wide
+from bara.posteriors.rank_space import Granularity, RankSpace
 
 LOG_SCALE = 10.0
 """Fixed factor between a parameter and the logarithm or log-odds that it stands for: at LoRA's
@@ -98,20 +98,25 @@ class Posterior(nn.Module):
 
     Attributes:
         rank: r, the number of factors.
-        resolved, granularity: see `LayerSetup`.
+        config, resolved, granularity: see `LayerSetup`.
         calibrated: the average of `input_dependence` over data, which stands for the input where
             an adapter has to do without it (merging, export); None before `bara.calibrate_gates`.
     """
 
+    config: BayesianConfig
+
     def __init__(self, setup: LayerSetup[BayesianConfig]) -> None:
         super().__init__()
         self.rank = setup.a.shape[0]
+        self.config = setup.config
         self.resolved = setup.resolved
         self.granularity = setup.granularity
         self.calibrated: Tensor | None = None
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         """Applies a draw of the posterior, or its mean when `noise` is None.
+
+        The layer calls it with autocast off.
 
         Args:
             space: the layer's rank-space activations.
@@ -203,7 +208,6 @@ def refuse_grouped(setup: LayerSetup[Any], title: str) -> None:
         )
 
 
-def relative_noise_draw(a: Tensor, variance: Tensor | float, noise: Noise) -> Tensor:
-    """One draw of A whose elements have variance `variance` * a^2, in the shape of A."""
-    std = variance**0.5 * wide(a).abs()
+def gaussian_draw(a: Tensor, std: Tensor, noise: Noise) -> Tensor:
+    """One draw of A whose elements have the standard deviations `std`, in the shape of A."""
     return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype)

@@ -17,7 +17,13 @@ from bara.draws.draws import Noise
 from bara.posteriors.config import About, BayesianConfig
 from bara.posteriors.distributions import log_uniform_kl
 from bara.posteriors.fused import Fused, Stack, flipout
-from bara.posteriors.posterior import LOG_SCALE, LayerSetup, Posterior, PosteriorOutput
+from bara.posteriors.posterior import (
+    LOG_SCALE,
+    LayerSetup,
+    Posterior,
+    PosteriorOutput,
+    gaussian_draw,
+)
 from bara.posteriors.rank_space import RankSpace, trailing, wide
 from bara.posteriors.registry import register
 
@@ -51,9 +57,11 @@ class RankwiseConfig(BayesianConfig):
 class RankwisePosterior(Posterior):
     """One layer's r variances; the mean is LoRA's own A."""
 
+    config: RankwiseConfig
+
     def __init__(self, setup: LayerSetup[RankwiseConfig]) -> None:
         super().__init__(setup)
-        self.config = config = setup.config
+        config = setup.config
         self.log_variance = nn.Parameter(
             torch.full((self.rank,), config.init_log_variance / LOG_SCALE)
         )
@@ -63,14 +71,13 @@ class RankwisePosterior(Posterior):
         return _variance(self.log_variance)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            u, a = space.u, wide(space.a)
-            variance = trailing(self.variance(), a.dim()).expand_as(a)
-            if noise is not None:
-                u = u + space.project_noise(variance.sqrt(), noise, "A").to(u.dtype)
-            if not with_kl:
-                return PosteriorOutput(u)
-            return PosteriorOutput(u, {"parameters": _kl(a, variance.sqrt()).sum()})
+        u, a = space.u, wide(space.a)
+        variance = trailing(self.variance(), a.dim()).expand_as(a)
+        if noise is not None:
+            u = u + space.project_noise(variance.sqrt(), noise, "A").to(u.dtype)
+        if not with_kl:
+            return PosteriorOutput(u)
+        return PosteriorOutput(u, {"parameters": _kl(a, variance.sqrt()).sum()})
 
     def fuse(self, stack: Stack) -> Fused | None:
         std = _variance(stack.parameter("log_variance")).sqrt().unsqueeze(2)
@@ -82,7 +89,7 @@ class RankwisePosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         std = trailing(self.variance().sqrt(), a.dim())
-        return a + (std * noise.normal("A", tuple(a.shape))[0]).to(a.dtype), None
+        return gaussian_draw(a, std, noise), None
 
 
 def _variance(log_variance: Tensor) -> Tensor:

@@ -47,9 +47,11 @@ class ScalablConfig(BayesianConfig):
 class ScalablPosterior(Posterior):
     """Mean and standard deviation of one layer's r numbers s, both positive."""
 
+    config: ScalablConfig
+
     def __init__(self, setup: LayerSetup[ScalablConfig]) -> None:
         super().__init__(setup)
-        self.config = config = setup.config
+        config = setup.config
         matrix = wide(setup.a.detach()).flatten(1)
         if matrix.shape[0] > matrix.shape[1]:
             raise BaraError(f"ScalaBL: r = {self.rank} exceeds a layer's {matrix.shape[1]} inputs.")
@@ -73,13 +75,12 @@ class ScalablPosterior(Posterior):
         return _std(self.log_std)
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            mean, std = self.mean(), self.std()
-            diagonal = mean
-            if noise is not None:
-                diagonal = mean + std * noise.normal("s", (self.rank,)).unsqueeze(1)
-            u = space.u * diagonal.to(space.u.dtype)
-            return PosteriorOutput(u, {"mean": mean, "std": std} if with_kl else {})
+        mean, std = self.mean(), self.std()
+        diagonal = mean
+        if noise is not None:
+            diagonal = mean + std * noise.normal("s", (self.rank,)).unsqueeze(1)
+        u = space.u * diagonal.to(space.u.dtype)
+        return PosteriorOutput(u, {"mean": mean, "std": std} if with_kl else {})
 
     def fuse(self, stack: Stack) -> Fused:
         mean, std = _mean(stack.parameter("log_mean")), _std(stack.parameter("log_std"))

@@ -69,19 +69,20 @@ class SgpLoraConfig(BayesianConfig):
 class SgpLoraPosterior(Posterior):
     """The standard deviations sigma of one layer's U; its mean is LoRA's own A."""
 
+    config: SgpLoraConfig
+
     def __init__(self, setup: LayerSetup[SgpLoraConfig]) -> None:
         super().__init__(setup)
         refuse_grouped(setup, "Bayesian-LoRA")
-        self.config = config = setup.config
+        config = setup.config
         start = math.log(config.init_noise) / LOG_SCALE
         self.log_std = nn.Parameter(torch.full((self.rank, self.rank), start))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        with torch.autocast(space.u.device.type, enabled=False):
-            u, std, gram = space.u, self._std(self.log_std), _gram(space.a.flatten(1))
-            if noise is not None:
-                u = (space.wide_u @ self._mixing(std, gram, noise).mT).to(u.dtype)
-            return PosteriorOutput(u, {"std": std, "gram": gram} if with_kl else {})
+        u, std, gram = space.u, self._std(self.log_std), _gram(space.a.flatten(1))
+        if noise is not None:
+            u = (space.wide_u @ self._mixing(std, gram, noise).mT).to(u.dtype)
+        return PosteriorOutput(u, {"std": std, "gram": gram} if with_kl else {})
 
     def fuse(self, stack: Stack) -> Fused:
         std, grams = self._std(stack.parameter("log_std")), list(stack.a)
