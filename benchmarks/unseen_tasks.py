@@ -47,7 +47,8 @@ def committed(repository: Path, path: str) -> str:
 def sentences(repository: Path, file: str, classes: tuple[str, ...]) -> Rows:
     lines = committed(repository, f"data/{file}").split("\n")
     split = [line.split(" ", 1) for line in lines if line.strip()]
-    return [{"text": text.strip(), "label": classes[int(label)]} for label, text in split]
+    rows = [{"text": text.strip(), "label": classes[int(label)]} for label, text in split]
+    return [row for row in rows if row["text"]]
 
 
 def tweets(repository: Path, task: str, split: str) -> Rows:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_class_records_survive_json(classes):
     assert list(record["probabilities"]) == ["a", "b", "c", "d"]
     assert record["prediction"] == max(record["probabilities"], key=record["probabilities"].get)
     assert record["total"] == pytest.approx(record["aleatoric"] + record["epistemic"], abs=1e-5)
-    assert list(classes.to_records(["w", "x", "y", "z"])[0]["probabilities"]) == list("wxyz")
+    named = replace(classes, label_names=("w", "x", "y", "z"))
+    assert list(named.to_records()[0]["probabilities"]) == list("wxyz")
 
 
 @pytest.mark.parametrize("index", [slice(2, 4), [2, 3], torch.arange(7).div(2).floor() == 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -99,7 +99,6 @@ def run_method(
     epochs: float = 20,
     num_draws: int = 10,
     seed: int = 0,
-    method_options: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Trained:
     """Fine-tunes MiniLM with one method and evaluates the saved adapter.
@@ -111,10 +110,9 @@ def run_method(
         folder: where the adapter goes.
         train, test: labelled tables with the columns `text` and `label`.
         ood: texts from elsewhere.
-        epochs, num_draws, seed, method_options: see `TrainRecipe` and `bara.predict`.
+        epochs, num_draws, seed: see `TrainRecipe` and `bara.predict`.
     """
     recipe = _recipe(method, folder, seed, num_train_epochs=epochs)
-    recipe.method_options.update(method_options or {})
     start = time.perf_counter()
     finetune(recipe, train, overwrite=True)
     seconds = time.perf_counter() - start
@@ -242,7 +240,6 @@ def run_quickstart(
     seed: int = 0,
     minutes: float | None = None,
     announce: Callable[[float, Size], None] | None = None,
-    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Trains a probe, LoRA and BaRA on the same texts and writes the folder that the README shows.
 
@@ -253,7 +250,6 @@ def run_quickstart(
         minutes: a machine on which the run would take longer does less (`Pace.shortened`).
         announce: called before training with the seconds that the run is going to take here, and
             its size.
-        progress: see `bara.predict`.
 
     Returns:
         What `results.json` holds: `rows` (a dict per method), `examples`, and how it was made.
@@ -284,7 +280,6 @@ def run_quickstart(
             epochs=size.epochs,
             num_draws=size.num_draws,
             seed=seed,
-            progress=progress,
         )
         for method in METHODS
     }

@@ -110,9 +110,9 @@ def model_inputs(
         BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
     """
     if isinstance(task, ImageTask):
-        return image_inputs(table, tokenizer, task if labels else None)
+        return image_inputs(table, tokenizer, task if labels else None, first_row=first_row)
     if isinstance(task, LanguageTask):
-        return tokenise_language(table, tokenizer, task)
+        return tokenise_language(table, tokenizer, task, first_row=first_row)
     if isinstance(task, TextTask):
         return tokenise(table, tokenizer, task, labels=labels, first_row=first_row)
     return task.inputs(table, tokenizer, labels=labels, first_row=first_row)
@@ -150,9 +150,6 @@ def predict_table(
         if labels and bare:
             raise BaraError(f"row {bare[0]} has no answer: fill in the column 'answer'")
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
-    if isinstance(task, ImageTask):
-        known = task if labels else None
-        return predict(model, image_inputs(table, tokenizer, known, first_row=first_row), **options)
     if isinstance(task, LanguageTask):
         text_task(task, command)  # says what it is for
     inputs = model_inputs(table, tokenizer, task, labels=labels, first_row=first_row)

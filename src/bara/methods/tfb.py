@@ -39,6 +39,10 @@ class TfbOptions:
             raise BaraError("method tfb: tolerance must be > 0 and num_anchors a whole number >= 1")
 
 
+BOUNDS = (1e-4, 1.0)
+"""The least and the largest sigma."""
+
+
 def tfb(
     model: nn.Module,
     data: Any,
@@ -46,7 +50,6 @@ def tfb(
     tolerance: float = 0.003,
     num_draws: int = 10,
     seed: int = 0,
-    bounds: tuple[float, float] = (1e-4, 1.0),
     rounds: int = 8,
     batch_size: int = 64,
 ) -> float:
@@ -59,10 +62,10 @@ def tfb(
         tolerance: bound on (loss(sigma) - loss(0)) / |loss(0)|, the loss being the negative
             log-likelihood of the mixture over `num_draws` draws.
         num_draws, seed, batch_size: those of `bara.predict` in the search.
-        bounds, rounds: see `largest_noise`.
+        rounds: see `largest_noise`.
 
     Returns:
-        sigma. Its lower bound, if even that exceeds the tolerance.
+        sigma, from 1e-4, also if even that exceeds the tolerance, to 1.
 
     Raises:
         BaraError: see `largest_noise`.
@@ -81,7 +84,7 @@ def tfb(
         reference = reference or predictive
         return float(negative_log_likelihood(predictive))
 
-    return largest_noise(model, loss, tolerance=tolerance, bounds=bounds, rounds=rounds)
+    return largest_noise(model, loss, tolerance=tolerance, rounds=rounds)
 
 
 def largest_noise(
@@ -89,7 +92,6 @@ def largest_noise(
     loss: Callable[[], float],
     *,
     tolerance: float = 0.003,
-    bounds: tuple[float, float] = (1e-4, 1.0),
     rounds: int = 8,
 ) -> float:
     """Gives a LoRA adapter the largest noise under which a loss grows no more than allowed.
@@ -103,11 +105,11 @@ def largest_noise(
         loss: of the model's mixture over draws, with the same draws whenever it is called. It is
             called first without noise.
         tolerance: bound on (loss(sigma) - loss(0)) / |loss(0)|.
-        bounds: the least and the largest sigma.
-        rounds: of bisection: the precision is (high / low)^(2^-rounds).
+        rounds: of bisection: the precision is 10^4 to the power of
+            2^-rounds.
 
     Returns:
-        sigma. Its lower bound, if even that exceeds the tolerance.
+        sigma, from 1e-4, also if even that exceeds the tolerance, to 1.
 
     Raises:
         BaraError: the model has no LoRA adapter, or one that has a posterior already.
@@ -117,7 +119,7 @@ def largest_noise(
     directions = dict(_directions(model))
     if not directions:
         raise BaraError("tfb: the model has no LoRA adapter on linear or convolution layers")
-    low, high = bounds
+    low, high = BOUNDS
     with tqdm(total=rounds + 2, desc="fitting the noise", disable=None) as bar:
 
         def measured() -> float:

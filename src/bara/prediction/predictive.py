@@ -140,17 +140,14 @@ class ClassificationPredictive(Predictive):
         labels = None if self.labels is None else self.labels[index]
         return ClassificationPredictive(self.log_probs_draws[:, index], labels, self.label_names)
 
-    def to_records(self, label_names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def to_records(self) -> list[dict[str, Any]]:
         """One dict of plain Python values per input, for JSON.
-
-        Args:
-            label_names: names of the C classes; ``self.label_names``, or else "0", "1", ….
 
         Returns:
             ``{"prediction": name, "probabilities": {name: p}, "total": …, "aleatoric": …,
             "epistemic": …}``, uncertainties in nats.
         """
-        names = label_names or self.label_names or [str(c) for c in range(self.num_classes)]
+        names = self.label_names or [str(c) for c in range(self.num_classes)]
         rows = zip(
             self.prediction.tolist(),
             self.probs.tolist(),

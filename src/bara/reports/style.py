@@ -55,13 +55,13 @@ def to_png(figure: Figure, dpi: int = 200) -> bytes:
     return buffer.getvalue()
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 200) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write the figure to the PNG file ``path``, whole or not at all.
 
     Raises:
         BaraError: it cannot be written.
     """
-    atomic_write_bytes(path, to_png(figure, dpi))
+    atomic_write_bytes(path, to_png(figure))
 
 
 def series_styles(theme: Theme) -> Iterator[dict[str, str]]:
