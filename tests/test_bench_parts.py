@@ -22,7 +22,6 @@ from bara.bench.measure import (
     metrics_of,
     rank_correlation,
     rank_numbers,
-    with_temperature,
 )
 from bara.bench.page import update_pages
 from bara.bench.results import append_row, read_rows, write_csv
@@ -128,7 +127,7 @@ def test_temperature_scales_every_draw():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 20, 4), torch.randint(4, (20,))
     predictive = ClassificationPredictive(logits.log_softmax(-1), labels)
-    scaled = metrics_of(with_temperature(predictive, 2.5))
+    scaled = metrics_of(predictive.tempered(2.5))
     probs = (logits / 2.5).softmax(-1).mean(0)
     expected = -probs[range(20), labels].log().mean()
     assert scaled["nll"] == pytest.approx(expected.item(), rel=1e-5)

@@ -22,7 +22,6 @@ from bara.bench.measure import (
     first_draws,
     metrics_of,
     rank_numbers,
-    with_temperature,
 )
 from bara.bench.models import Fitted, fit
 from bara.bench.select import fit_selected
@@ -33,7 +32,7 @@ from bara.errors import BaraError
 from bara.evaluation.metrics import classification_metrics
 from bara.machine import versions
 from bara.prediction.predictive import ClassificationPredictive, Predictive
-from bara.prediction.temperature import fit_temperature
+from bara.prediction.temperature import Tempered, fit_temperature
 
 PACKAGES = ("datasets", "accelerate", "scikit-learn", "numpy")
 """Besides those of `bara.machine.versions`, for the record."""
@@ -110,7 +109,8 @@ def _more(
         more |= rank_numbers(rank, predictive)
     if validation is not None:
         temperature = fit_temperature(fitted.predict(validation, **options))
-        scaled = metrics_of(with_temperature(predictive, temperature))
+        assert isinstance(predictive, Tempered)
+        scaled = metrics_of(predictive.tempered(temperature))
         more["temperature"] = {"value": temperature, **scaled}
     if isinstance(predictive, ClassificationPredictive):
         more |= _ood(cell, fitted, predictive)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bara.evaluation.metrics import (
     classification_metrics,
@@ -45,12 +45,10 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
 def first_draws(predictive: Predictive, count: int) -> Predictive:
     """The mixture of the first `count` draws."""
     if isinstance(predictive, ClassificationPredictive):
-        draws = predictive.log_probs_draws[:count]
-        return ClassificationPredictive(draws, predictive.labels, predictive.label_names)
+        return replace(predictive, log_probs_draws=predictive.log_probs_draws[:count])
     assert isinstance(predictive, RegressionPredictive)
-    return RegressionPredictive(
-        predictive.mean_draws[:count], predictive.variance_draws[:count], predictive.labels
-    )
+    means, variances = predictive.mean_draws[:count], predictive.variance_draws[:count]
+    return replace(predictive, mean_draws=means, variance_draws=variances)
 
 
 def by_draws(predictive: Predictive, counts: Sequence[int]) -> dict[str, dict[str, float]]:
@@ -60,17 +58,6 @@ def by_draws(predictive: Predictive, counts: Sequence[int]) -> dict[str, dict[st
         for count in counts
         if count <= predictive.num_draws
     }
-
-
-def with_temperature(predictive: Predictive, temperature: float) -> Predictive:
-    """The mixture with every draw tempered, as `bara.prediction.temperature` does it."""
-    if isinstance(predictive, ClassificationPredictive):
-        tempered = (predictive.log_probs_draws / temperature).log_softmax(-1)
-        return ClassificationPredictive(tempered, predictive.labels, predictive.label_names)
-    assert isinstance(predictive, RegressionPredictive)
-    return RegressionPredictive(
-        predictive.mean_draws, predictive.variance_draws * temperature, predictive.labels
-    )
 
 
 def curves(predictive: Predictive) -> dict[str, dict[str, list[float | None]]]:
@@ -98,7 +85,7 @@ def rank_numbers(rank: EffectiveRank, predictive: Predictive) -> dict[str, Any]:
     """
     assert predictive.labels is not None
     if isinstance(predictive, ClassificationPredictive):
-        error = F.nll_loss(predictive.log_probs, predictive.labels, reduction="none")
+        error = -predictive.log_prob(predictive.labels)
     else:
         assert isinstance(predictive, RegressionPredictive)
         error = (predictive.mean - predictive.labels).abs()

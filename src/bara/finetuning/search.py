@@ -52,7 +52,7 @@ BOOTSTRAP = 100
 """Resamples of the held-out texts, for the error of a difference."""
 
 Range = tuple[float, float]
-Predictive = ClassificationPredictive | RegressionPredictive
+Comparable = ClassificationPredictive | RegressionPredictive
 """Predictions that folds are pooled of, and compared with the probe's."""
 Parts = Sequence[tuple["Dataset", "Dataset"]]
 """Tables to train on, each with one to measure on."""
@@ -181,7 +181,7 @@ class Score:
     """
 
     metrics: dict[str, float]
-    predictive: Predictive | None
+    predictive: Comparable | None
 
 
 def held_out_score(
@@ -222,7 +222,7 @@ def _score(recipe: TrainRecipe, table: Dataset, num_draws: int) -> Score:
     if task.task in GENERATING_TASKS:
         return Score(token_metrics(model, model_inputs(table, tokenizer, task), **options), None)
     predictive = predict_table(model, tokenizer, task, table, **options)
-    kept = predictive if isinstance(predictive, Predictive) else None
+    kept = predictive if isinstance(predictive, Comparable) else None
     return Score(measure(predictive).to_dict(), kept)
 
 
@@ -241,7 +241,7 @@ def _pooled(scores: Sequence[Score]) -> Score:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(p, name) for p in predictives], 1)
 
-    pooled: Predictive
+    pooled: Comparable
     if isinstance(first, ClassificationPredictive):
         parts = [p.log_probs_draws for p in predictives if isinstance(p, ClassificationPredictive)]
         most = max(part.shape[2] for part in parts)  # choices: a question may have fewer
@@ -252,7 +252,7 @@ def _pooled(scores: Sequence[Score]) -> Score:
     return Score(measure(pooled).to_dict(), pooled)
 
 
-def save_predictive(path: Path, predictive: Predictive) -> None:
+def save_predictive(path: Path, predictive: Comparable) -> None:
     """Writes the mixture over draws, with its labels."""
     assert predictive.labels is not None
     if isinstance(predictive, ClassificationPredictive):
@@ -265,7 +265,7 @@ def save_predictive(path: Path, predictive: Predictive) -> None:
     )
 
 
-def load_predictive(path: Path) -> Predictive:
+def load_predictive(path: Path) -> Comparable:
     """Reads what `save_predictive` wrote."""
     tensors = load_file(path)
     if "log_probs_draws" in tensors:
@@ -274,7 +274,7 @@ def load_predictive(path: Path) -> Predictive:
 
 
 def paired_difference(
-    ours: Predictive, theirs: Predictive, metric: str, seed: int = 0
+    ours: Comparable, theirs: Comparable, metric: str, seed: int = 0
 ) -> tuple[float, float]:
     """Ours minus theirs in a metric on the same inputs, and its standard error by the bootstrap.
 
@@ -285,7 +285,7 @@ def paired_difference(
     """
 
     def difference(rows: Tensor) -> float:
-        values = [measure(_rows(p, rows)).metrics[metric] for p in (ours, theirs)]
+        values = [measure(p.select(rows)).metrics[metric] for p in (ours, theirs)]
         return float(values[0] - values[1])
 
     assert ours.labels is not None
@@ -293,13 +293,3 @@ def paired_difference(
     generator = torch.Generator().manual_seed(seed)
     resampled = [difference(torch.randint(n, (n,), generator=generator)) for _ in range(BOOTSTRAP)]
     return difference(torch.arange(n)), float(torch.tensor(resampled).std())
-
-
-def _rows(predictive: Predictive, rows: Tensor) -> Predictive:
-    assert predictive.labels is not None
-    labels = predictive.labels[rows]
-    if isinstance(predictive, ClassificationPredictive):
-        return ClassificationPredictive(predictive.log_probs_draws[:, rows], labels)
-    return RegressionPredictive(
-        predictive.mean_draws[:, rows], predictive.variance_draws[:, rows], labels
-    )

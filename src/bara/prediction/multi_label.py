@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -156,6 +156,10 @@ class MultiLabelPredictive(Predictive):
             noise = torch.rand(shape, generator=generator).to(logits)
         found = [_joint_information(of_input, noise) for of_input in logits.unbind(1)]
         return torch.tensor(found).to(self.logits_draws).clamp(min=0)
+
+    def tempered(self, temperature: float) -> MultiLabelPredictive:
+        """Every draw's logits over the temperature; float64."""
+        return replace(self, logits_draws=self.logits_draws.double() / temperature)
 
     def select(self, index: Tensor | slice | Sequence[int]) -> MultiLabelPredictive:
         """The inputs at ``index``: a slice, positions, or a (n,) boolean mask."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,6 +134,15 @@ class ClassificationPredictive(Predictive):
     def epistemic_uncertainty(self) -> Tensor:
         """(n,) mutual information between the class and the draw; never negative."""
         return (self.total_uncertainty - self.aleatoric_uncertainty).clamp(min=0)
+
+    def log_prob(self, labels: Tensor) -> Tensor:
+        """(n,) log-probability of the classes ``labels`` (n,), under the mixture."""
+        return self.log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+    def tempered(self, temperature: float) -> ClassificationPredictive:
+        """Every draw's probabilities to the power of 1 / temperature, normalised; float64."""
+        cooled = self.log_probs_draws.double() / temperature
+        return replace(self, log_probs_draws=cooled.log_softmax(-1))
 
     def select(self, index: Tensor | slice | Sequence[int]) -> ClassificationPredictive:
         """The inputs at ``index``: a slice, positions, or a (n,) boolean mask."""
@@ -271,6 +280,11 @@ class RegressionPredictive(Predictive):
             below = self.cdf(middle) < probability
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return ((low + high) / 2).to(self.mean_draws.dtype)
+
+    def tempered(self, temperature: float) -> RegressionPredictive:
+        """Every draw's variance times the temperature; float64."""
+        variances = self.variance_draws.double() * temperature
+        return replace(self, mean_draws=self.mean_draws.double(), variance_draws=variances)
 
     def select(self, index: Tensor | slice | Sequence[int]) -> RegressionPredictive:
         """The inputs at ``index``: a slice, positions, or a (n,) boolean mask."""

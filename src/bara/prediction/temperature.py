@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
@@ -31,6 +30,8 @@ def get_temperature(model: nn.Module) -> float:
 TEMPERATURE_FILE = "temperature.json"
 RANGE = (0.05, 20.0)
 """Where a temperature is looked for."""
+Tempered = ClassificationPredictive | MultiLabelPredictive | RegressionPredictive
+"""What a temperature is fitted to; words are classes."""
 _SAVED = mapping_of({"temperature": Required[Positive]})
 
 
@@ -139,21 +140,7 @@ def load_temperature(model: nn.Module, folder: Path) -> None:
 
 def negative_log_likelihood(predictive: Predictive, temperature: float = 1.0) -> Tensor:
     """Mean negative log-likelihood of the labels under the mixture of tempered draws, in nats."""
-    if isinstance(predictive, TokenPredictive):
-        predictive = predictive.labelled
-    assert isinstance(predictive.labels, Tensor)
-    if isinstance(predictive, MultiLabelPredictive):
-        cooled = predictive.logits_draws.double() / temperature
-        return -MultiLabelPredictive(cooled).log_prob(predictive.labels).mean()
-    if isinstance(predictive, ClassificationPredictive):
-        assert predictive.labels is not None
-        tempered = (predictive.log_probs_draws.double() / temperature).log_softmax(-1)
-        index = predictive.labels.expand(tempered.shape[0], -1).unsqueeze(-1)
-        log_likelihood = tempered.gather(-1, index).squeeze(-1)
-    else:
-        assert isinstance(predictive, RegressionPredictive)
-        assert predictive.labels is not None
-        std = (predictive.variance_draws.double() * temperature).sqrt()
-        normal = torch.distributions.Normal(predictive.mean_draws.double(), std)
-        log_likelihood = normal.log_prob(predictive.labels.double())
-    return -log_mean_exp(log_likelihood).mean()
+    scored = predictive.labelled if isinstance(predictive, TokenPredictive) else predictive
+    assert isinstance(scored, Tempered)
+    assert scored.labels is not None
+    return -scored.tempered(temperature).log_prob(scored.labels).mean()
