@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -53,6 +52,7 @@ def generate(
     """Generate text; on a terminal uncertain tokens are shaded, in a pipe it is JSONL."""
     from tqdm.auto import tqdm
 
+    from bara.data.tables import chunked
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
     from bara.finetuning.load import load_adapter
@@ -84,7 +84,7 @@ def generate(
     settings |= {"batch_size": batch_size, "agreement": agreement}
     total = row_count(rows, data)
     with tqdm(desc="answering", unit="prompt", total=total, disable=None) as bar:
-        chunks = _chunks(_asked(rows, chat))
+        chunks = chunked(_asked(rows, chat), CHUNK)
         _write(output, _answers(model, tokenizer, chunks, settings, threshold, bar))
     if output != "-":
         print(f"The answers are in {output}.")
@@ -123,12 +123,6 @@ def _asked(rows: Iterable[Any], chat: bool) -> Iterator[dict[str, Any]]:
         if chat and not row.get("messages"):
             row = {"messages": [{"role": "user", "content": row.get("prompt")}]}
         yield row
-
-
-def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
 
 
 def _answers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,7 +89,7 @@ def predict(
     from bara.cli.generate import generate
     from bara.cli.terminal import row_count, say_calibrate, say_next
     from bara.data.images import ImageTask, located
-    from bara.data.tables import table_from_records
+    from bara.data.tables import chunked, table_from_records
     from bara.errors import BaraError
     from bara.evaluation.abstention import load_threshold
     from bara.evaluation.conformal import load_conformal
@@ -98,6 +98,7 @@ def predict(
     from bara.finetuning.task_inputs import predict_table
     from bara.language.tasks import is_seq2seq
     from bara.machine import quieten_libraries
+    from bara.prediction.predictive import RegressionPredictive
 
     quieten_libraries()
     if is_seq2seq(read_task(adapter)):
@@ -126,7 +127,7 @@ def predict(
     with ExitStack() as files:
         rows = _read(data, split, read_task(adapter), files)
         total = row_count(rows, data)
-        chunks = _chunks(rows)
+        chunks = chunked(rows, CHUNK)
         first_chunk = next(chunks, None)
         if first_chunk is None:
             raise BaraError(f"{source} has no rows; give at least one")
@@ -136,14 +137,16 @@ def predict(
             table = table_from_records(chunk, source, first_row=first_row)
             if isinstance(task, ImageTask):
                 table = located(table, Path())
-            predictive = predict_table(
+            predictive: Any = predict_table(
                 model, tokenizer, task, table, labels=False, first_row=first_row, **options
             )
             found = predictive.to_records()
             if isinstance(task, ImageTask):
                 found = _named(found, table["image"])
             if threshold is not None:
-                _abstain(found, predictive, threshold)
+                if isinstance(predictive, RegressionPredictive):
+                    raise BaraError("--abstain-at-risk is not for regression: leave it out")
+                threshold.take_back(found, 1 - predictive.confidence)
             if conformal is not None and coverage is not None:
                 more = conformal.to_records(predictive, coverage)
                 found = [record | sets for record, sets in zip(found, more, strict=True)]
@@ -200,20 +203,6 @@ def _named(records: list[dict[str, Any]], images: Iterable[Any]) -> list[dict[st
     ]
 
 
-def _abstain(records: list[dict[str, Any]], predictive: Any, threshold: Any) -> None:
-    """Takes back the predictions that are too uncertain."""
-    from bara.errors import BaraError
-    from bara.prediction.predictive import RegressionPredictive
-
-    if isinstance(predictive, RegressionPredictive):
-        raise BaraError("--abstain-at-risk is not for regression: leave it out")
-    declined = threshold.abstains(1 - predictive.confidence).tolist()
-    for record, abstained in zip(records, declined, strict=True):
-        record["abstained"] = abstained
-        if abstained:
-            record["prediction"] = None
-
-
 def _read(data: str, split: str | None, task: Any, files: ExitStack) -> Iterable[dict[str, Any]]:
     from bara.data.images import ImageTask
     from bara.data.tables import read_jsonl, refuse_split
@@ -227,9 +216,3 @@ def _read(data: str, split: str | None, task: Any, files: ExitStack) -> Iterable
     if data.endswith(".jsonl") and Path(data).is_file():
         return read_jsonl(files.enter_context(open(data, encoding="utf-8-sig")), data)
     return read_table(data, task, split=split)
-
-
-def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,13 @@ def read_jsonl(lines: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
             yield record
     except UnicodeDecodeError as error:
         raise BaraError(f"{name} is not UTF-8 text; convert it first") from error
+
+
+def chunked(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows in lists of at most `size`, each read when it is asked for."""
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 def check_output_table(path: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Required
@@ -45,6 +46,13 @@ class Threshold:
         if self.uncertainty is None:
             return torch.ones_like(torch.as_tensor(uncertainty), dtype=torch.bool)
         return torch.as_tensor(uncertainty, dtype=torch.float64) > self.uncertainty
+
+    def take_back(self, records: list[dict[str, Any]], uncertainty: Tensor) -> None:
+        """Marks the records (n) of uncertain (n,) predictions as abstained, without prediction."""
+        for record, abstained in zip(records, self.abstains(uncertainty).tolist(), strict=True):
+            record["abstained"] = abstained
+            if abstained:
+                record["prediction"] = None
 
 
 _SAVED = mapping_of(
@@ -186,13 +194,18 @@ def load_threshold(folder: str | Path, risk: float, **conditions: Any) -> Thresh
         )
     given = values.pop("conditions")
     threshold = Threshold(**values)
-    for name, value in conditions.items():
+    require_conditions("the threshold was calibrated", given, conditions)
+    return threshold
+
+
+def require_conditions(what: str, given: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises BaraError for a calibration under other conditions than the prediction's."""
+    for name, value in wanted.items():
         if given.get(name) != value:
             raise BaraError(
-                f"the threshold was calibrated with {name} = {given.get(name)}, not {value}"
-                f"{TYPED.get(name, '')}: use that, or calibrate again"
+                f"{what} with {name} = {given.get(name)}, not {value}{TYPED.get(name, '')}: use "
+                "that, or calibrate again"
             )
-    return threshold
 
 
 def read_thresholds(folder: str | Path) -> dict[str, Any]:

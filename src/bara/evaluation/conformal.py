@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bara.errors import BaraError
-from bara.evaluation.abstention import TYPED
+from bara.evaluation.abstention import require_conditions
 from bara.evaluation.metrics import selection
 from bara.files import atomic_write_bytes
 from bara.prediction.predictive import (
@@ -221,17 +221,12 @@ def load_conformal(folder: str | Path, **conditions: Any) -> Conformal:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            given = json.loads(file.metadata()[CONDITIONS])
+            given = dict(json.loads(file.metadata()[CONDITIONS]))
             conformal = Conformal(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (no dictionary)
         _require_whole(conformal)
-        differing = [(n, given.get(n), v) for n, v in conditions.items() if given.get(n) != v]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
         raise BaraError(f"{path} is damaged: remove it and calibrate again") from error
-    for name, was, value in differing:
-        raise BaraError(
-            f"the conformal calibration was made with {name} = {was}, not {value}"
-            f"{TYPED.get(name, '')}: use that, or calibrate again"
-        )
+    require_conditions("the conformal calibration was made", given, conditions)
     return conformal
 
 

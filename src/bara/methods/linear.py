@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bara.draws.blocks import log_mean_exp
 from bara.errors import BaraError
 from bara.methods.weight_draws import Factors
-from bara.training.logistic import PATIENCE, logistic_weights
+from bara.training.logistic import best_variance, logistic_weights
 
 VARIANCES = [float(10 ** (power / 2)) for power in range(-8, 7)]
 """Prior variances of a weight that are tried, for features with a mean square of 1."""
@@ -159,17 +159,16 @@ def cross_validated(
         losses = [p.loss(x[out], y[out], num_draws, seed) * len(out) for p, (_, out) in parts]
         return sum(losses) / len(x)
 
-    best, least, worse = VARIANCES[0], math.inf, 0
-    kept: list[LinearPosterior] = []
-    for variance in VARIANCES:
-        posteriors = [fit(x[inside], y[inside], variance) for inside, _ in folds]
-        if (lost := loss(posteriors)) < least:
-            best, least, worse, kept = variance, lost, 0, posteriors
-        elif (worse := worse + 1) == PATIENCE:
-            break
+    fitted: dict[float, list[LinearPosterior]] = {}
+
+    def loss_of(variance: float) -> float:
+        fitted[variance] = [fit(x[inside], y[inside], variance) for inside, _ in folds]
+        return loss(fitted[variance])
+
+    best, least = best_variance(VARIANCES, loss_of)
     bound = least + tolerance * abs(least)
     sharpening = next(
-        (f for f in SHARPENING if loss([p.sharper(f) for p in kept], NUM_DRAWS) <= bound),
+        (f for f in SHARPENING if loss([p.sharper(f) for p in fitted[best]], NUM_DRAWS) <= bound),
         SHARPENING[-1],
     )
     return fit(x, y, best).sharper(sharpening)

@@ -137,11 +137,7 @@ class Predictor:
         served, request = self.served, asked.request
         records = predictive.to_records()
         if asked.threshold is not None:
-            declined = asked.threshold.abstains(1 - predictive.confidence).tolist()
-            for record, abstained in zip(records, declined, strict=True):
-                record["abstained"] = abstained
-                if abstained:
-                    record["prediction"] = None
+            asked.threshold.take_back(records, 1 - predictive.confidence)
         if asked.conformal is not None and request.coverage is not None:
             sets = asked.conformal.to_records(predictive, request.coverage)
             for record, more in zip(records, sets, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ VARIANCES = tuple(float(10 ** (power / 2)) for power in range(-6, 3))
 """Prior variances of a weight that are tried, for features with a mean square of 1."""
 PATIENCE = 2
 """Variances in a row that have to be worse than the best for the search to stop."""
+NUM_FOLDS = 3
+"""Of the cross-validation."""
 
 
 def logistic_weights(x: Tensor, y: Tensor, variance: float, num_classes: int) -> Tensor:
@@ -94,33 +97,42 @@ class CrossValidated(NamedTuple):
     nll: float
 
 
-def cross_validate(
-    x: Tensor, y: Tensor, num_classes: int, num_folds: int = 3
-) -> CrossValidated | None:
+def best_variance(
+    variances: Sequence[float], loss: Callable[[float], float]
+) -> tuple[float, float]:
+    """The variance of the least loss, and that loss; `PATIENCE` worse ones in a row end it."""
+    best, least, worse = variances[0], math.inf, 0
+    for variance in variances:
+        if (lost := loss(variance)) < least:
+            best, least, worse = variance, lost, 0
+        elif (worse := worse + 1) == PATIENCE:
+            break
+    return best, least
+
+
+def cross_validate(x: Tensor, y: Tensor, num_classes: int) -> CrossValidated | None:
     """The prior's variance that predicts examples best that were left out.
 
     Args:
         x: (n, d) features, centred here and scaled to a mean square of 1.
         y: (n,) classes.
         num_classes: K.
-        num_folds: at least 2.
 
     Returns:
         None with fewer examples than folds, or features that are all the same.
     """
     x = x.double()
-    if len(x) < num_folds or not (x - x.mean(0)).any():
+    if len(x) < NUM_FOLDS or not (x - x.mean(0)).any():
         return None
     x = Standardised.of(x)(x)
-    folds = list(KFold(num_folds, shuffle=True, random_state=0).split(x.numpy()))
-    best, least, worse = VARIANCES[0], math.inf, 0
-    for variance in VARIANCES:
-        loss = 0.0
+    folds = list(KFold(NUM_FOLDS, shuffle=True, random_state=0).split(x.numpy()))
+
+    def loss(variance: float) -> float:
+        total = 0.0
         for inside, out in folds:
             weights = logistic_weights(x[inside], y[inside], variance, num_classes)
-            loss += float(F.cross_entropy(x[out] @ weights.T, y[out], reduction="sum"))
-        if loss < least:
-            best, least, worse = variance, loss, 0
-        elif (worse := worse + 1) == PATIENCE:
-            break
+            total += float(F.cross_entropy(x[out] @ weights.T, y[out], reduction="sum"))
+        return total
+
+    best, least = best_variance(VARIANCES, loss)
     return CrossValidated(best, least / len(x))
