@@ -58,7 +58,8 @@ def tweets(repository: Path, task: str, split: str) -> Rows:
     texts = committed(repository, f"{folder}/{split}_text.txt").rstrip("\n").split("\n")
     labels = committed(repository, f"{folder}/{split}_labels.txt").split()
     pairs = zip(texts, labels, strict=True)
-    return [{"text": text.strip(), "label": names[label]} for text, label in pairs]
+    rows = [{"text": text.strip(), "label": names[label]} for text, label in pairs]
+    return [row for row in rows if row["text"]]
 
 
 def main() -> None:
