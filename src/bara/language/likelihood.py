@@ -56,7 +56,6 @@ def continuation_log_probs(
         raise BaraError("A continuation, or what comes before it, has no tokens.")
     require_room(model, max((len(b) + len(a) - 1 for b, a in pairs), default=0))
     draws = Portions(model, None if deterministic else num_draws, seed)
-    device = next(model.parameters()).device
     log_probs = torch.empty(draws.num_draws, len(pairs))
     greedy = torch.empty(len(pairs), dtype=torch.bool)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -65,31 +64,35 @@ def continuation_log_probs(
     with evaluating(model):
         for start in progress_bar(starts, description="reading", progress=progress):
             index = order[start : start + size]
-            inputs, where = _batch([pairs[i] for i in index], device)
-            targets = torch.cat([torch.tensor(pairs[i][1]) for i in index]).to(device)
-            mixture: list[Tensor] = []
-
-            def run(
-                blocks: Blocks,
-                inputs: dict[str, Any] = inputs,
-                where: Tensor = where,
-                targets: Tensor = targets,
-                mixture: list[Tensor] = mixture,
-            ) -> Tensor:
-                """Log-probabilities of the continuations' tokens, (S, tokens)."""
-                logits = require_finite(model(**blocks.repeat(inputs)).logits)
-                every = blocks.split(logits)[:, where].float().log_softmax(-1)
-                mixture[:] = [torch.logsumexp(torch.cat([*mixture, every]), 0, keepdim=True)]
-                return every.gather(-1, targets.expand(len(every), -1).unsqueeze(-1)).squeeze(-1)
-
-            by_token = torch.cat(draws.map(run, len(index), batch_size)).cpu()
-            right = mixture[0][0].argmax(-1).eq(targets).cpu()
-            lengths = [len(pairs[i][1]) for i in index]
-            parts = zip(index, by_token.split(lengths, 1), right.split(lengths), strict=True)
-            for i, found, likely in parts:
-                log_probs[:, i] = found.sum(1)
-                greedy[i] = likely.all()
+            part = [pairs[i] for i in index]
+            log_probs[:, index], greedy[index] = _likelihood(model, draws, part, batch_size)
     return log_probs, greedy
+
+
+def _likelihood(
+    model: nn.Module,
+    draws: Portions,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """What `continuation_log_probs` returns, of one batch."""
+    device = next(model.parameters()).device
+    inputs, where = _batch(pairs, device)
+    targets = torch.cat([torch.tensor(after) for _, after in pairs]).to(device)
+    mixture: list[Tensor] = []
+
+    def run(blocks: Blocks) -> Tensor:
+        """Log-probabilities of the continuations' tokens, (S, tokens)."""
+        logits = require_finite(model(**blocks.repeat(inputs)).logits)
+        every = blocks.split(logits)[:, where].float().log_softmax(-1)
+        mixture[:] = [torch.logsumexp(torch.cat([*mixture, every]), 0, keepdim=True)]
+        return every.gather(-1, targets.expand(len(every), -1).unsqueeze(-1)).squeeze(-1)
+
+    by_token = torch.cat(draws.map(run, len(pairs), batch_size)).cpu()
+    right = mixture[0][0].argmax(-1).eq(targets).cpu()
+    lengths = [len(after) for _, after in pairs]
+    found = torch.stack([part.sum(1) for part in by_token.split(lengths, 1)], 1)
+    return found, torch.stack([part.all() for part in right.split(lengths)])
 
 
 @dataclass(frozen=True)

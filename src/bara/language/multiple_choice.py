@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,10 +91,7 @@ def multiple_choice(
         lengths = [len(prompt) for prompt, _ in encoded]
         for index in _batches(lengths, draws.num_draws, batch_size, progress):
             part = [encoded[i] for i in index]
-
-            def run(blocks: Blocks, part: Encoded = part) -> list[Tensor]:
-                return _scores(model, tokenizer, part, blocks, batch_size)
-
+            run = partial(_scores, model, tokenizer, part, batch_size)
             portions = draws.map(run, len(index), batch_size)
             for i, *scores in zip(index, *portions, strict=True):
                 tempered = (torch.cat(scores) / temperature).log_softmax(-1)
@@ -128,8 +126,8 @@ def _scores(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Encoded,
-    blocks: Blocks,
     batch_size: int,
+    blocks: Blocks,
 ) -> list[Tensor]:
     """Mean log-probability of every choice's tokens, (S, choices) for each question."""
     device, num_draws = next(model.parameters()).device, blocks.num_draws

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,18 +49,21 @@ def outputs_of_draws(
     for batch, index in batches(data, model, inputs, collate_fn, progress):
         known = {k: v for k, v in batch.items() if k not in NO_INPUTS}
         known = {k: v for k, v in known.items() if takes is None or k in takes}
-        moved, rows = to_device(known, device), num_rows(known)
+        run = partial(_outputs, model, to_device(known, device), num_rows(known), read)
+        yield torch.cat(draws.map(run, num_rows(known), batch_size)), batch, index
 
-        def run(blocks: Blocks, moved: Batch = moved, rows: int = rows) -> Tensor:
-            logits = read(model(**blocks.repeat(moved)))
-            if logits.shape[0] != rows * blocks.num_draws:
-                raise BaraError(
-                    f"the model's logits {tuple(logits.shape)} are not one for each of the {rows} "
-                    "inputs of a batch"
-                )
-            return blocks.split(require_finite(logits).float().cpu())
 
-        yield torch.cat(draws.map(run, rows, batch_size)), batch, index
+def _outputs(
+    model: nn.Module, batch: Batch, rows: int, read: Callable[[Any], Tensor], blocks: Blocks
+) -> Tensor:
+    """What is read from the outputs of a batch of n rows, (S, n, ...)."""
+    logits = read(model(**blocks.repeat(batch)))
+    if logits.shape[0] != rows * blocks.num_draws:
+        raise BaraError(
+            f"the model's logits {tuple(logits.shape)} are not one for each of the {rows} "
+            "inputs of a batch"
+        )
+    return blocks.split(require_finite(logits).float().cpu())
 
 
 def base_of(model: nn.Module) -> Any:
