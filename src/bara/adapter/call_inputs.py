@@ -69,7 +69,8 @@ def _tokens(mask: Tensor) -> Tensor:
 
 
 def loss_items(model: nn.Module, given: dict[str, Any]) -> Tensor | None:
-    """Which labels are terms of the loss, by Trainer's rule; None without labels."""
+    """Which labels are terms of the loss, by Trainer's rule: boolean, in the shape of the labels,
+    for a language model without the first position; None without labels."""
     labels = given.get("shift_labels")
     if not isinstance(labels, Tensor):
         labels = given.get("labels")
@@ -100,7 +101,7 @@ def share_of(items: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor |
     """The part of an accumulated batch's loss terms that a micro-batch has; 1 if unknown.
 
     Args:
-        items: which labels of the micro-batch are terms of the loss.
+        items: which labels of the micro-batch are terms of the loss, boolean, of any shape.
         num_items_in_batch: such labels in all micro-batches that are accumulated.
     """
     if num_items_in_batch is None:

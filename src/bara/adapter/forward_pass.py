@@ -161,14 +161,14 @@ class ForwardPass:
         return self.shared[0]
 
     def position_weights(self, positions: int, rows: Tensor | None) -> Tensor | None:
-        """The weights for a layer with this many positions per row, None without a mask for it."""
+        """The weights (B, T) for a layer with T positions per row, None without a mask for it."""
         for weights in self.weights:
             if weights.shape[1] == positions:
                 return weights if rows is None else weights[rows]
         return None
 
     def rows_of(self, adapter: str, device: torch.device) -> Tensor | None:
-        """Rows of the batch that an adapter works on in a mixed batch; None for all of them."""
+        """Rows (B',) of the batch that an adapter works on in a mixed batch; None for all."""
         if self.adapter_names is None:
             return None
         repeat = self.batch_size // len(self.adapter_names)  # beams

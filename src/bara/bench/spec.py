@@ -63,7 +63,11 @@ class Contender:
 
     @classmethod
     def from_yaml(cls, value: Any) -> Contender:
-        """A method from its name, or from a mapping of the fields."""
+        """A method from its name, or from a mapping of the fields.
+
+        Raises:
+            BaraError: it is neither, or a field is unknown or of another type.
+        """
         if isinstance(value, str):
             return cls(value, value)
         if not isinstance(value, dict) or not {"name", "method"} <= value.keys():

@@ -107,7 +107,11 @@ def check_task(name: str, data: str | Path = ".") -> None:
 
 
 def task_version(name: str, data: str | Path = ".") -> str:
-    """What the task's data are: a package's version, or a hash of the files."""
+    """What the task's data are: a package's version, or a hash of the files.
+
+    Raises:
+        BaraError: the package is not installed.
+    """
     if name.startswith(HUB):
         return HUB_TASKS[name.removeprefix(HUB)].source
     if name in TASKS:

@@ -95,7 +95,11 @@ def generate(
 
 
 def decoding_options(max_new_tokens: int | None, options: list[str] | None) -> dict[str, Any]:
-    """What --max-new-tokens and --set say, as options of `bara.generate`."""
+    """What --max-new-tokens and --set say, as options of `bara.generate`.
+
+    Raises:
+        BaraError: both say `max_new_tokens`, or --set is no NAME=VALUE.
+    """
     from bara.cli.train import parse_options
     from bara.errors import BaraError
 

@@ -144,7 +144,11 @@ def train(
 
 
 def parse_options(options: list[str]) -> dict[str, Any]:
-    """The values of repeated `NAME=VALUE` options, read as YAML."""
+    """The values of repeated `NAME=VALUE` options, read as YAML.
+
+    Raises:
+        BaraError: an option has no `=`, or its value is no YAML.
+    """
     from bara.errors import BaraError
     from bara.methods.recipe import parse_yaml
     from bara.schema import shown

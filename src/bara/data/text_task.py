@@ -249,6 +249,11 @@ def split_dataset(
 def find_column(
     columns: Sequence[str], given: str | None, usual: Sequence[str] = (), role: str = ""
 ) -> str:
+    """The column of that name, or else the first usual one.
+
+    Raises:
+        BaraError: there is none; with a role the message names the option `--role-column`.
+    """
     found = given or next((column for column in usual if column in columns), None)
     there = f"the columns are {listed(columns)}"
     if found is None:
@@ -260,6 +265,7 @@ def find_column(
 
 
 def listed(names: Iterable[str], at_most: int = 20) -> str:
+    """Names for a message: quoted, and how many more there are."""
     quoted = [shown(name) for name in names]
     more = f" and {len(quoted) - at_most} more" if len(quoted) > at_most else ""
     return ", ".join(quoted[:at_most]) + more
@@ -319,6 +325,7 @@ def _is_number(value: Any) -> bool:
 
 
 def label_name(value: Any) -> str:
+    """The class that a value of a table stands for: 1.0 for "1", true for "true"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():

@@ -53,7 +53,7 @@ class FreshNoise:
         return (2 * bits - 1).float()
 
     def shared(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers that all inputs share."""
+        """Standard normal numbers that all inputs share, in that shape."""
         return torch.randn(shape, device=self.device, generator=self.generator)
 
 

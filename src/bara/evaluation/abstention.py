@@ -42,7 +42,7 @@ class Threshold:
     num_examples: int
 
     def abstains(self, uncertainty: Tensor | float) -> Any:
-        """True where the model should not answer."""
+        """True where the model should not answer, in the shape of the uncertainty."""
         if self.uncertainty is None:
             return torch.ones_like(torch.as_tensor(uncertainty), dtype=torch.bool)
         return torch.as_tensor(uncertainty, dtype=torch.float64) > self.uncertainty
@@ -140,7 +140,7 @@ def p_values(sums: Tensor, counts: Tensor, risk: float, binary: bool) -> Tensor:
     """p-values of the hypotheses that an expected loss is above `risk`; 1 without examples.
 
     Args:
-        sums: summed losses, each of independent ones in [0, 1].
+        sums: (m,) summed losses, each of independent ones in [0, 1].
         counts: how many losses there are in each sum.
         risk: the bound.
         binary: whether all losses are 0 or 1.

@@ -40,8 +40,11 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def below_one(probs: Tensor) -> Tensor:
-    # torchmetrics gives a probability of exactly 1 a bin of its own, and takes one that rounding
-    # has put above 1 for a logit.
+    """Probabilities of any shape, those of 1 just below it.
+
+    torchmetrics gives a probability of exactly 1 a bin of its own, and takes one that rounding has
+    put above 1 for a logit.
+    """
     return probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
 
 

@@ -186,8 +186,8 @@ def reliability(
 
 
 def selective_risk(predictive: Predictive) -> tuple[Tensor, Tensor]:
-    """The risk–coverage curve of labelled predictions, as `risk_coverage` returns it: of the
-    error rate, or for regression of the squared error.
+    """The risk–coverage curve of n labelled predictions, (n,) each, as `risk_coverage` returns it:
+    of the error rate, or for regression of the squared error.
 
     Raises:
         BaraError: as the metrics do.

@@ -279,6 +279,7 @@ def _entropy(probabilities: Sequence[float]) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of this file; its exit status."""
     parser = argparse.ArgumentParser(description="Ask a Bayesian ensemble.")
     parser.add_argument("prompt", nargs="?", help="a prompt, or a text to classify")
     what = parser.add_mutually_exclusive_group()

@@ -66,6 +66,12 @@ def only_run(output: Path) -> AbstractContextManager[None]:
 
 
 def check_output(output: Path, recipe: TrainRecipe, *, resume: bool, overwrite: bool) -> None:
+    """Whether a training may write to a folder.
+
+    Raises:
+        BaraError: there is something, without `overwrite`; or, to resume, there is no whole
+            checkpoint, or one of another recipe.
+    """
     checkpoint = newest_checkpoint(output / CHECKPOINTS)
     if resume and checkpoint is None:
         raise BaraError(f"{output / CHECKPOINTS} has no complete checkpoint to resume from")

@@ -249,7 +249,11 @@ class DrawSampler:
         return [tuple(texts[i::count]) for i in range(count)]
 
     def run(self, inputs: dict[str, Any], **options: Any) -> Any:
-        """`transformers.generate` under the draws, in evaluation mode."""
+        """`transformers.generate` under the draws, in evaluation mode.
+
+        Raises:
+            BaraError: `generate` refuses an option, or logits are not finite.
+        """
         if self.setting("stop_strings"):
             options["tokenizer"] = self.tokenizer  # to find them in
         drawing = self.source.drawing(None if self.mean else self.draws) if self.source else None

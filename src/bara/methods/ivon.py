@@ -46,6 +46,11 @@ class IvonTrainer(AdapterTrainer):
     weight_noise = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """IVON on what is trained.
+
+        Raises:
+            BaraError: gradients are to be accumulated.
+        """
         from ivon import IVON
 
         if self.args.gradient_accumulation_steps > 1:

@@ -155,7 +155,11 @@ class Method:
             raise BaraError(f"{self.summary}: this is for {' and '.join(self.tasks)}, not {task}")
 
     def own_options(self, options: Mapping[str, Any]) -> Any:
-        """The method's own options, checked."""
+        """The method's own options, checked.
+
+        Raises:
+            BaraError: one has a value that the method does not take.
+        """
         known = {option.name for option in fields(self.options)}
         try:
             return self.options(**{key: value for key, value in options.items() if key in known})

@@ -62,7 +62,8 @@ def _quadrature(nodes: int = 16) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def hard_concrete_mean(logit: Tensor) -> Tensor:
-    """The mean of the hard-concrete gate, by Gauss-Legendre quadrature (error below 1e-6)."""
+    """The mean of the hard-concrete gate, elementwise, by Gauss-Legendre quadrature (error below
+    1e-6)."""
     shift, weight = _quadrature()
     shifts = torch.tensor(shift, dtype=logit.dtype, device=logit.device)
     weights = torch.tensor(weight, dtype=logit.dtype, device=logit.device)
@@ -94,7 +95,7 @@ def scale_noise_kl(alpha: Tensor, c: float) -> Tensor:
 
 
 def gaussian_kl(mean: Tensor, std: Tensor, prior_std: float) -> Tensor:
-    """KL(N(mean, std^2) || N(0, prior_std^2)), elementwise."""
+    """KL(N(mean, std^2) || N(0, prior_std^2)), elementwise, in closed form."""
     ratio = (std / prior_std).square()
     return 0.5 * (ratio + (mean / prior_std).square() - 1 - torch.log(ratio))
 

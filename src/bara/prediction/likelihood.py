@@ -47,7 +47,7 @@ def gaussian_nll(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def require_finite(logits: Tensor) -> Tensor:
-    """The logits.
+    """The logits, of any shape.
 
     Raises:
         BaraError: one of them is not finite.

@@ -321,6 +321,7 @@ def with_labels(records: list[dict[str, Any]], labels: Sequence[Any]) -> list[di
 
 
 def check_not_nan(draws: Tensor) -> None:
+    """Raises BaraError if outputs (S, n, ...) are NaN for an input, with its number."""
     bad = draws.isnan().flatten(2).any(-1) if draws.dim() == 3 else draws.isnan()
     if bad.any():
         inputs = bad.any(0).nonzero().flatten().tolist()

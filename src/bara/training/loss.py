@@ -1,4 +1,4 @@
-"""What training needs besides the loss: N, the warm-up, and a log of KL and effective rank."""
+"""The KL and the ELBO for a loss of one's own, and the log of KL and effective rank."""
 
 from __future__ import annotations
 

@@ -88,7 +88,11 @@ class AdapterTrainer(KLMixin, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One step; see `Trainer.training_step`."""
+        """One step; see `Trainer.training_step`.
+
+        Raises:
+            BaraError: the loss is not finite.
+        """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise BaraError(
