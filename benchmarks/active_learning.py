@@ -37,7 +37,6 @@ from bara.bench.tasks import load_task
 from bara.evaluation.acquisition import FEATURES, select
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
-from bara.finetuning.task_inputs import model_inputs
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.methods.recipe import TRAINING_DEFAULTS
 from bara.prediction.predict import predict
@@ -73,10 +72,10 @@ def run(task: str, seed: int, labelled: list[int], wanted: list[str], data: Path
     model, tokenizer, kind, seconds = trained(pool.select(labelled), seed, "bara", {})
     options: dict[str, Any] = {"progress": False, "batch_size": 256}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
-        rows = model_inputs(test, tokenizer, kind)
+        rows = kind.inputs(test, tokenizer)
         metrics = evaluate(model, rows, deterministic=True, **options).metrics
         rest = [i for i in range(len(pool)) if i not in set(labelled)]
-        inputs = model_inputs(pool.select(rest), tokenizer, kind, labels=False)
+        inputs = kind.inputs(pool.select(rest), tokenizer, labels=False)
         count = ROUNDS[1] - ROUNDS[0]
         chosen: dict[str, list[int]] = {}
         if scored := [name for name in wanted if name != RANDOM]:

@@ -21,7 +21,6 @@ from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.certificates.certificate import certify
 from bara.data.examples import minilm_path
-from bara.data.text_task import tokenise
 from bara.evaluation.evaluate import evaluate
 from bara.finetuning.certified_prior import certification_rows
 from bara.finetuning.finetune import finetune
@@ -68,10 +67,10 @@ def run_cell(setting: dict[str, Any]) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         model, tokenizer, task = load_adapter(adapter)
         rows = certification_rows(train, task, adapter)
-        test = tokenise(test_texts, tokenizer, task)
+        test = task.inputs(test_texts, tokenizer)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
             certificate = certify(
-                model, tokenise(rows, tokenizer, task), num_draws=setting["num_draws"], seed=seed
+                model, task.inputs(rows, tokenizer), num_draws=setting["num_draws"], seed=seed
             )
             metrics = evaluate(model, test, num_draws=10, seed=seed, progress=False).metrics
             mean = evaluate(model, test, deterministic=True, progress=False).metrics

@@ -36,7 +36,7 @@ import bara
 from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.data.examples import minilm_path
-from bara.data.text_task import TextTask, tokenise
+from bara.data.text_task import TextTask
 from bara.evaluation.metrics import classification_metrics
 from bara.machine import fast_bfloat16, versions
 from pages import write_between
@@ -82,7 +82,7 @@ def run(
     train, _, test = load_task(task, str(DATA)).sample(300, 150, 400, seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     text_task = TextTask.infer(train)
-    train, test = (tokenise(table, tokenizer, text_task) for table in (train, test))
+    train, test = (text_task.inputs(table, tokenizer) for table in (train, test))
     set_seed(seed)
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=len(set(train["labels"]))

@@ -22,7 +22,6 @@ import torch
 
 import bara
 from bara.data.examples import load_sentiment
-from bara.data.text_task import tokenise
 from bara.files import atomic_write_text
 from bara.finetuning.load import load_adapter
 from bara.machine import versions
@@ -113,7 +112,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["versions"] = versions()
     model, tokenizer, task = load_adapter(adapter, device="cpu")
-    inputs = tokenise(data.test, tokenizer, task, labels=False)
+    inputs = task.inputs(data.test, tokenizer, labels=False)
     fit, held_out = inputs.select(range(TEXTS)), inputs.select(range(TEXTS, 2 * TEXTS))
     for mode in ("mean", "draws"):
         cell(results, f"export-{mode}", partial(export_cell, model, fit, held_out, mode))

@@ -24,7 +24,6 @@ from scipy.stats import spearmanr
 
 from bara.bench.results import append_row, read_lines
 from bara.data.examples import load_sentiment, minilm_path
-from bara.data.text_task import tokenise
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
 from bara.finetuning.finetune import finetune
@@ -118,8 +117,8 @@ def run_cell(cell: Cell, steps: int, num_test: int, num_draws: int) -> dict[str,
         seconds = time.perf_counter() - start
     seen = data.train.select(range(min(NUM_SEEN, cell.num_train)))
     inputs = {
-        "train": tokenise(seen, tokenizer, task),
-        "test": tokenise(data.test, tokenizer, task),
+        "train": task.inputs(seen, tokenizer),
+        "test": task.inputs(data.test, tokenizer),
     }
     result: dict[str, Any] = {**cell._asdict(), "steps": steps, "num_test": num_test}
     result["seconds"] = seconds

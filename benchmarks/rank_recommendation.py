@@ -28,7 +28,6 @@ from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.evaluation.evaluate import evaluate
 from bara.files import atomic_write_text
-from bara.finetuning.task_inputs import model_inputs
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.ranks.effective_rank import effective_rank
 from bara.ranks.recommendation import recommend_ranks
@@ -62,7 +61,7 @@ def run(task: str, seed: int, ranks: str, data: Path, options: dict[str, Any]) -
     result: dict[str, Any] = {"task": task, "seed": seed, "ranks": ranks, "seconds": seconds}
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         if ranks == SEARCH:
-            rank = effective_rank(model, model_inputs(train, tokenizer, kind), progress=False)
+            rank = effective_rank(model, kind.inputs(train, tokenizer), progress=False)
             recommended = recommend_ranks(model, rank)
             result |= {
                 "s_bar": rank.s_bar,
@@ -75,7 +74,7 @@ def run(task: str, seed: int, ranks: str, data: Path, options: dict[str, Any]) -
                 for name, parameter in model.named_parameters()
                 if "lora_A" in name or "lora_B" in name
             )
-        rows = model_inputs(test, tokenizer, kind)
+        rows = kind.inputs(test, tokenizer)
         metrics = evaluate(model, rows, deterministic=True, progress=False, batch_size=256).metrics
     result |= {name: metrics[name] for name in ("accuracy", "nll", "ece")}
     return result | {"num_test": len(test), "versions": versions()}

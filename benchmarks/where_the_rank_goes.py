@@ -39,7 +39,6 @@ import bara
 from bara.bench.results import append_row, read_lines
 from bara.bench.tasks import load_task
 from bara.evaluation.metrics import classification_metrics
-from bara.finetuning.task_inputs import model_inputs
 from bara.machine import fast_bfloat16, quieten_libraries, versions
 from bara.ranks.effective_rank import EffectiveRank, effective_rank, rank_shift
 from pages import write_between
@@ -93,7 +92,7 @@ def travel(
         _, _, test = load_task(other, str(data)).sample(NUM_TRAIN, 0, NUM_TEST, seed)
         table, labels = with_valence(test, other)
         names = load_task(task, str(data)).train.features["label"].names
-        rows = model_inputs(table, tokenizer, kind, labels=False)
+        rows = kind.inputs(table, tokenizer, labels=False)
         predictive: Any = bara.predict(model, rows, progress=False)
         probs = valence(predictive.probs, names, task)
         chosen = probs[torch.arange(len(labels)), labels]
@@ -108,7 +107,7 @@ def parameters(model: Any) -> int:
 
 
 def ranks_of(model: Any, tokenizer: Any, kind: Any, table: Dataset) -> EffectiveRank:
-    return effective_rank(model, model_inputs(table, tokenizer, kind, labels=False), progress=False)
+    return effective_rank(model, kind.inputs(table, tokenizer, labels=False), progress=False)
 
 
 def profile(task: str, seed: int, data: Path) -> Iterator[dict[str, Any]]:
@@ -141,7 +140,7 @@ def profile(task: str, seed: int, data: Path) -> Iterator[dict[str, Any]]:
     if task not in TRAVELS:
         return
     with autocast():
-        pruned = bara.prune(model, model_inputs(train, tokenizer, kind, labels=False)).model.eval()
+        pruned = bara.prune(model, kind.inputs(train, tokenizer, labels=False)).model.eval()
         size = parameters(pruned)
         row = {"part": "travel", "task": task, "seed": seed, "method": "bara, pruned"}
         yield row | {"parameters": size} | travel(pruned, tokenizer, kind, task, data, seed)
@@ -168,7 +167,7 @@ def size_run(task: str, count: int, local: bool, data: Path) -> dict[str, Any]:
     model, tokenizer, kind, _ = trained(train, 0, "bara", options, **fit, **RECIPE)
     with autocast():
         rank = ranks_of(model, tokenizer, kind, test)
-        predictive: Any = bara.predict(model, model_inputs(test, tokenizer, kind), progress=False)
+        predictive: Any = bara.predict(model, kind.inputs(test, tokenizer), progress=False)
     metrics = classification_metrics(predictive)
     return {
         "part": "size",

@@ -20,7 +20,6 @@ from transformers import (
 import bara
 from bara import BaraError
 from bara.data.tables import load_table
-from bara.data.text_task import tokenise
 from bara.finetuning.finetune import finetune
 from bara.language.tasks import LanguageTask
 from bara.methods.recipe import TrainRecipe
@@ -183,7 +182,7 @@ def test_a_custom_text_column_of_numbers_stays_text(
 @pytest.mark.parametrize("name", ["label", "label_ids"])
 def test_evaluate_takes_the_label_columns_that_trainer_takes(whole: Path, name: str) -> None:
     model, tokenizer, task = bara.load_adapter(whole / "adapter")
-    inputs = tokenise(load_table(whole / "table.jsonl"), tokenizer, task)
+    inputs = task.inputs(load_table(whole / "table.jsonl"), tokenizer)
     expected = bara.evaluate(model, inputs, num_draws=2).to_dict()
     renamed: Dataset = inputs.rename_column("labels", name)
     assert bara.evaluate(model, renamed, num_draws=2).to_dict() == expected

@@ -13,7 +13,7 @@ from transformers import BertForSequenceClassification
 import bara
 from bara import BaraError
 from bara.language.evaluation import token_metrics
-from bara.language.tasks import LanguageTask, tokenise_language
+from bara.language.tasks import LanguageTask
 from bara.methods import tfb
 from conftest import write_jsonl
 from helpers import adapt, stir
@@ -63,7 +63,7 @@ def test_a_language_model_from_elsewhere(lm, tmp_path, run):
         assert torch.equal(loaded[name], tensor)
 
     # the loss under the mixture, from its definition, is what the tolerance allows and no more
-    inputs = tokenise_language(Dataset.from_list(texts), tokenizer, task)
+    inputs = task.inputs(Dataset.from_list(texts), tokenizer)
     mixture, bare = mixture_nll(model, inputs, 10), mixture_nll(model, inputs, None)
     assert token_metrics(original, inputs)["nll"] == pytest.approx(bare, rel=1e-4)
     assert mixture <= 1.02 * bare + 1e-5

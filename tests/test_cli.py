@@ -26,7 +26,6 @@ from transformers import (
 
 from bara import BaraError
 from bara.data.tables import load_table
-from bara.data.text_task import tokenise
 from bara.finetuning.checkpoints import newest_checkpoint
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
@@ -192,7 +191,7 @@ def test_recipe_file_gives_the_same_adapter_and_flags_go_before_it(
 
 def test_saved_adapter_predicts_the_same_in_another_process(trained: Path, table: Path) -> None:
     model, tokenizer, task = load_adapter(trained)
-    inputs = tokenise(load_table(table), tokenizer, task, labels=False)
+    inputs = task.inputs(load_table(table), tokenizer, labels=False)
     here = predict(model, inputs, num_draws=4, seed=3).probs
     command = [sys.executable, "-m", "bara", "predict", trained, "--num-draws", 4, "--seed", 3]
     there = subprocess.run(
@@ -229,7 +228,7 @@ def test_modules_without_pretrained_weights_come_back(
     for seed in (0, 1):
         torch.manual_seed(seed)
         model, tokenizer, task = load_adapter(tmp_path / "out")
-        inputs = tokenise(load_table(table), tokenizer, task)
+        inputs = task.inputs(load_table(table), tokenizer)
         outputs.append(predict(model, inputs, num_draws=2).probs)
     assert torch.equal(*outputs)
 

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from bara import BaraError
 from bara.data.examples import canonical_text, load_news, load_sentiment, minilm_path
 from bara.data.tables import load_table
-from bara.data.text_task import TextTask, split_dataset, tokenise
+from bara.data.text_task import TextTask, split_dataset
 from conftest import write_jsonl
 
 ROWS = [
@@ -189,19 +189,19 @@ def test_texts_that_are_none_are_refused(
 ) -> None:
     bad = Dataset.from_dict({"text": texts, "label": ["pos"] * 4})
     with pytest.raises(BaraError, match=message):
-        tokenise(bad, tiny_tokenizer, TextTask.infer(table))
+        TextTask.infer(table).inputs(bad, tiny_tokenizer)
 
 
 def test_tokenise_equals_the_tokenizer_row_by_row(table: Dataset, tiny_tokenizer) -> None:
     task = TextTask.infer(table, max_length=5)
-    inputs = tokenise(table, tiny_tokenizer, task)
+    inputs = task.inputs(table, tiny_tokenizer)
     for row, text in zip(inputs, table["text"], strict=True):
         alone = tiny_tokenizer(text, truncation=True, max_length=5)
         assert row["input_ids"] == alone["input_ids"]
         assert row["attention_mask"] == alone["attention_mask"]
         assert len(row["input_ids"]) <= 5
     assert list(inputs["labels"]) == [1, 0, 1]
-    assert "labels" not in tokenise(table, tiny_tokenizer, task, labels=False).column_names
+    assert "labels" not in task.inputs(table, tiny_tokenizer, labels=False).column_names
 
 
 def test_pairs_are_tokenised_together(tiny_tokenizer) -> None:
@@ -209,7 +209,7 @@ def test_pairs_are_tokenised_together(tiny_tokenizer) -> None:
         {"sentence1": ["good film"], "sentence2": ["bad food"], "label": ["a"]}
     )
     task = TextTask("sentence1", "label", "sentence2", label_names=("a", "b"))
-    row = tokenise(table, tiny_tokenizer, task)[0]
+    row = task.inputs(table, tiny_tokenizer)[0]
     assert row["input_ids"] == tiny_tokenizer("good film", "bad food")["input_ids"]
     assert 1 in row["token_type_ids"]
 

@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 import bara
 from bara import BaraError
 from bara.language.evaluation import token_metrics
-from bara.language.tasks import LanguageTask, tokenise_language
+from bara.language.tasks import LanguageTask
 from encoder_decoders import adapted_seq2seq, ending_tokenizer, features, tiny_seq2seq
 from language_models import adapted_lm, word_tokenizer, words
 from test_elbo import GradientRecorder
@@ -238,14 +238,14 @@ LABELS = sum(len(row["completion"].split()) + 1 for row in ROWS)  # and the end 
 
 
 def table(tokenizer):
-    return tokenise_language(Dataset.from_list(ROWS), tokenizer, LanguageTask("seq2seq"))
+    return LanguageTask("seq2seq").inputs(Dataset.from_list(ROWS), tokenizer)
 
 
 def test_rows_are_a_source_and_labels_that_end(tokenizer):
     rows = table(tokenizer)
     assert rows[0]["input_ids"] == [4, 5, 6, 2]
     assert rows[0]["labels"] == [7, 8, 2]
-    plain = tokenise_language(Dataset.from_list(ROWS), word_tokenizer(), LanguageTask("seq2seq"))
+    plain = LanguageTask("seq2seq").inputs(Dataset.from_list(ROWS), word_tokenizer())
     assert plain[0]["input_ids"] == [4, 5, 6]
     assert plain[0]["labels"] == [7, 8, 2]
     for row, match in [
@@ -256,7 +256,7 @@ def test_rows_are_a_source_and_labels_that_end(tokenizer):
     ]:
         task = LanguageTask("seq2seq", max_length=16)
         with pytest.raises(BaraError, match=match):
-            tokenise_language(Dataset.from_list([row]), tokenizer, task)
+            task.inputs(Dataset.from_list([row]), tokenizer)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart"])

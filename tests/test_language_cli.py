@@ -22,7 +22,7 @@ from bara.cli.generate import shade
 from bara.finetuning.load import load_adapter
 from bara.language.evaluation import token_metrics
 from bara.language.prompts import encode_prompt
-from bara.language.tasks import LanguageTask, tokenise_language
+from bara.language.tasks import LanguageTask
 from conftest import next_commands, write_jsonl
 from language_models import adapted_lm, tiny_lm, word_tokenizer, words
 
@@ -247,18 +247,14 @@ def test_a_completion_is_whole_where_the_tokeniser_would_merge_it(ends):
     start = [1] * ends
     assert encode_prompt(tokenizer, "CA") == [*start, 5, 3]
     for prompt, completion, expected in [("CA", "BC", [4, 5]), ("C", "AB", [6])]:
-        rows = tokenise_language(
-            Dataset.from_list([{"prompt": prompt, "completion": completion}]),
-            tokenizer,
-            LanguageTask("causal-lm"),
+        rows = LanguageTask("causal-lm").inputs(
+            Dataset.from_list([{"prompt": prompt, "completion": completion}]), tokenizer
         )
         labels = [label for label in rows[0]["labels"] if label != -100]
         assert labels == [*expected, 2]
         given = encode_prompt(tokenizer, prompt)
         assert rows[0]["input_ids"] == given + labels
-    rows = tokenise_language(
-        Dataset.from_list([{"text": "AB"}]), tokenizer, LanguageTask("causal-lm")
-    )
+    rows = LanguageTask("causal-lm").inputs(Dataset.from_list([{"text": "AB"}]), tokenizer)
     assert rows[0]["labels"] == [*start, 6, 2]
 
 
@@ -272,35 +268,29 @@ def test_the_loss_is_on_the_completion_only():
             {"role": "assistant", "content": words(6, 7)},
         ]
     }
-    rows = tokenise_language(
-        Dataset.from_list([{"prompt": "w4 ", "completion": "w5 w6"}]), tokenizer, task
-    )
+    rows = task.inputs(Dataset.from_list([{"prompt": "w4 ", "completion": "w5 w6"}]), tokenizer)
     assert rows[0]["input_ids"] == [4, 5, 6, 2]
     assert rows[0]["labels"] == [-100, 5, 6, 2]
     with pytest.raises(BaraError, match="chat template does not keep the prompt"):
-        tokenise_language(Dataset.from_list([talk]), tokenizer, task)
+        task.inputs(Dataset.from_list([talk]), tokenizer)
     tokenizer.chat_template = CHAT.replace(
         "{{ m['content'] }}", "{% if m['role'] == 'assistant' %}w9 {% endif %}{{ m['content'] }}"
     )
-    rows = tokenise_language(Dataset.from_list([talk]), tokenizer, task)
+    rows = task.inputs(Dataset.from_list([talk]), tokenizer)
     assert rows[0]["input_ids"] == [4, 9, 6, 7]
     assert rows[0]["labels"] == [-100, -100, 6, 7]
-    rows = tokenise_language(Dataset.from_list([{"text": "w4 w5"}]), tokenizer, task)
+    rows = task.inputs(Dataset.from_list([{"text": "w4 w5"}]), tokenizer)
     assert rows[0]["labels"] == rows[0]["input_ids"] == [4, 5, 2]
     question = Dataset.from_list([{**QUESTIONS[0], "answer": 2}])
     for scoring, labels in [("text", [4]), ("letter", [3])]:  # C is unknown: w3
-        rows = tokenise_language(
-            question, tokenizer, LanguageTask("multiple-choice", scoring=scoring)
-        )
+        rows = LanguageTask("multiple-choice", scoring=scoring).inputs(question, tokenizer)
         assert [label for label in rows[0]["labels"] if label != -100] == labels
 
 
 def test_token_metrics_against_explicit_draws():
     model, tokenizer = adapted_lm(), word_tokenizer()
-    rows = tokenise_language(
-        Dataset.from_list([*TEXTS[:5], {"prompt": "w9 w8 w7 ", "completion": "w6"}]),
-        tokenizer,
-        LanguageTask("causal-lm"),
+    rows = LanguageTask("causal-lm").inputs(
+        Dataset.from_list([*TEXTS[:5], {"prompt": "w9 w8 w7 ", "completion": "w6"}]), tokenizer
     )
     nll, count, right = 0.0, 0, 0
     for row in rows:
@@ -386,7 +376,7 @@ def test_gates_of_an_export_are_averaged_over_texts(capsys, base, tmp_path):
     manifest = json.loads((tmp_path / "draws" / "manifest.json").read_text())
     assert (manifest["task"], manifest["difference"]) == ("causal-lm", None)
     model, tokenizer, task = load_adapter(out)
-    rows = tokenise_language(Dataset.from_list(TEXTS), tokenizer, task)
+    rows = task.inputs(Dataset.from_list(TEXTS), tokenizer)
     bara.export_lora(model, tmp_path / "again", mode="draws", num_draws=2, data=rows)
     for draw in ("draw-0", "draw-1"):
         both = [
@@ -410,7 +400,7 @@ def test_pruning_is_measured_at_the_labels(capsys, base, tmp_path, task, rows):
     change = json.loads((smaller / "pruning.json").read_text())["change"]["mean"]
     pruned, _, _ = load_adapter(smaller)
     distances = []
-    for row in tokenise_language(Dataset.from_list(rows), tokenizer, loaded):
+    for row in loaded.inputs(Dataset.from_list(rows), tokenizer):
         ids = torch.tensor([row["input_ids"]])
         known = torch.tensor(row["labels"][1:]) != -100
         with torch.no_grad():

@@ -10,7 +10,6 @@ from datasets import Dataset
 from transformers import BertForSequenceClassification
 
 import bara
-from bara.data.text_task import tokenise
 from bara.draws.draws import draw_source
 from bara.errors import BaraError
 from bara.finetuning.finetune import finetune
@@ -65,7 +64,7 @@ def test_a_method_trains_saves_loads_and_predicts(base_dir, tmp_path, monkeypatc
     before = {}
 
     def save(folder, model, tokenizer, task, recipe):
-        inputs = tokenise(TABLE, tokenizer, task)
+        inputs = task.inputs(TABLE, tokenizer)
         before["draws"] = bara.predict(model, inputs, num_draws=3, seed=1).log_probs_draws
         return save_adapter(folder, model, tokenizer, task, recipe)
 
@@ -74,7 +73,7 @@ def test_a_method_trains_saves_loads_and_predicts(base_dir, tmp_path, monkeypatc
     monkeypatch.setattr("bara.finetuning.finetune.save_adapter", save)
     folder = train(base_dir, tmp_path / "out", f"{method}+temperature")
     model, tokenizer, task = load_adapter(folder)
-    inputs = tokenise(TABLE, tokenizer, task)
+    inputs = task.inputs(TABLE, tokenizer)
     after = bara.predict(model, inputs, num_draws=3, seed=1)
     torch.testing.assert_close(after.log_probs_draws, before["draws"], atol=1e-5, rtol=1e-5)
     if method not in BY_BATCH:
@@ -101,7 +100,7 @@ def ensemble_dir(base_dir, tmp_path_factory):
 
 def test_an_ensemble_is_its_members_on_one_base(base_dir, ensemble_dir, tmp_path):
     model, tokenizer, task = load_adapter(ensemble_dir)
-    inputs = tokenise(TABLE, tokenizer, task)
+    inputs = task.inputs(TABLE, tokenizer)
     together = bara.predict(model, inputs).log_probs_draws
     lora, _, _ = load_adapter(train(base_dir, tmp_path / "lora", "lora"))
     alone = bara.predict(lora, inputs).log_probs_draws[0]

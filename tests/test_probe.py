@@ -10,7 +10,6 @@ from sklearn.model_selection import KFold, cross_val_score
 from torch.autograd.functional import hessian
 
 import bara
-from bara.data.text_task import tokenise
 from bara.draws.draws import attach_draws, draw_source
 from bara.errors import BaraError
 from bara.finetuning.finetune import finetune
@@ -156,7 +155,7 @@ def test_draws_are_as_wide_as_the_loss_allows():
 def test_a_probe_is_a_head_on_the_mean_of_the_tokens(base_dir, tmp_path):  # noqa: F811
     folder = train(base_dir, tmp_path / "probe", "probe", prior_variance=0.5)
     model, tokenizer, task = load_adapter(folder)
-    inputs = tokenise(TABLE, tokenizer, task)
+    inputs = task.inputs(TABLE, tokenizer)
     means = []
     for row in inputs:
         ids = torch.tensor([row["input_ids"]])
@@ -183,9 +182,9 @@ def test_a_probe_of_numbers_knows_its_noise(base_dir, tmp_path):  # noqa: F811
     table = TABLE.remove_columns("label").add_column("target", values)
     recipe = TrainRecipe(model=str(base_dir), output=str(tmp_path / "out"), method="probe")
     model, tokenizer, task = load_adapter(finetune(recipe, table))
-    predicted = bara.predict(model, tokenise(table, tokenizer, task), num_draws=5)
+    predicted = bara.predict(model, task.inputs(table, tokenizer), num_draws=5)
     assert predicted.variance_draws.unique().numel() == 1
-    mean = bara.predict(model, tokenise(table, tokenizer, task), deterministic=True).mean
+    mean = bara.predict(model, task.inputs(table, tokenizer), deterministic=True).mean
     assert float((mean - torch.tensor(values)).square().mean()) < float(torch.tensor(values).var())
 
 
@@ -199,7 +198,7 @@ def test_draws_share_the_pass_up_to_the_layer(base_dir, tmp_path, numbers):  # n
         )
     recipe = TrainRecipe(model=str(base_dir), output=str(tmp_path / "out"), method="probe")
     model, tokenizer, task = load_adapter(finetune(recipe, table))
-    inputs, source = tokenise(table, tokenizer, task), draw_source(model)
+    inputs, source = task.inputs(table, tokenizer), draw_source(model)
     seen = []
     encoder = model.get_base_model().encoder
     handle = encoder.register_forward_hook(lambda _, __, output: seen.append(len(output[0])))

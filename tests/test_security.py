@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import dynamic_module_utils
 
 from bara.data.tables import load_table
-from bara.data.text_task import TextTask, tokenise
+from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import TRUST, load_adapter
@@ -172,7 +172,7 @@ def test_a_recipe_s_tags_are_not_followed(tmp_path, mark):
 def test_a_text_is_cut_at_the_length_of_the_task(tiny_tokenizer):
     table = Dataset.from_dict({"text": ["good " * 20_000, "bad"], "label": ["yes", "no"]})
     task = TextTask.infer(table, max_length=16)
-    assert [len(ids) for ids in tokenise(table, tiny_tokenizer, task)["input_ids"]] == [16, 3]
+    assert [len(ids) for ids in task.inputs(table, tiny_tokenizer)["input_ids"]] == [16, 3]
 
 
 FORBIDDEN = {

@@ -11,7 +11,7 @@ from transformers import BertModel
 import bara
 from bara.cli import main
 from bara.data.tables import load_table
-from bara.data.text_task import TextTask, tokenise
+from bara.data.text_task import TextTask
 from bara.finetuning.finetune import build_model
 from bara.finetuning.load import load_adapter
 from bara.finetuning.save import save_adapter
@@ -227,6 +227,6 @@ def test_train_evaluate_and_predict_commands(encoder_dir, tmp_path, capsys, meth
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["prediction"] for record in records] == [row["label"] for row in rows]
     model, tokenizer, task = load_adapter(output)
-    here = bara.predict(model, tokenise(load_table(table), tokenizer, task)).probs
+    here = bara.predict(model, task.inputs(load_table(table), tokenizer)).probs
     shown = torch.tensor([list(record["probabilities"].values()) for record in records])
     torch.testing.assert_close(shown, here, rtol=0, atol=1e-6)

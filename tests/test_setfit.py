@@ -7,7 +7,6 @@ import torch
 from datasets import ClassLabel
 
 import bara
-from bara.data.text_task import tokenise
 from bara.errors import BaraError
 from bara.finetuning.finetune import finetune
 from bara.finetuning.load import load_adapter
@@ -51,7 +50,7 @@ def test_predictions_are_those_of_the_package(
     table = TABLE.remove_columns("label").add_column("label", labels)
     finetune(recipe_for(tmp_path / "base", tmp_path / "out"), table)
     model, tokenizer, task = load_adapter(tmp_path / "out")
-    predicted = bara.predict(model, tokenise(table, tokenizer, task))
+    predicted = bara.predict(model, task.inputs(table, tokenizer))
     expected = kept[0].predict_proba(table["text"], as_numpy=True)
     torch.testing.assert_close(
         predicted.probs, torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-4

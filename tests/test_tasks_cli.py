@@ -16,7 +16,7 @@ from transformers import BertForMaskedLM, BertTokenizerFast
 
 import bara
 from bara.finetuning.load import load_adapter, read_task
-from bara.finetuning.task_inputs import model_inputs, read_table
+from bara.finetuning.task_inputs import read_table
 from conftest import tiny_bert_config, write_jsonl
 
 NOUNS = ("film", "plot", "food")
@@ -116,7 +116,7 @@ def test_an_adapter_comes_back_and_is_evaluated(task, trained, run, tmp_path):
     run("evaluate", folder, "--data", table, "--num-draws", 3, "--json", tmp_path / "m.json")
     written = json.loads((tmp_path / "m.json").read_text())
     model, tokenizer, loaded = load_adapter(folder)
-    data = model_inputs(read_table(str(table), loaded), tokenizer, loaded)
+    data = loaded.inputs(read_table(str(table), loaded), tokenizer)
     again = bara.evaluate(model, data, num_draws=3)
     assert written["metrics"] == pytest.approx(again.to_dict(), abs=1e-6)
     assert written["num_texts"] == 18
@@ -199,7 +199,7 @@ def test_other_families_train_and_load(method, task, base, run, tmp_path):
     run(*train_options(task, base, table, tmp_path / "a", *more))
     model, tokenizer, loaded = load_adapter(tmp_path / "a")
     assert loaded.task == task
-    data = model_inputs(read_table(str(table), loaded), tokenizer, loaded)
+    data = loaded.inputs(read_table(str(table), loaded), tokenizer)
     predictive = bara.predict(model, data, num_draws=2)
     assert len(predictive.to_records()) == 6
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from bara.adapter.elbo import Elbo
 from bara.cards.adapter_files import read_shapes
 from bara.data.examples import load_news, load_sentiment, minilm_path
-from bara.data.text_task import TextTask, tokenise
+from bara.data.text_task import TextTask
 from bara.evaluation.evaluate import evaluate
 from bara.evaluation.metrics import Evaluation
 from bara.files import atomic_write_text
@@ -118,12 +118,12 @@ def run_method(
     seconds = time.perf_counter() - start
     model, tokenizer, loaded = load_adapter(folder)
     task = text_task(loaded, "quickstart")
-    inputs = tokenise(test, tokenizer, task)
+    inputs = task.inputs(test, tokenizer)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         evaluation = evaluate(
             model,
             inputs,
-            ood=tokenise(ood, tokenizer, task, labels=False),
+            ood=task.inputs(ood, tokenizer, labels=False),
             num_draws=num_draws,
             seed=seed,
             deterministic=method == "probe",
@@ -223,7 +223,7 @@ def measure_pace(train: Dataset, test: Dataset, seed: int = 0) -> Pace:
         model, tokenizer, task = load_adapter(folder)
     once = time.perf_counter() - start - sum(times.seconds)
     texts = test.select(range(min(MEASURED_TEXTS, len(test))))
-    inputs = tokenise(texts, tokenizer, text_task(task, "quickstart"))
+    inputs = text_task(task, "quickstart").inputs(texts, tokenizer)
     start = time.perf_counter()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_bfloat16()):
         predict(model, inputs, num_draws=2, batch_size=BATCH_SIZE, progress=False)

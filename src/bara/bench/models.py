@@ -126,12 +126,12 @@ def fit(
         return Fitted(images, count.total, predict_images, partial(image_inputs, labels=False))
     from bara.finetuning.finetune import finetune
     from bara.finetuning.load import load_adapter
-    from bara.finetuning.task_inputs import model_inputs, predict_table
+    from bara.finetuning.task_inputs import predict_table
 
     finetune(recipe, splits.train, splits.validation, callbacks=[count, *callbacks])
     model, tokenizer, task = load_adapter(folder)
 
     def inputs(table: Dataset) -> Dataset:
-        return model_inputs(table, tokenizer, task, labels=False)
+        return task.inputs(table, tokenizer, labels=False)
 
     return Fitted(model, count.total, partial(predict_table, model, tokenizer, task), inputs)

@@ -55,7 +55,6 @@ def certify(
     from rich.table import Table
 
     from bara.certificates.certificate import certify as certify_inputs
-    from bara.data.text_task import tokenise
     from bara.errors import BaraError
     from bara.files import atomic_write_text
     from bara.finetuning.certified_prior import certification_rows
@@ -72,7 +71,7 @@ def certify(
     model, tokenizer, _ = load_adapter(adapter, base_model=base_model)
     certificate = certify_inputs(
         model,
-        tokenise(rows, tokenizer, task),
+        task.inputs(rows, tokenizer),
         delta=delta,
         num_draws=num_draws,
         seed=seed,

@@ -181,14 +181,14 @@ def _evaluate(
     `calibrate_threshold` needs, computed when it is called."""
     from bara.errors import BaraError
     from bara.evaluation.metrics import measure
-    from bara.finetuning.task_inputs import model_inputs, predict_table
+    from bara.finetuning.task_inputs import predict_table
     from bara.language.evaluation import answer_losses, token_metrics
     from bara.language.tasks import GENERATING_TASKS, LanguageTask
 
     if task.task in GENERATING_TASKS:
         if ood is not None:
             raise BaraError("--ood is for classification and multiple choice: leave it out")
-        metrics = token_metrics(model, model_inputs(table, tokenizer, task), **options)
+        metrics = token_metrics(model, task.inputs(table, tokenizer), **options)
         return metrics, None, lambda: answer_losses(model, tokenizer, table, **options, **decoding)
     if ood is not None and not isinstance(task, LanguageTask) and task.task != "classification":
         raise BaraError("--ood is for classification and multiple choice: leave it out")

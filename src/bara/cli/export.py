@@ -57,7 +57,7 @@ def export(
     from bara.export.export_lora import check_mode, export_lora
     from bara.export.servers import check_server
     from bara.finetuning.load import load_adapter
-    from bara.finetuning.task_inputs import model_inputs, read_table
+    from bara.finetuning.task_inputs import read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.prediction.temperature import save_temperature
@@ -81,7 +81,7 @@ def export(
     if data is not None and isinstance(task, LanguageTask):  # no classes to measure a change of
         if held_out is not None:
             raise BaraError("--held-out is not for language models: leave it out")
-        fit = model_inputs(read_table(data, task), tokenizer, task)
+        fit = task.inputs(read_table(data, task), tokenizer)
     elif data is not None:
         fit, measure = calibration_inputs(data, held_out, tokenizer, task)
     recipe = _recipe(adapter)

@@ -45,7 +45,7 @@ def ranks(
     from bara.evaluation.metrics import classification_metrics
     from bara.files import require_new
     from bara.finetuning.load import load_adapter, read_task
-    from bara.finetuning.task_inputs import model_inputs, read_table
+    from bara.finetuning.task_inputs import read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
     from bara.posteriors.bara_config import BaraConfig
@@ -70,7 +70,7 @@ def ranks(
         tables.append(read_table(against, task, split=None if here else split))
     model, tokenizer, task = load_adapter(adapter, base_model=base_model)
     bayesian_adapter(model, "ranks")
-    inputs = [model_inputs(table, tokenizer, task, labels=False) for table in tables]
+    inputs = [task.inputs(table, tokenizer, labels=False) for table in tables]
     measured = [
         effective_rank(model, part, num_draws=num_draws, seed=seed, batch_size=batch_size)
         for part in inputs
@@ -79,7 +79,7 @@ def ranks(
     if not isinstance(task, LanguageTask | QuestionTask) and (
         task.label_column in tables[0].column_names
     ):
-        whole = model_inputs(tables[0], tokenizer, task)
+        whole = task.inputs(tables[0], tokenizer)
         draws: dict[str, Any] = {
             "num_draws": max(1, num_draws),
             "seed": seed,

@@ -39,7 +39,7 @@ def select(
     from bara.evaluation.acquisition import FEATURES, check_count, check_strategy
     from bara.evaluation.acquisition import select as choose
     from bara.finetuning.load import load_adapter, read_task
-    from bara.finetuning.task_inputs import model_inputs, predict_table, read_table
+    from bara.finetuning.task_inputs import predict_table, read_table
     from bara.machine import quieten_libraries
     from bara.ranks.features import adapter_features
 
@@ -63,7 +63,7 @@ def select(
     )
     features = None
     if strategy in FEATURES:
-        inputs = model_inputs(table, tokenizer, task, labels=False)
+        inputs = task.inputs(table, tokenizer, labels=False)
         features = adapter_features(model, inputs, **options)
     chosen = choose(predictive, k, by=strategy, features=features, seed=seed)
     index = chosen.index.tolist()

@@ -91,7 +91,7 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
         BaraError: a table cannot be read, or there are fewer than two texts to share out.
     """
     from bara.errors import BaraError
-    from bara.finetuning.task_inputs import model_inputs, read_table
+    from bara.finetuning.task_inputs import read_table
 
     fit = read_table(data, task)
     if held_out is not None:
@@ -101,7 +101,7 @@ def calibration_inputs(data: str, held_out: str | None, tokenizer: Any, task: An
     else:
         numbers = range(len(fit))
         fit, measure = fit.select(numbers[::2]), fit.select(numbers[1::2])
-    return tuple(model_inputs(part, tokenizer, task, labels=False) for part in (fit, measure))
+    return tuple(task.inputs(part, tokenizer, labels=False) for part in (fit, measure))
 
 
 def update_card(adapter: Path, **measured: Any) -> None:

@@ -61,6 +61,22 @@ class ImageTask(TaskFile):
         """Outputs of the model."""
         return len(self.label_names)
 
+    def inputs(
+        self, dataset: Dataset, tokenizer: Any, *, labels: bool = True, first_row: int = 1
+    ) -> Dataset:
+        """`image_inputs` of the rows of `image_table`.
+
+        Args:
+            dataset: the table.
+            tokenizer: the model's image processor.
+            labels: whether the rows have classes.
+            first_row: the number that messages give to the first row.
+
+        Raises:
+            BaraError: as `image_inputs`.
+        """
+        return image_inputs(dataset, tokenizer, self if labels else None, first_row=first_row)
+
     def encode_labels(self, table: Dataset, *, first_row: int = 1) -> list[int]:
         """Class indices, one per row.
 

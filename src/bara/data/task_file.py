@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from bara.errors import BaraError
 from bara.schema import read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 MEND = "it does not describe a task as `bara train` writes it; restore the file"
 
 
 class TaskFile:
-    """The files of a task, which is a dataclass."""
+    """A task, which is a dataclass: its file, and its inputs."""
 
     def save(self, path: Path) -> None:
         """Write the description as JSON."""
@@ -33,6 +36,22 @@ class TaskFile:
         if (wrong := task.wrong()) is not None:
             raise BaraError(f"{path}: {wrong}; {MEND}")
         return task
+
+    def inputs(
+        self, dataset: Dataset, tokenizer: Any, *, labels: bool = True, first_row: int = 1
+    ) -> Any:
+        """A table as the model of the task reads it: a data set, or for questions their windows.
+
+        Args:
+            dataset: its rows.
+            tokenizer: the model's tokeniser, or its image processor.
+            labels: whether the rows have labels to encode.
+            first_row: number of the first row, for messages.
+
+        Raises:
+            BaraError: the table does not fit the task; the message says where.
+        """
+        raise NotImplementedError
 
     def wrong(self) -> str | None:
         """What the types of the fields do not say is wrong with them."""

@@ -159,6 +159,37 @@ class TextTask(TaskFile):
         """
         return [_texts(dataset, column, first_row) for column in self.text_columns]
 
+    def inputs(
+        self,
+        dataset: Dataset,
+        tokenizer: Any,
+        *,
+        labels: bool = True,
+        first_row: int = 1,
+    ) -> Dataset:
+        """Model inputs for a table: `input_ids`, `attention_mask`, ..., and `labels`.
+
+        Nothing is padded: that is the collator's work, batch by batch. Regression labels are
+        standardised; `bara.predict` returns them, and the predictions, in the units of the data.
+
+        Args:
+            dataset: the table.
+            tokenizer: the model's tokeniser.
+            labels: whether the table has labels to encode.
+            first_row: the number that messages give to the first row.
+
+        Raises:
+            BaraError: the table does not fit the task; the message says which column and rows.
+        """
+        from datasets import Dataset
+
+        if len(dataset) == 0:
+            raise BaraError("the data has no rows; give at least one")
+        columns = encode_texts(self.texts(dataset, first_row=first_row), tokenizer, self)
+        if labels:
+            columns["labels"] = self.encode_labels(dataset, first_row=first_row)
+        return Dataset.from_dict(columns)
+
     def wrong(self) -> str | None:
         fewest = {"classification": 2, "multi-label": 1}.get(self.task, 0)
         if len(set(self.label_names)) < fewest:
@@ -166,39 +197,6 @@ class TextTask(TaskFile):
         if len(set(self.label_names)) < len(self.label_names):
             return "label_names has a class twice"
         return None
-
-
-def tokenise(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TextTask,
-    *,
-    labels: bool = True,
-    first_row: int = 1,
-) -> Dataset:
-    """Model inputs for a table: `input_ids`, `attention_mask`, ..., and `labels`.
-
-    Nothing is padded: that is the collator's work, batch by batch. Regression labels are
-    standardised; `bara.predict` returns them, and the predictions, in the units of the data.
-
-    Args:
-        dataset: the table.
-        tokenizer: the model's tokeniser.
-        task: which columns to use and how to encode the labels.
-        labels: whether the table has labels to encode.
-        first_row: the number that messages give to the first row.
-
-    Raises:
-        BaraError: the table does not fit the task; the message says which column and rows.
-    """
-    from datasets import Dataset
-
-    if len(dataset) == 0:
-        raise BaraError("the data has no rows; give at least one")
-    columns = encode_texts(task.texts(dataset, first_row=first_row), tokenizer, task)
-    if labels:
-        columns["labels"] = task.encode_labels(dataset, first_row=first_row)
-    return Dataset.from_dict(columns)
 
 
 def encode_texts(

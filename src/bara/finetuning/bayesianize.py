@@ -19,7 +19,7 @@ from bara.errors import BaraError, first_line
 from bara.files import require_new
 from bara.finetuning.load import attach_adapter, read_config
 from bara.finetuning.save import save_adapter
-from bara.finetuning.task_inputs import model_inputs, predict_table
+from bara.finetuning.task_inputs import predict_table
 from bara.language.evaluation import token_metrics
 from bara.language.prompts import context
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
@@ -186,12 +186,12 @@ def bayesianize(
     if not isinstance(described, TextTask):
         noise = largest_noise(model, nll, tolerance=options.tolerance)
     elif method == "tfb":
-        inputs = model_inputs(table, tokenizer, described)
+        inputs = described.inputs(table, tokenizer)
         noise = tfb(model, inputs, tolerance=options.tolerance, seed=seed, batch_size=batch_size)
     else:
         for part, parameter in model.named_parameters():
             parameter.requires_grad_("modules_to_save" in part)  # how it finds the last layer
-        inputs = model_inputs(table, tokenizer, described)
+        inputs = described.inputs(table, tokenizer)
         precision = laplace(model, inputs, options, batch_size=batch_size)
     after = nll()
     recipe = replace(recipe, max_length=described.max_length)
@@ -309,7 +309,7 @@ def _loss(
         "progress": False,
     }
     if task.task == "causal-lm":
-        inputs = model_inputs(table, tokenizer, task)
+        inputs = task.inputs(table, tokenizer)
         return lambda: token_metrics(model, inputs, **options)["nll"]
 
     def nll() -> float:

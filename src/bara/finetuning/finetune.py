@@ -33,7 +33,7 @@ from bara.errors import BaraError, first_line
 from bara.finetuning.certified_prior import prepare
 from bara.finetuning.checkpoints import CHECKPOINTS, check_output, only_run, prepare_checkpoints
 from bara.finetuning.save import save_adapter
-from bara.finetuning.task_inputs import model_inputs, predict_table, read_table, text_task
+from bara.finetuning.task_inputs import predict_table, read_table, text_task
 from bara.language.choice_loss import ChoiceCollator, base_temperature, tokenise_choices
 from bara.language.prompts import context
 from bara.language.tasks import LANGUAGE_TASKS, LanguageTask, Task, is_multiple_choice
@@ -188,7 +188,7 @@ def _training_inputs(
         window = getattr(model.config, "sliding_window", None)
         rows = partial(tokenise_choices, tokenizer=tokenizer, task=task, window=window)
         return rows, ChoiceCollator(tokenizer)
-    inputs = partial(model_inputs, tokenizer=tokenizer, task=task)
+    inputs = partial(task.inputs, tokenizer=tokenizer)
     if isinstance(task, ImageTask):
         return inputs, DefaultDataCollator()
     if isinstance(task, QuestionTask):

@@ -20,7 +20,7 @@ from bara.errors import BaraError
 from bara.evaluation.metrics import measure
 from bara.finetuning.finetune import finetune, read_train, task_of
 from bara.finetuning.load import load_adapter
-from bara.finetuning.task_inputs import model_inputs, predict_table, read_table
+from bara.finetuning.task_inputs import predict_table, read_table
 from bara.language.evaluation import token_metrics
 from bara.language.tasks import GENERATING_TASKS
 from bara.methods.recipe import BY_STEPS, TrainRecipe
@@ -220,7 +220,7 @@ def _score(recipe: TrainRecipe, table: Dataset, num_draws: int) -> Score:
     model, tokenizer, task = load_adapter(recipe.output)
     options: dict[str, Any] = {"num_draws": num_draws, "seed": recipe.seed, "progress": False}
     if task.task in GENERATING_TASKS:
-        return Score(token_metrics(model, model_inputs(table, tokenizer, task), **options), None)
+        return Score(token_metrics(model, task.inputs(table, tokenizer), **options), None)
     predictive = predict_table(model, tokenizer, task, table, **options)
     kept = predictive if isinstance(predictive, Comparable) else None
     return Score(measure(predictive).to_dict(), kept)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from bara.cards.adapter_files import TASK_FILE
-from bara.data.images import IMAGE_TASK, ImageTask, image_inputs, image_table
+from bara.data.images import IMAGE_TASK, ImageTask, image_table
 from bara.data.multi_label_task import MultiLabelTask
 from bara.data.tables import load_table
 from bara.data.tag_task import TagTask
 from bara.data.task_file import MEND
 from bara.data.tasks import TABLE_TASKS
-from bara.data.text_task import TextTask, tokenise
+from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.language.multiple_choice import multiple_choice
 from bara.language.tasks import (
@@ -24,7 +24,6 @@ from bara.language.tasks import (
     Task,
     is_multiple_choice,
     questions,
-    tokenise_language,
 )
 from bara.prediction.predict import predict
 from bara.prediction.predictive import Predictive
@@ -89,35 +88,6 @@ def text_task(task: Task, command: str) -> TextTask:
     return task
 
 
-def model_inputs(
-    table: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    *,
-    labels: bool = True,
-    first_row: int = 1,
-) -> Any:
-    """A table as the model of a task reads it: a data set, or for questions their windows.
-
-    Args:
-        table: its rows.
-        tokenizer: the model's, or its image processor.
-        task: what the model is for.
-        labels: keep the labels; a language model's inputs always have theirs.
-        first_row: number of the first row, for messages.
-
-    Raises:
-        BaraError: see `bara.data.text_task.tokenise` and `bara.language.tasks.tokenise_language`.
-    """
-    if isinstance(task, ImageTask):
-        return image_inputs(table, tokenizer, task if labels else None, first_row=first_row)
-    if isinstance(task, LanguageTask):
-        return tokenise_language(table, tokenizer, task, first_row=first_row)
-    if isinstance(task, TextTask):
-        return tokenise(table, tokenizer, task, labels=labels, first_row=first_row)
-    return task.inputs(table, tokenizer, labels=labels, first_row=first_row)
-
-
 def predict_table(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -152,7 +122,7 @@ def predict_table(
         return multiple_choice(model, tokenizer, asked, scoring=task.scoring, **options)
     if isinstance(task, LanguageTask):
         text_task(task, command)  # says what it is for
-    inputs = model_inputs(table, tokenizer, task, labels=labels, first_row=first_row)
+    inputs = task.inputs(table, tokenizer, labels=labels, first_row=first_row)
     predictive = predict(model, inputs, **options)
     if isinstance(predictive, TokenPredictive) and isinstance(task, TagTask):
         words = task.words(table, first_row=first_row)

@@ -35,7 +35,7 @@ def token_metrics(
     """The likelihood of a table's labels under the mixture over draws, token by token.
 
     Args:
-        inputs: what `bara.language.tasks.tokenise_language` made.
+        inputs: what `LanguageTask.inputs` made.
         num_draws, seed, batch_size, progress: as in `bara.predict`; all draws of an input are in
             one pass where the method can do that.
 

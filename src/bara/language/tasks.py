@@ -57,6 +57,54 @@ class LanguageTask(TaskFile):
                 f"the longest input must be at least 2 tokens, not {self.max_length} (--max-length)"
             )
 
+    def inputs(
+        self,
+        dataset: Dataset,
+        tokenizer: Any,
+        *,
+        labels: bool = True,
+        first_row: int = 1,
+    ) -> Dataset:
+        """`input_ids`, `attention_mask` and `labels`, which are -100 where there is no loss.
+
+        The loss is on the completion and the end-of-text token: of a prompt's completion, of the
+        last message of a conversation (which has to be the assistant's), or of a whole `text`. A
+        question becomes its prompt and the right choice, as an input to measure on; what trains on
+        questions is `bara.language.choice_loss`. For seq2seq the ids are the prompt's and the
+        labels the completion's.
+
+        Args:
+            dataset: the table.
+            tokenizer: the model's tokeniser.
+            labels: these inputs always have theirs, which are the texts themselves.
+            first_row: the number that messages give to the first row.
+
+        Raises:
+            BaraError: a row fits none of these or is longer than `max_length`; the message has its
+                number.
+        """
+        from datasets import Dataset
+
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for number, row in enumerate(dataset, start=first_row):
+            try:
+                if is_seq2seq(self):
+                    ids, targets = encode_pair(row, tokenizer)
+                    longest = max(len(ids), len(targets))
+                else:
+                    prompt, completion = _encode(row, tokenizer, self)
+                    ids, targets = prompt + completion, [-100] * len(prompt) + completion
+                    longest = len(ids)
+            except BaraError as error:
+                raise BaraError(f"row {number}: {error}") from error
+            self.require_length(number, longest)
+            columns["input_ids"].append(ids)
+            columns["attention_mask"].append([1] * len(ids))
+            columns["labels"].append(targets)
+        if not columns["labels"]:
+            raise BaraError("the data has no rows; give at least one")
+        return Dataset.from_dict(columns)
+
     def require_length(self, number: int, length: int) -> None:
         """Raises BaraError if row `number` is longer than `max_length` tokens."""
         if length > self.max_length:
@@ -84,48 +132,6 @@ def questions(dataset: Dataset, *, first_row: int = 1) -> list[Question]:
         BaraError: a row is not a question; the message has its number.
     """
     return [Question.from_record(row, f"row {first_row + i}") for i, row in enumerate(dataset)]
-
-
-def tokenise_language(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    task: LanguageTask,
-    *,
-    first_row: int = 1,
-) -> Dataset:
-    """`input_ids`, `attention_mask` and `labels`, which are -100 where there is no loss.
-
-    The loss is on the completion and the end-of-text token: of a prompt's completion, of the last
-    message of a conversation (which has to be the assistant's), or of a whole `text`. A question
-    becomes its prompt and the right choice, as an input to measure on; what trains on questions is
-    `bara.language.choice_loss`. For seq2seq the ids are the prompt's and the labels the
-    completion's.
-
-    Raises:
-        BaraError: a row fits none of these or is longer than `task.max_length`; the message has
-            its number.
-    """
-    from datasets import Dataset
-
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for number, row in enumerate(dataset, start=first_row):
-        try:
-            if is_seq2seq(task):
-                ids, labels = encode_pair(row, tokenizer)
-                longest = max(len(ids), len(labels))
-            else:
-                prompt, completion = _encode(row, tokenizer, task)
-                ids, labels = prompt + completion, [-100] * len(prompt) + completion
-                longest = len(ids)
-        except BaraError as error:
-            raise BaraError(f"row {number}: {error}") from error
-        task.require_length(number, longest)
-        columns["input_ids"].append(ids)
-        columns["attention_mask"].append([1] * len(ids))
-        columns["labels"].append(labels)
-    if not columns["labels"]:
-        raise BaraError("the data has no rows; give at least one")
-    return Dataset.from_dict(columns)
 
 
 def prompt_and_completion(

@@ -9,7 +9,6 @@ from typing import Any
 from bara.data.questions import QuestionWindows
 from bara.data.text_task import TextTask, encode_texts
 from bara.errors import BaraError
-from bara.finetuning.task_inputs import model_inputs
 from bara.language.prompts import encode_prompt, require_room
 from bara.language.tasks import LanguageTask
 from bara.serving.limits import Limits
@@ -63,7 +62,7 @@ def encode(served: Served, inputs: Sequence[Any]) -> Any:
         if isinstance(task, LanguageTask):
             return [_prompt(served, text) for text in inputs]
         table = _table(task, inputs)
-        return model_inputs(table, served.tokenizer, task, labels=False, first_row=0)
+        return task.inputs(table, served.tokenizer, labels=False, first_row=0)
     except BaraError as error:
         kind = served.reads or "texts"
         message = re.sub(r"\brow (\d+)", rf"{kind}.\1", str(error))
