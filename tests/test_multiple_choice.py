@@ -1,11 +1,15 @@
 """bara.multiple_choice against one full forward per draw and choice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import Gemma3Config
 
 import bara
 from bara import BaraError
 from bara.evaluation.metrics import classification_metrics
+from bara.language.prompts import context
 from bara.language.question import LETTERS, Question
 from helpers import adapt, stir
 from language_models import adapted_lm, lora_ensemble, word_tokenizer, words
@@ -163,3 +167,9 @@ def test_the_members_of_an_ensemble_answer_as_its_draws(tokenizer):
     expected = by_hand(model, tokenizer, "text", 3)
     torch.testing.assert_close(predictive.log_probs_draws.exp(), expected, atol=1e-5, rtol=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 0.01
+
+
+def test_the_context_of_a_model_that_reads_images_too_is_its_language_models():
+    config = Gemma3Config(text_config={"max_position_embeddings": 48})
+    assert not hasattr(config, "max_position_embeddings")
+    assert context(SimpleNamespace(config=config)) == 48
