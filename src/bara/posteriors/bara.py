@@ -154,24 +154,23 @@ class BaraPosterior(Posterior):
         factor = 0.0 if self.resolved.held else LOGIT_SCALE**-2
         return ScaledGradient.apply(wide(parameter), factor)
 
-    def task_variables(self) -> Variables:
-        """The part of the posterior that no input changes."""
+    def task_variables(self, stack: Stack | None = None) -> Variables:
+        """The part of the posterior that no input changes: this layer's, or a stack's, (L, r)."""
+
+        def location(name: str, there: bool) -> Tensor | None:
+            return self._location(self.parameter(name, stack)) if there else None
+
         return Variables(
-            z=self._location(self.global_logit) if self.config.global_gate else None,
-            log_alpha=self._location(self.noise_logit) if self.config.factor_noise else None,
+            z=location("global_logit", self.config.global_gate),
+            log_alpha=location("noise_logit", self.config.factor_noise),
         )
 
     def fuse(self, stack: Stack) -> Fused:
         config, noise, shape = self.config, stack.noise, (self.rank,)
-        parts: dict[str, Tensor] = {}
-        if config.global_gate:
-            parts["z"] = self._location(stack.parameter("global_logit"))
-        if config.factor_noise:
-            parts["log_alpha"] = self._location(stack.parameter("noise_logit"))
-        of_task = {name: part[:, None, None] for name, part in parts.items()}  # (L, 1, 1, r)
-        multipliers = self._multipliers(
-            Variables(of_task.get("z"), of_task.get("log_alpha")), noise
-        )
+        of_task = self.task_variables(stack)
+        parts = {n: v for n, v in of_task._asdict().items() if v is not None}
+        of_input = (None if v is None else v[:, None, None] for v in of_task)  # (L, 1, 1, r)
+        multipliers = self._multipliers(Variables(*of_input), noise)
         eps = noise.normal("A", shape).unsqueeze(2)
         m = reduce(torch.mul, multipliers) if multipliers else torch.ones_like(eps)
         tensors = [m.detach() * (HIGH - LOW), self.weight_noise**0.5 * eps, m]

@@ -13,7 +13,7 @@ from bara.draws.draws import Noise
 from bara.errors import BaraError
 from bara.posteriors.config import BayesianConfig, Resolved
 from bara.posteriors.fused import Fused, Stack
-from bara.posteriors.rank_space import Granularity, RankSpace
+from bara.posteriors.rank_space import Granularity, RankSpace, wide
 
 LOG_SCALE = 10.0
 """Fixed factor between a parameter and the logarithm or log-odds that it stands for: at LoRA's
@@ -132,6 +132,10 @@ class Posterior(nn.Module):
             None if this family or these options have no fused step.
         """
         return None
+
+    def parameter(self, name: str, stack: Stack | None = None) -> Tensor:
+        """A parameter, float32 or wider: this layer's, (...), or a stack's, (L, ...)."""
+        return wide(getattr(self, name)) if stack is None else stack.parameter(name)
 
     def start_again(self) -> None:
         """Puts what has not been trained yet where it starts by the numbers that are in force."""

@@ -66,21 +66,22 @@ class RankwisePosterior(Posterior):
             torch.full((self.rank,), config.init_log_variance / LOG_SCALE)
         )
 
-    def variance(self) -> Tensor:
-        """sigma_k^2, (r,); its logarithm is kept in [-20, 2]."""
-        return _variance(self.log_variance)
+    def std(self, stack: Stack | None = None) -> Tensor:
+        """sigma_k, (r,), or of a stack (L, r); log sigma_k^2 is kept in [-20, 2]."""
+        log_variance = LOG_SCALE * self.parameter("log_variance", stack)
+        return torch.exp(log_variance.clamp(-20, 2)).sqrt()
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         u, a = space.u, wide(space.a)
-        variance = trailing(self.variance(), a.dim()).expand_as(a)
+        std = trailing(self.std(), a.dim()).expand_as(a)
         if noise is not None:
-            u = u + space.project_noise(variance.sqrt(), noise, "A").to(u.dtype)
+            u = u + space.project_noise(std, noise, "A").to(u.dtype)
         if not with_kl:
             return PosteriorOutput(u)
-        return PosteriorOutput(u, {"parameters": _kl(a, variance.sqrt()).sum()})
+        return PosteriorOutput(u, {"parameters": _kl(a, std).sum()})
 
     def fuse(self, stack: Stack) -> Fused | None:
-        std = _variance(stack.parameter("log_variance")).sqrt().unsqueeze(2)
+        std = self.std(stack).unsqueeze(2)
         stds = [std[layers].expand_as(a) for layers, a in stack.stacks_of_a]
         return flipout(stack, stds, _kl)
 
@@ -88,12 +89,7 @@ class RankwisePosterior(Posterior):
         return None
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-        std = trailing(self.variance().sqrt(), a.dim())
-        return gaussian_draw(a, std, noise), None
-
-
-def _variance(log_variance: Tensor) -> Tensor:
-    return torch.exp((LOG_SCALE * wide(log_variance)).clamp(-20, 2))
+        return gaussian_draw(a, trailing(self.std(), a.dim()), noise), None
 
 
 def _kl(a: Tensor, std: Tensor) -> Tensor:

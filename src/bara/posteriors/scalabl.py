@@ -66,13 +66,13 @@ class ScalablPosterior(Posterior):
             torch.full((self.rank,), math.log(config.init_noise) / LOG_SCALE)
         )
 
-    def mean(self) -> Tensor:
-        """mu, (r,)."""
-        return _mean(self.log_mean)
+    def mean(self, stack: Stack | None = None) -> Tensor:
+        """mu, (r,), or of a stack (L, r)."""
+        return self.parameter("log_mean", stack).exp()
 
-    def std(self) -> Tensor:
-        """sigma, (r,)."""
-        return _std(self.log_std)
+    def std(self, stack: Stack | None = None) -> Tensor:
+        """sigma, (r,), or of a stack (L, r)."""
+        return torch.exp(LOG_SCALE * self.parameter("log_std", stack))
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         mean, std = self.mean(), self.std()
@@ -83,7 +83,7 @@ class ScalablPosterior(Posterior):
         return PosteriorOutput(u, {"mean": mean, "std": std} if with_kl else {})
 
     def fuse(self, stack: Stack) -> Fused:
-        mean, std = _mean(stack.parameter("log_mean")), _std(stack.parameter("log_std"))
+        mean, std = self.mean(stack), self.std(stack)
         eps = stack.noise.normal("s", (self.rank,))
         diagonal = torch.addcmul(mean[:, None], std[:, None], eps).unsqueeze(2)
         return Fused(Multiplied(), [diagonal], {"mean": mean, "std": std})
@@ -96,14 +96,6 @@ class ScalablPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         return a, self.mean() + self.std() * noise.normal("s", (self.rank,))[0]
-
-
-def _mean(log_mean: Tensor) -> Tensor:
-    return wide(log_mean).exp()
-
-
-def _std(log_std: Tensor) -> Tensor:
-    return torch.exp(LOG_SCALE * wide(log_std))
 
 
 register(

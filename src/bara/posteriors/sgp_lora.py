@@ -78,14 +78,19 @@ class SgpLoraPosterior(Posterior):
         start = math.log(config.init_noise) / LOG_SCALE
         self.log_std = nn.Parameter(torch.full((self.rank, self.rank), start))
 
+    def std(self, stack: Stack | None = None) -> Tensor:
+        """sigma, (r, r), or of a stack (L, r, r)."""
+        std = torch.exp(LOG_SCALE * self.parameter("log_std", stack))
+        return std.clamp(max=self.config.max_noise)
+
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
-        u, std, gram = space.u, self._std(self.log_std), _gram(space.a.flatten(1))
+        u, std, gram = space.u, self.std(), _gram(space.a.flatten(1))
         if noise is not None:
             u = (space.wide_u @ self._mixing(std, gram, noise).mT).to(u.dtype)
         return PosteriorOutput(u, {"std": std, "gram": gram} if with_kl else {})
 
     def fuse(self, stack: Stack) -> Fused:
-        std, grams = self._std(stack.parameter("log_std")), list(stack.a)
+        std, grams = self.std(stack), list(stack.a)
         for layers, a in stack.stacks_of_a:
             put(grams, layers, _gram(a))
         gram = torch.stack(grams)
@@ -103,12 +108,8 @@ class SgpLoraPosterior(Posterior):
 
     def lora_draw(self, a: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
         rows = wide(a).flatten(1)
-        mixing = self._mixing(self._std(self.log_std), _gram(rows), noise)[0]
+        mixing = self._mixing(self.std(), _gram(rows), noise)[0]
         return (mixing @ rows).view(a.shape).to(a.dtype), None
-
-    def _std(self, log_std: Tensor) -> Tensor:
-        """sigma, in the shape of U."""
-        return torch.exp(LOG_SCALE * wide(log_std)).clamp(max=self.config.max_noise)
 
     def _mixing(self, std: Tensor, gram: Tensor, noise: Noise | NoiseStack) -> Tensor:
         """U L^-1 = I + (sigma * eps) L^-1 of each input, (..., B, r, r), which multiplies A x.
