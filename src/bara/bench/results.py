@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bara.data.tables import csv_text
 from bara.errors import BaraError
 from bara.files import atomic_write_text
 from bara.schema import json_text, parse_json
@@ -86,13 +85,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     Raises:
         BaraError: it cannot be written.
     """
-    flat = [dict(_flat(row)) for row in rows]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    atomic_write_text(path, buffer.getvalue())
+    atomic_write_text(path, csv_text([dict(_flat(row)) for row in rows]))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -120,17 +120,23 @@ def write_table(path: str, records: Sequence[dict[str, Any]]) -> None:
     """
     check_output_table(path)
     if Path(path).suffix.lower() == ".csv":
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-        atomic_write_text(path, buffer.getvalue())
+        atomic_write_text(path, csv_text(records))
         return
     lines = "".join(json_text(record, ensure_ascii=False) + "\n" for record in records)
     if path == "-":
         sys.stdout.write(lines)
     else:
         atomic_write_text(path, lines)
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV; its columns are all that a row has, and a cell that a row lacks is empty."""
+    buffer = io.StringIO()
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue()
 
 
 def _read_file(path: Path, text_columns: Collection[str | None]) -> Dataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, TASK_FILE
 from bara.data.images import ImageTask
-from bara.data.tables import FILE_SUFFIXES, parquet_rows
+from bara.data.tables import FILE_SUFFIXES, csv_text, parquet_rows
 from bara.errors import BaraError, last_line
 from bara.evaluation import conformal
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
@@ -304,12 +303,8 @@ def _encoded(records: list[dict[str, Any]], suffix: str) -> bytes:
         buffer = io.BytesIO()
         parquet.write_table(pa.Table.from_pylist(records), buffer)
         return buffer.getvalue()
-    rows = [_flat(record) for record in records]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode("utf-8", errors="replace")
+    text = csv_text([_flat(record) for record in records])
+    return text.encode("utf-8", errors="replace")
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

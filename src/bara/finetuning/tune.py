@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from bara.data.tables import csv_text
 from bara.errors import BaraError
 from bara.files import atomic_write_text, only_writer
 from bara.finetuning.runners import run_local, run_on_ray
@@ -184,17 +183,14 @@ def _write(search: Search, tuned: Tuned) -> None:
     if tuned.probe is not None:
         recipe = probe_recipe(search.recipe)
         atomic_write_text(search.folder / PROBE_RECIPE_FILE, recipe.to_yaml())
-    buffer = io.StringIO()
-    names = list(search.space)
-    metrics = list(tuned.best.metrics)
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial", "state", *names, *metrics, "seconds", "error"])
-    for trial in tuned.trials:
-        chosen = [trial.choice.get(name, "") for name in names]
-        measured = [trial.metrics.get(name, "") for name in metrics]
-        row = [trial.number, trial.state, *chosen, *measured, round(trial.seconds, 1), trial.error]
-        writer.writerow(row)
-    atomic_write_text(search.folder / TABLE_FILE, buffer.getvalue())
+    names = [*search.space, *tuned.best.metrics]
+    rows = [
+        {"trial": trial.number, "state": trial.state}
+        | {name: (trial.choice | trial.metrics).get(name, "") for name in names}
+        | {"seconds": round(trial.seconds, 1), "error": trial.error}
+        for trial in tuned.trials
+    ]
+    atomic_write_text(search.folder / TABLE_FILE, csv_text(rows))
     picture = tuning_picture(tuned.trials, tuned.best, search.metric, tuned.probe)
     save_figure(picture, search.folder / PICTURE_FILE)
 
