@@ -42,7 +42,7 @@ def _gate(features, weight, offset, R: tl.constexpr, POOL: tl.constexpr):
     n, norm = direction(features, R)
     shifted = times(n, weight, POOL) + offset
     concrete = tl.sigmoid(shifted)
-    g = tl.minimum(tl.maximum(LOW + (HIGH - LOW) * concrete, 0.0), 1.0)
+    g = tl.minimum(tl.maximum(concrete * (HIGH - LOW) + LOW, 0.0), 1.0)
     return n, norm, shifted, concrete, g
 
 
