@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bara.adapter.elbo import Elbo
 from bara.adapter.forward_pass import ForwardPass
 from bara.adapter.fused_pass import drops_out, fused_layer
+from bara.adapter.layout import Layout, Reads
 from bara.adapter.peft_020 import read_saved_names
 from bara.draws.draws import Noise
 from bara.errors import BaraError
@@ -27,41 +28,13 @@ CONTAINER = "lora_posterior"
 """Name of the module dict that holds a layer's posteriors; PEFT saves what starts with lora_."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a layer arranges what its A gives, which a posterior sees as (rows, positions, r).
-
-    Attributes:
-        shape: of A x: (..., r), or (B, r, ...) of a convolution.
-        convolution: which of them.
-        rows: inputs of the batch; 0 if unknown.
-    """
-
-    shape: torch.Size
-    convolution: bool
-    rows: int
-
-    def flatten(self, u: Tensor) -> Tensor:
-        """A x as (rows, positions, r)."""
-        if self.convolution:
-            return u.flatten(2).transpose(1, 2)
-        # windows or flattened tokens of one input follow each other
-        rows = self.rows if self.rows and u.shape[0] % self.rows == 0 else u.shape[0]
-        return u.reshape(rows, -1, u.shape[-1])
-
-    def restore(self, flat: Tensor) -> Tensor:
-        """Back from (rows, positions, features)."""
-        if self.convolution:
-            return flat.transpose(1, 2).reshape(self.shape)
-        return flat.reshape(*self.shape[:-1], flat.shape[-1])
-
-
 class RankSpaceVariant(LoraVariant):
     """Connects one LoRA layer to its posterior: y = W0 x + s B posterior(A x)."""
 
-    def __init__(self, layer: str, elbo: Elbo) -> None:
+    def __init__(self, layer: str, elbo: Elbo, reads: Reads) -> None:
         self.layer = layer
         self.elbo = elbo
+        self.reads = reads
 
     def supports_lora_conversion(self) -> bool:
         return False
@@ -91,8 +64,17 @@ class RankSpaceVariant(LoraVariant):
         **kwargs: Any,
     ) -> Tensor:
         """PEFT's hook: the layer's output with the adapter's contribution."""
+        if self.reads == "time first" and x.dim() == 3:
+            x, result = x.transpose(0, 1), result.transpose(0, 1)
+            return self._forward(module, active_adapter, x, result).transpose(0, 1).contiguous()
+        return self._forward(module, active_adapter, x, result)
+
+    def _forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """`forward` with the inputs of the batch in the first dimension."""
         posterior = posteriors(module)[active_adapter]
         forward = self._forward_pass(posterior, x)
+        if x.dim() == 3 and self._is_shared_by_all(x, forward):
+            return result + self._shared_by_all(module, active_adapter, x, forward)
         with_kl = self._asks_for_kl(module, active_adapter, posterior, forward)
         if with_kl:
             posterior.calibrated = None  # what it was averaged over is about to change
@@ -114,6 +96,23 @@ class RankSpaceVariant(LoraVariant):
         if with_kl:
             forward.add(active_adapter, posterior, output.kl, posterior.kl)
         return result + self._through_b(module, active_adapter, output, layout)
+
+    def _is_shared_by_all(self, x: Tensor, forward: ForwardPass) -> bool:
+        """Whether x is one row for all inputs of the batch, such as relative positions."""
+        if x.shape[0] != 1 or forward.batch_size > 1 or self.reads != "positions too":
+            return x.shape[0] == 1 < forward.batch_size
+        lengths = [weights.shape[1] for weights in forward.weights]
+        return bool(lengths) and x.shape[1] not in lengths
+
+    def _shared_by_all(
+        self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
+    ) -> Tensor:
+        """The mean's contribution, (1, T, d_out): no draw of a single input can be in it."""
+        shared = self._input(module, adapter, x, forward)
+        space, layout = self._rank_space(module, adapter, shared, replace(forward, weights=()))
+        with torch.autocast(space.u.device.type, enabled=False):
+            output = posteriors(module)[adapter](space, None, with_kl=False)
+        return self._through_b(module, adapter, output, layout)
 
     def _input(
         self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
