@@ -99,10 +99,11 @@ class RankSpaceVariant(LoraVariant):
 
     def _is_shared_by_all(self, x: Tensor, forward: ForwardPass) -> bool:
         """Whether x is one row for all inputs of the batch, such as relative positions."""
-        if x.shape[0] != 1 or forward.batch_size > 1 or self.reads != "positions too":
-            return x.shape[0] == 1 < forward.batch_size
+        if x.shape[0] != 1 or forward.adapter_names is not None:  # PEFT shares rows out
+            return False
         lengths = [weights.shape[1] for weights in forward.weights]
-        return bool(lengths) and x.shape[1] not in lengths
+        positions = bool(lengths) and x.shape[1] not in lengths
+        return forward.batch_size > 1 or (self.reads == "positions too" and positions)
 
     def _shared_by_all(
         self, module: LoraLayer, adapter: str, x: Tensor, forward: ForwardPass
