@@ -150,10 +150,14 @@ def everything(benchmarks: str = SLICE) -> list[dict[str, Any]]:
 
 
 def beside_peers() -> list[dict[str, Any]]:
-    """The rows of the peers' tasks and seeds, of all methods that have finished these."""
+    """The rows of the peers' tasks and of the seeds that BaRA with their search has finished, of
+    all methods that have finished these."""
     rows = everything()
     of_peers = [row for row in rows if row["benchmark"] == PEERS]
-    cells = {(row["task"], row["seed"]) for row in of_peers}
+    tasks = {row["task"] for row in of_peers}
+    chose = {(row["task"], row["seed"]) for row in of_peers if row["name"] == CHOSE}
+    seeds = {seed for _, seed in chose if all((task, seed) in chose for task in tasks)}
+    cells = {(task, seed) for task in tasks for seed in seeds}
     done = defaultdict(set)
     for row in rows:
         done[row["name"]].add((row["task"], row["seed"]))
