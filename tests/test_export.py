@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from peft import PeftModel, convert_to_lora
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertModel
+from transformers import BertModel, PretrainedConfig
 
 import bara
 from bara import BaraError
@@ -353,6 +354,35 @@ def test_conv1d_layers(tmp_path):
     plain = outputs(PeftModel.from_pretrained(tiny_gpt2(), tmp_path).eval(), data)
     merged = outputs(copy.deepcopy(model).merge_and_unload(), data)
     torch.testing.assert_close(plain, merged, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("other", "rank"), [(6, 6), (7, 8)])
+@pytest.mark.parametrize("mode", ["mean", "draws"])
+def test_grouped_convolutions_beside_another_rank(other, rank, mode, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Conv2d(3, 8, 3)
+            self.second = nn.Conv2d(8, 8, 3, groups=2)
+            self.config = PretrainedConfig()
+
+        def forward(self, x):
+            return {"logits": self.second(self.first(x)).mean((2, 3))}
+
+    options = {"target_modules": ["first", "second"], "r": 4, "rank_pattern": {"first": other}}
+    model = stir(adapt(Net(), local_gate=False, weight_noise=0.0, **options)).eval()
+    data = {"x": torch.randn(2, 3, 8, 8)}
+    for patterns in (False, True):
+        folder = tmp_path / str(patterns)
+        bara.export_lora(model, folder, mode=mode, num_draws=1, seed=3, patterns=patterns)
+        drawn = mode == "draws"
+        plain = PeftModel.from_pretrained(Net(), folder / "draw-0" if drawn else folder).eval()
+        with bara.sampling(model, seed=3) if drawn else nullcontext():
+            expected = outputs(model, data)
+        torch.testing.assert_close(outputs(plain, data), expected, atol=1e-5, rtol=1e-4)
+        layer = plain.get_base_model().second
+        assert layer.r["default"] == (4 if patterns else rank)
 
 
 def test_a_sentence_classifier_becomes_a_sentence_transformer(tmp_path, tiny_tokenizer):

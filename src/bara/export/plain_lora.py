@@ -70,15 +70,22 @@ class PlainLora:
         self.drawn = draws is not None
         config: Any = model.peft_config[self.adapter]
         self.original: Any = config
-        self.scalings = {
-            f"{PREFIX}{name}": float(layer.scaling[self.adapter])
+        layers: dict[str, Any] = {
+            f"{PREFIX}{name}": layer
             for name, layer in model.get_base_model().named_modules()
             if isinstance(layer, LoraLayer) and self.adapter in layer.scaling
+        }
+        self.scalings = {n: float(layer.scaling[self.adapter]) for n, layer in layers.items()}
+        self.groups = {
+            n: getattr(layer.get_base_layer(), "groups", 1) for n, layer in layers.items()
         }
         ranks = {a.shape[0] for key, a in self._tensors(0).items() if key.endswith(_A)}
         self.rank = max(ranks, default=config.r)
         even = len(ranks) == 1 and len(set(self.scalings.values())) == 1
         self.folds = not patterns and not (even and not config.use_rslora)
+        if self.folds:  # every group of a convolution has the same part of the rank
+            every = math.lcm(*self.groups.values())
+            self.rank = math.ceil(self.rank / every) * every
         self.config = self._config(even and not patterns)
 
     def tensors(self, number: int) -> dict[str, Tensor]:
@@ -88,11 +95,12 @@ class PlainLora:
             for name, scaling in self.scalings.items():
                 for a, b, bias in FACTORS:
                     if name + a in tensors:
-                        missing = self.rank - tensors[name + a].shape[0]
-                        behind = [0, 0] * (tensors[name + a].dim() - 1) + [0, missing]
-                        tensors[name + a] = pad(tensors[name + a], behind)
-                        behind = [0, 0] * (tensors[name + b].dim() - 2) + [0, missing]
-                        tensors[name + b] = pad(tensors[name + b] * scaling, behind)
+                        tensors[name + a], tensors[name + b] = _padded(
+                            tensors[name + a],
+                            tensors[name + b] * scaling,
+                            self.rank,
+                            self.groups[name],
+                        )
                     if bias and name + bias in tensors:
                         tensors[name + bias] = tensors[name + bias] * scaling
         return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
@@ -139,6 +147,17 @@ class PlainLora:
 
 
 _A = tuple(a for a, _, _ in FACTORS)
+
+
+def _padded(a: Tensor, b: Tensor, rank: int, groups: int) -> tuple[Tensor, Tensor]:
+    """A (r, ...) and B (d_out, r / groups, ...) with factors of zeros up to a rank.
+
+    A grouped convolution reads the factors of its groups one after the other: each gets as many.
+    """
+    missing = (rank - a.shape[0]) // groups
+    a = a.unflatten(0, (groups, -1))
+    a = pad(a, [0, 0] * (a.dim() - 2) + [0, missing]).flatten(0, 1)
+    return a, pad(b, [0, 0] * (b.dim() - 2) + [0, missing])
 
 
 def _mean(layer: Any, adapter: str, posterior: Posterior) -> tuple[Tensor, Tensor]:
