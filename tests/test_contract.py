@@ -196,6 +196,37 @@ def test_hot_swapping_gives_the_other_adapter_or_is_refused(saved, method):
     require_same(model.eval(), models[1])
 
 
+def test_hot_swapping_makes_a_calibration_stale(tmp_path):
+    """The averages of the adapter that came are merged, not those of the one that is gone."""
+    model, other = adapted("bara", 1), adapted("bara", 2)
+    other.save_pretrained(tmp_path)
+    bara.calibrate_gates(model, {"input_ids": IDS})
+    before = draws(model, mean=True)
+    model.merge_adapter()
+    merged = draws(model, mean=True)
+    model.unmerge_adapter()
+    torch.testing.assert_close(draws(model, mean=True), before, rtol=1e-4, atol=1e-4)
+    again = copy.deepcopy(model)
+    again.merge_adapter()  # the calibration outlives merging, unmerging and a copy
+    torch.testing.assert_close(draws(again, mean=True), merged, rtol=1e-4, atol=1e-4)
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        model.merge_adapter()
+    with pytest.raises(BaraError, match="calibrate_gates"):
+        bara.export_lora(model, tmp_path / "export")
+    for one in (model, other):
+        bara.calibrate_gates(one, {"input_ids": IDS})
+        one.merge_adapter()
+    torch.testing.assert_close(draws(model, mean=True), draws(other, mean=True))
+    assert not torch.allclose(draws(model, mean=True), merged, atol=1e-2)
+
+
+def test_another_precision_leaves_a_calibration():
+    model = adapted("bara")
+    bara.calibrate_gates(model, {"input_ids": IDS})
+    model.bfloat16().merge_adapter()
+
+
 @pytest.mark.parametrize("method", WITHOUT_HEADS)
 def test_hot_swapping_another_rank_is_refused(method, tmp_path):
     model = adapted(method)

@@ -112,6 +112,7 @@ class Posterior(nn.Module):
         self.resolved = setup.resolved
         self.granularity = setup.granularity
         self.calibrated: Tensor | None = None
+        self._calibrated_with: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, space: RankSpace, noise: Noise | None, with_kl: bool) -> PosteriorOutput:
         """Applies a draw of the posterior, or its mean when `noise` is None.
@@ -189,11 +190,24 @@ class Posterior(nn.Module):
         """
         raise BaraError(f"{type(self).__name__} has no draws that are plain LoRA adapters.")
 
+    def calibrate(self, average: Tensor, a: Tensor) -> None:
+        """Keeps an average of `input_dependence`, for as long as the adapter stays what it is.
+
+        Args:
+            average: over data.
+            a: the weight of A.
+        """
+        self.calibrated = average
+        self._calibrated_with = [(now, now.detach().clone()) for now in (a, *self.parameters())]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.calibrated = None  # what it was averaged over is another's
         super()._load_from_state_dict(*args, **kwargs)
 
     def _calibrated(self) -> Tensor:
+        # PEFT's hot-swap writes into .data, which no hook and no version counter of torch sees
+        if any(not torch.equal(now, then.to(now)) for now, then in self._calibrated_with):
+            self.calibrated = None
         if self.calibrated is None:
             raise BaraError(
                 "An adapter that depends on the input has no exact plain or merged form: keep it "

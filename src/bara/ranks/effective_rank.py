@@ -209,6 +209,7 @@ def calibrate_gates(
     """
     totals: dict[Posterior, Tensor] = {}
     weights: dict[Posterior, int] = {}
+    factors: dict[Posterior, Tensor] = {}
 
     def observe(layer: str, posterior: Posterior, space: RankSpace) -> None:
         mean = posterior.input_dependence(space)
@@ -216,11 +217,12 @@ def calibrate_gates(
             rows = space.u.shape[0]
             totals[posterior] = totals.get(posterior, torch.zeros_like(mean)) + rows * mean
             weights[posterior] = weights.get(posterior, 0) + rows
+            factors[posterior] = space.a
 
     for batch, _ in unlabelled_batches(model, data, batch_size, collate_fn, progress):
         observed_pass(model, batch, observe)
     for posterior, total in totals.items():
-        posterior.calibrated = total / weights[posterior]
+        posterior.calibrate(total / weights[posterior], factors[posterior])
 
 
 def unlabelled_batches(
