@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import bara
 from bara import BaraError
+from bara.draws.draws import attach_draws
+from bara.methods.weight_draws import WeightDraws
 from bara.posteriors.registry import FAMILIES
 from helpers import layer_posterior, stir, tiny_llama
 
@@ -140,6 +142,43 @@ def test_merging_is_exact_or_refused(method):
     merged = model.merge_and_unload()
     torch.testing.assert_close(draws(merged, mean=True), mean, atol=1e-4, rtol=1e-4)
     assert type(merged) is type(tiny_llama())
+
+
+@pytest.mark.parametrize("method", [*MERGES, "lora"])
+def test_a_tied_weight_is_merged_only_where_no_adapter_is_on_it(method, tmp_path):
+    def tied(*target):
+        options = {"r": 4, "target_modules": ["q_proj", *target], "task_type": "CAUSAL_LM"}
+        options |= {} if method == "lora" else {"num_observations": 50}
+        kind = LoraConfig if method == "lora" else FAMILIES[method].config
+        model = get_peft_model(tiny_llama(tie_word_embeddings=True), kind(**options))
+        model = stir(model, 0.2).eval()
+        if method == "lora":  # TFB, Laplace, ...: what exports it needs no variance here
+            attach_draws(model, WeightDraws(model, {}))
+        return model
+
+    def export(model, name):
+        bara.export_lora(model, tmp_path / name, mode="merged")
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+
+    free = tied()
+    expected = draws(free, mean=True)
+    torch.testing.assert_close(draws(export(free, "free"), mean=True), expected, atol=1e-4, rtol=0)
+    free.merge_adapter()
+    torch.testing.assert_close(draws(free, mean=True), expected, atol=1e-4, rtol=0)
+    model = tied("lm_head")
+    expected = draws(model, mean=True)
+    message = r"lm_head cannot be merged: its weight is that of model\.embed_tokens too"
+    ways = [lambda: export(model, "tied")]
+    ways += [model.merge_adapter, model.merge_and_unload] if method != "lora" else []
+    for way in ways:
+        with pytest.raises(BaraError, match=message):
+            way()
+    assert torch.equal(draws(model, mean=True), expected)
+    layer = model.get_base_model().lm_head.base_layer  # what the message advises
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    merged = export(model, "untied")
+    torch.testing.assert_close(draws(merged, mean=True), expected, atol=1e-4, rtol=0)
 
 
 def test_unloading_gives_the_base_model_back(method):

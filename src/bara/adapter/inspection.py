@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -45,6 +45,39 @@ def one_adapter(model: nn.Module, what_for: str) -> str:
     if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
         raise BaraError(f"{what_for} needs an adapter that is not merged: call unmerge_adapter().")
     return active[0]
+
+
+def require_untied(model: nn.Module, adapters: Collection[str]) -> None:
+    """Refuses to merge into a weight that another module reads too, and would read merged.
+
+    Args:
+        model: with its adapters.
+        adapters: names of those that are to be merged.
+
+    Raises:
+        BaraError: an adapted layer's weight is another module's, such as that of a tied embedding.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    readers: dict[nn.Parameter, dict[nn.Module, str]] = {}
+    for name, module in modules.items():
+        parent = name.rpartition(".")[0]
+        reader = parent if isinstance(modules.get(parent), LoraLayer) else name  # of a base layer
+        for kind, parameter in module.named_parameters(recurse=False):
+            if kind == "weight":
+                readers.setdefault(parameter, {}).setdefault(modules[reader], reader)
+    for names in readers.values():
+        for module, layer in names.items():
+            merged = isinstance(module, LoraLayer) and not module.scaling.keys().isdisjoint(
+                adapters
+            )
+            if merged and len(names) > 1:
+                other = next(name for name in names.values() if name != layer)
+                raise BaraError(
+                    f"{layer} cannot be merged: its weight is that of {other} too, which would "
+                    "change with it. Export it as an adapter (mode mean or draws), or untie the "
+                    "two: give the layer a weight of its own, and set tie_word_embeddings=False "
+                    "in the model's config."
+                )
 
 
 def frozen_nll(model: nn.Module) -> float | None:

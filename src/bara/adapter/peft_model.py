@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bara.adapter.elbo import AttachedAdapter, Elbo
 from bara.adapter.heads import HEAD_CONTAINER, add_heads, in_heads, with_late_heads
+from bara.adapter.inspection import require_untied
 from bara.adapter.layer import (
     CONTAINER,
     RankSpaceVariant,
@@ -225,8 +226,10 @@ class BayesianLoraModel(LoraModel):
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuses before the first layer is changed, not in the middle."""
+        names = adapter_names or self.active_adapters
+        require_untied(self.model, names)
         for module in self.model.modules():
-            for name in adapter_names or self.active_adapters:
+            for name in names:
                 if isinstance(module, LoraLayer) and name in module.lora_variant:
                     posteriors(module)[name].mean_scale()
 

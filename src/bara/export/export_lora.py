@@ -14,7 +14,13 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from bara.adapter.inspection import bayesian_adapter, copy_sharing_base, num_bytes, one_adapter
+from bara.adapter.inspection import (
+    bayesian_adapter,
+    copy_sharing_base,
+    num_bytes,
+    one_adapter,
+    require_untied,
+)
 from bara.cards.adapter_files import LOADED_FILES, WEIGHTS_FILE
 from bara.draws.draws import check_draws, draw_source
 from bara.errors import BaraError
@@ -253,6 +259,7 @@ def _merged(model: PeftModel, folder: str | Path) -> tuple[Any, int]:
             f"merged exports are for transformers models, not {type(base).__name__}: merge with "
             "merge_and_unload() and save it your own way"
         )
+    require_untied(base, model.active_adapters)
     size = num_bytes(base.state_dict())
     require_space(folder, size, "The merged model")
     return copy.deepcopy(model).merge_and_unload(safe_merge=True), size
