@@ -11,18 +11,24 @@ pytest.importorskip("fastapi")
 
 import httpx
 import torch
+from safetensors.torch import load_file, save_file
 
 import bara
+from bara.adapter.peft_020 import ASKS_THE_MODEL
+from bara.cards.adapter_files import WEIGHTS_FILE
 from bara.export.client import Ensemble
+from bara.finetuning.load import load_adapter
 from bara.language.likelihood import continuation_log_probs
 from bara.serving.app import create_app
 from bara.serving.limits import Limits
 from bara.serving.metrics import Metrics
+from bara.serving.problems import Problem
 from bara.serving.schemas import LoadRequest
 from bara.serving.served import load_served
 from bara.serving.shelf import Shelf
 from conftest import write_jsonl
-from language_models import words
+from helpers import tiny_llama
+from language_models import word_tokenizer, words
 from serving import held_predictions, make_adapter, running
 
 KEY = "0123456789abcdef"
@@ -134,6 +140,71 @@ def test_the_base_is_read_once_and_held_once(served_folders, root):
     for one in shelf.served:
         (answer,) = bara.generate(one.model, one.tokenizer, [prompt], **options)
         torch.testing.assert_close(answer.token_log_probs, expected.token_log_probs)
+
+
+def generated(model, tokenizer):
+    options = {"max_new_tokens": 4, "agreement": False, "num_draws": 3}
+    (answer,) = bara.generate(model, tokenizer, [words(4, 5)], **options)
+    return answer.token_log_probs
+
+
+@pytest.mark.skipif(not ASKS_THE_MODEL, reason="peft 0.20 saves no biases of the base model")
+@pytest.mark.parametrize("method", ["bara", "lora"])
+def test_biases_that_an_adapter_trained_are_its_own(method, tmp_path):
+    """Every adapter answers as from its folder, before and after one with biases came and went."""
+    tiny_llama(eos_token_id=2, initializer_range=0.3, attention_bias=True).save_pretrained(
+        tmp_path / "base"
+    )
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    folders = {}
+    for name, bias in (("first", "none"), ("second", "none"), ("biased", "all"), ("last", "none")):
+        folder = tmp_path / "adapters" / name
+        folders[name] = make_adapter(tmp_path / "base", folder, "words", method, bias=bias)
+        if bias != "none":
+            tensors = load_file(folder / WEIGHTS_FILE)
+            biases = [key for key in tensors if key.endswith(".bias") and "lora_" not in key]
+            assert any(".base_layer." in key for key in biases)
+            changed = {key: torch.randn_like(tensors[key]) for key in biases}
+            save_file(tensors | changed, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    expected = {name: generated(*load_adapter(folders[name])[:2]) for name in folders}
+    assert not torch.allclose(expected["biased"], expected["first"], atol=0.1)
+    served = load_served([str(folders["first"])])
+    shelf = Shelf(served, Limits(), Metrics(), load_from=tmp_path / "adapters")
+
+    def load_and_compare(name):
+        job = shelf.load_job(LoadRequest(lora_name=name, lora_path=name))
+        job.run([job])
+        shelf.add(job.result.result())
+        for one in shelf.served:
+            answer = generated(one.model, one.tokenizer)
+            torch.testing.assert_close(answer, expected[one.name], rtol=1e-5, atol=1e-5)
+
+    for name in ("second", "biased"):
+        load_and_compare(name)
+    shelf.remove("biased")
+    load_and_compare("last")
+    load_and_compare("biased")
+
+
+def test_a_refused_adapter_leaves_the_shared_base_alone(served_folders, tmp_path):
+    for name in ("good", "bad"):
+        shutil.copytree(served_folders["words"], tmp_path / name)
+    tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(64, 32)
+    save_file(tensors, tmp_path / "bad" / WEIGHTS_FILE, metadata={"format": "pt"})
+    served = load_served([str(served_folders["words"])])
+    shelf = Shelf(served, Limits(), Metrics(), load_from=tmp_path)
+    for name in ("good", "bad"):
+        job = shelf.load_job(LoadRequest(lora_name=name, lora_path=name))
+        if name == "bad":
+            with pytest.raises(Problem):
+                job.run([job])
+        else:
+            job.run([job])
+            shelf.add(job.result.result())
+    expected = generated(*load_adapter(served_folders["words"])[:2])
+    for one in shelf.served:
+        torch.testing.assert_close(generated(one.model, one.tokenizer), expected)
 
 
 def test_nothing_is_loaded_from_elsewhere(client, root, served_folders, tmp_path):

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE
+from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, WEIGHTS_FILE, read_shapes
 from bara.errors import BaraError
+from bara.export.plain_lora import PREFIX
 from bara.finetuning.load import load_base_of, read_task
 from bara.language.tasks import LanguageTask
 from bara.methods.recipe import TrainRecipe
@@ -149,7 +150,8 @@ class Shelf:
 
     def _base(self, folder: Path) -> PreTrainedModel | None:
         """The base model of a language model's adapter: read once, its weights one memory with
-        those of all adapters on it. None for a classifier, whose base depends on its classes."""
+        those of all adapters on it, but for what this adapter has trained of them (biases). None
+        for a classifier, whose base depends on its classes."""
         if not isinstance(read_task(folder), LanguageTask):
             return None
         options = TrainRecipe.load(folder / RECIPE_FILE).model_options
@@ -157,8 +159,11 @@ class Shelf:
         if key not in self._bases:
             self._bases[key] = load_base_of(folder, base_model=self.base_model)
         base = self._bases[key]
-        tensors = (*base.parameters(), *base.buffers())
-        return copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+        shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+        named = base.state_dict(keep_vars=True)
+        for name in _saved_base_names(folder) & named.keys():  # PEFT loads these in place
+            shared.pop(id(named[name]), None)
+        return copy.deepcopy(base, shared)
 
     def _require_loading(self) -> None:
         if self.load_from is None:
@@ -194,6 +199,12 @@ class Shelf:
             message = "the adapter is not on a base model that this server has"
             raise Problem(400, message, param="lora_path")
         return folder
+
+
+def _saved_base_names(folder: Path) -> set[str]:
+    """The tensors of an adapter's files, an ensemble's members' too, as a base model calls them."""
+    keys = {key for path in folder.rglob(WEIGHTS_FILE) for key in read_shapes(path.parent)}
+    return {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in keys}
 
 
 def _not_loaded(folder: Path, error: BaraError) -> Problem:
