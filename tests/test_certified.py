@@ -230,6 +230,12 @@ def test_without_the_adapter_the_model_is_the_base_even_when_sampling():
         torch.testing.assert_close(logits(model, seed=1), base(**INPUTS).logits)
 
 
+def test_a_disabled_adapter_is_not_certified():
+    model = stir(certified(), scale=0.05)
+    with model.disable_adapter(), pytest.raises(BaraError, match="needs the adapter in force"):
+        bara.certify(model, labelled())
+
+
 def test_the_prior_of_a_part_is_its_posterior(tmp_path):
     first = stir(certified(), scale=0.05)
     first.save_pretrained(tmp_path)

@@ -303,6 +303,24 @@ def test_a_model_without_adapter_is_one_draw(tokenizer):
     assert len(answer.answers) == 1
 
 
+def test_a_merged_or_disabled_adapter_is_one_draw_of_text(tokenizer):
+    model = adapted_lm("llama", "balora")
+    options = {"max_new_tokens": 4, "num_draws": 3}
+
+    def answer():
+        return bara.generate(model, tokenizer, [words(4, 5)], **options)[0]
+
+    assert (answer().epistemic_uncertainty > 0).all()
+    with model.disable_adapter():
+        alone = answer()
+        (base,) = bara.generate(tiny_lm("llama").eval(), tokenizer, [words(4, 5)], **options)
+    assert len(alone.answers) == 1
+    assert alone.text == base.text
+    torch.testing.assert_close(alone.token_log_probs, base.token_log_probs)
+    model.merge_adapter()
+    assert len(answer().answers) == 1
+
+
 def test_agreement_is_the_similarity_of_the_draws_answers(model, tokenizer):
     answer = bara.generate(model, tokenizer, PROMPTS[1], num_draws=DRAWS, max_new_tokens=5)[0]
     told = dict(answer.to_record())

@@ -1,14 +1,19 @@
 """bara.predict, bara.evaluate and bara.effective_rank on small models."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 import bara
 from bara import BaraError
+from bara.draws.draws import attach_draws
+from bara.methods.ensemble import EnsembleDraws, member_name
+from bara.methods.weight_draws import Factors, WeightDraws
 from bara.prediction.batches import pad_rows
 from helpers import TinyConv, TinyNet, adapt, layer_posterior, stir, tiny_llama
 
@@ -99,6 +104,76 @@ def test_a_plain_model_is_one_draw(tiny_bert):
     predictive = bara.predict(tiny_bert, rows(), num_draws=10)
     assert predictive.num_draws == 1
     assert predictive.label_names == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def noisy_lora(model):
+    """Plain LoRA with noise on its weights, as TFB's."""
+    model = stir(get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))).eval()
+    names = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    attach_draws(model, WeightDraws(model, {n: Factors(torch.tensor(0.5)) for n in names}))
+    return model
+
+
+def two_members(model):
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+    model.add_adapter(member_name(1), model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    attach_draws(stir(model), EnsembleDraws(model, 2))
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [partial(adapt, method="balora"), noisy_lora, two_members])
+def test_a_merged_or_disabled_adapter_is_one_draw(make, tiny_bert):
+    model = stir(make(tiny_bert)).eval()
+    batch = {"input_ids": torch.randint(5, 20, (4, 6))}
+
+    def require(num_draws):
+        predictive = bara.predict(model, batch, num_draws=2)
+        assert predictive.num_draws == num_draws
+        if num_draws > 1:
+            assert not torch.equal(*predictive.log_probs_draws)
+        return predictive
+
+    def require_one():
+        mean = bara.predict(model, batch, deterministic=True)
+        with torch.no_grad():
+            expected = model(**batch).logits.log_softmax(-1)
+        for predictive in (require(1), mean):
+            torch.testing.assert_close(predictive.log_probs_draws[0], expected)
+
+    require(2)
+    with model.disable_adapter():
+        require_one()
+    require(2)
+    if make is not two_members:  # PEFT unmerges an adapter to activate a member
+        model.merge_adapter()
+        require_one()
+        model.unmerge_adapter()
+    require(2)
+
+
+def test_an_adapter_that_is_not_active_is_no_draw(tiny_bert):
+    model = stir(adapt(tiny_bert)).eval()
+    model.add_adapter("other", bara.BaraConfig(r=2, lora_alpha=4))
+    batch = {"input_ids": torch.randint(5, 20, (4, 6))}
+    for active, num_draws in (("default", 3), ("other", 3), (["default", "other"], 3), ([], 1)):
+        model.base_model.set_adapter(active)
+        assert bara.predict(model, batch, num_draws=3).num_draws == num_draws
+
+
+def test_noise_on_a_head_outlives_a_merge(tiny_bert):
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    model = stir(get_peft_model(tiny_bert, config)).eval()
+    (name,) = [n for n, p in model.named_parameters() if p.requires_grad and p.shape == (3, 32)]
+    attach_draws(model, WeightDraws(model, {name: Factors(torch.tensor(0.5))}))
+    batch = {"input_ids": torch.randint(5, 20, (4, 6))}
+    model.merge_adapter()
+    merged = bara.predict(model, batch, num_draws=3)
+    assert merged.num_draws == 3
+    assert (merged.epistemic_uncertainty > 0).all()
+    with model.disable_adapter():
+        assert bara.predict(model, batch, num_draws=3).num_draws == 1
 
 
 def test_evaluate_measures_and_detects(model):

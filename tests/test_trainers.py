@@ -170,6 +170,9 @@ def test_pvera_draws_are_its_gaussian():
         _, log_variance = latent.chunk(2, dim=-1)
         matrix = 0.5 * b[:5]
         covariance = matrix @ torch.diag(log_variance[0].exp()) @ matrix.T
+    with model.disable_adapter():
+        assert bara.predict(model, {"x": x}, num_draws=2).num_draws == 1
+    assert bara.predict(model, {"x": x}, num_draws=2).num_draws == 2
     sampled = torch.cat(draws)
     bound = 0.15 * covariance.diagonal().max()
     assert (torch.cov(sampled.T) - covariance).abs().max() < bound

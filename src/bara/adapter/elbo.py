@@ -30,6 +30,7 @@ from bara.adapter.call_inputs import (
 )
 from bara.adapter.call_outputs import tensors_of, with_loss
 from bara.adapter.forward_pass import ForwardPass, Observer
+from bara.adapter.inspection import passed_by
 from bara.draws.context import PerContext, PerThread
 from bara.draws.draws import Draws, DrawSource
 from bara.errors import BaraError
@@ -114,6 +115,13 @@ class Elbo(DrawSource):
         if forward is None and self._recomputed:
             return self._recomputed.get(torch._C._current_graph_task_id())
         return forward
+
+    def in_force(self) -> bool:
+        return any(
+            name in layer.active_adapters and not passed_by(layer)
+            for name, adapter in self.adapters.items()
+            for layer, _ in adapter.layers.values()
+        )
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:

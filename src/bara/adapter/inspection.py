@@ -10,6 +10,8 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from bara.errors import BaraError
@@ -45,6 +47,13 @@ def one_adapter(model: nn.Module, what_for: str) -> str:
     if any(isinstance(module, LoraLayer) and module.merged for module in model.modules()):
         raise BaraError(f"{what_for} needs an adapter that is not merged: call unmerge_adapter().")
     return active[0]
+
+
+def passed_by(module: object) -> bool:
+    """Whether forward passes go past a module's adapters: disabled, or merged into its weight."""
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and bool(
+        module.disable_adapters or getattr(module, "merged", False)
+    )
 
 
 def require_untied(model: nn.Module, adapters: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from bara.certificates.bounds import (
     pac_bayes_kl_bound,
 )
 from bara.draws.blocks import Blocks
-from bara.draws.draws import check_draws
+from bara.draws.draws import check_draws, source_in_force
 from bara.draws.portions import Portions
 from bara.draws.sharing import evaluating
 from bara.errors import BaraError
@@ -125,6 +125,8 @@ def certify(
         raise BaraError(f"delta must be in (0, 1), got {delta}")
     num_draws = check_draws(num_draws)
     layers, _ = fitted(model)
+    if source_in_force(model) is None:
+        raise BaraError("certify needs the adapter in force: leave disable_adapter()")
     errors, labels = _errors_of_draws(
         model, data, num_draws, seed, batch_size, collate_fn, progress
     )

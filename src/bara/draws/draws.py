@@ -141,6 +141,10 @@ class DrawSource:
         """How many draws there are when `wanted` are asked for."""
         return wanted
 
+    def in_force(self) -> bool:
+        """Whether forward passes read what is drawn, or the adapter is merged or disabled."""
+        return True
+
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
         """Forward passes inside use these draws, or with None the posterior mean."""
@@ -161,6 +165,13 @@ def draw_source(model: nn.Module) -> DrawSource | None:
             if isinstance(source, DrawSource):
                 return source
     return None
+
+
+def source_in_force(model: nn.Module) -> DrawSource | None:
+    """Where a model's draws come from; None too where its adapter is merged or disabled, so that
+    it has a single mode now."""
+    source = draw_source(model)
+    return source if source is not None and source.in_force() else None
 
 
 def generator(*entropy: int) -> torch.Generator:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from bara.draws.blocks import Blocks
-from bara.draws.draws import Draws, check_draws, draw_source
+from bara.draws.draws import Draws, check_draws, source_in_force
 
 Result = TypeVar("Result")
 
 
 class Portions:
-    """S draws of a model, or its posterior mean, or the model as it is if it has no posterior.
+    """S draws of a model, or its posterior mean, or the model as it is if it has no posterior or
+    one that is merged or disabled.
 
     Args:
         model: the model.
@@ -32,7 +33,7 @@ class Portions:
         self, model: nn.Module, num_draws: int | None, seed: int, *, per_input: bool = False
     ) -> None:
         num_draws = None if num_draws is None else check_draws(num_draws)
-        self.source = source = draw_source(model)
+        self.source = source = source_in_force(model)
         self.mean = source is None or num_draws is None
         self.num_draws = 1 if source is None or num_draws is None else source.num_draws(num_draws)
         self.seed = seed

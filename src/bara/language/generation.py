@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bara.draws.blocks import Blocks, log_mean_exp
-from bara.draws.draws import Draws, draw_source
+from bara.draws.draws import Draws, source_in_force
 from bara.draws.sharing import decoding, evaluating, of_this_thread
 from bara.errors import BaraError, first_line
 from bara.language.answer import Generation
@@ -137,7 +137,7 @@ class DrawSampler:
         self.model: Any = model
         self.encodes = is_encoder_decoder(model)
         self.tokenizer = tokenizer
-        self.source = draw_source(model)
+        self.source = source_in_force(model)
         if self.source and not (self.source.batched or deterministic):
             raise BaraError(
                 "This model's method makes one draw at a time, and generation decodes all draws "

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from bara.draws.draws import Draws, DrawSource
 from bara.draws.sharing import lock_of
@@ -49,6 +50,10 @@ class EnsembleDraws(DrawSource):
 
     def num_draws(self, wanted: int) -> int:
         return self.num_members
+
+    def in_force(self) -> bool:
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        return not layers or any(not layer.disable_adapters for layer in layers)
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:

@@ -11,6 +11,7 @@ from peft.helpers import MontecloraTrainerMixin
 from peft.tuners.pvera.layer import PveraLayer
 from torch import nn
 
+from bara.adapter.inspection import passed_by
 from bara.draws.draws import Draws, DrawSource, attach_draws, generator
 from bara.draws.sharing import lock_of
 from bara.training.trainer import AdapterTrainer
@@ -34,6 +35,9 @@ class PveraDraws(DrawSource):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, PveraLayer)}
+
+    def in_force(self) -> bool:
+        return not all(map(passed_by, self.layers.values()))
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:

@@ -17,6 +17,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bara.adapter.call_inputs import batch_size_of
+from bara.adapter.inspection import passed_by
 from bara.draws.blocks import Blocks
 from bara.draws.draws import Draws, DrawSource
 from bara.draws.sharing import lock_of
@@ -106,6 +107,14 @@ class WeightDraws(DrawSource):
     def _parts(self, name: str) -> list[str]:
         """The parameters that an entry is about."""
         return [f"{name}.weight", f"{name}.bias"] if name in self.layers else [name]
+
+    def in_force(self) -> bool:
+        modules = self.model.named_modules()
+        passed = [f"{name}." for name, module in modules if passed_by(module)]
+        return any(
+            not any(n.startswith(p) and not n.startswith(f"{p}base_layer.") for p in passed)
+            for n in self.parameters
+        )
 
     @contextmanager
     def drawing(self, draws: Draws | None) -> Iterator[None]:
