@@ -205,6 +205,22 @@ def test_the_mean_and_a_model_without_a_posterior_are_single_models(tokenizer):
     assert mean.tokens.tolist() == expected
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_with_one_draw_a_repetition_penalty_sees_the_models_own_logits(
+    tokenizer, architecture, options
+):
+    model = adapted_seq2seq(architecture)
+    given, single = asked(architecture, tokenizer)
+    options = options | {"max_new_tokens": 8, "repetition_penalty": 1.5}
+    answers = bara.generate(model, tokenizer, given, deterministic=True, **options)
+    for answer, one in zip(answers, single, strict=True):
+        own = model.generate(**one, **options)[0].tolist()
+        start = 0 if architecture == "whisper" else 1  # Whisper leaves out start and end
+        assert answer.text == tokenizer.decode(own[start:], skip_special_tokens=True)
+        assert answer.text
+
+
 def test_what_cannot_be_asked_is_refused(tokenizer):
     model = adapted_seq2seq("bart")
 

@@ -281,6 +281,70 @@ def test_mean_mode_is_transformers_own_generation(model, tokenizer):
     assert answer.epistemic_uncertainty.max() < 1e-6
 
 
+@torch.no_grad()
+def draw_logits(model, ids, num_draws=DRAWS):
+    """(S, V) logits after a text, without a cache, one draw at a time."""
+    result = []
+    for draw in range(num_draws):
+        with bara.sampling(model, seed=0, first_draw=draw):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+        result.append(logits[0, -1])
+    return torch.stack(result)
+
+
+def test_a_repetition_penalty_acts_on_logits(tokenizer):
+    """It divides those above 0 and multiplies those below, so that a shift changes the answer."""
+    model, penalty = adapted_lm(), 1.3
+    # from zero up where they would be on both sides of it
+    model.get_base_model().lm_head.weight.data *= 0.5
+    options = {"max_new_tokens": 8, "repetition_penalty": penalty}
+    answers = bara.generate(
+        model, tokenizer, PROMPTS, num_draws=DRAWS, agreement=False, output_logits=True, **options
+    )
+    differ = 0
+    for ids, answer in zip(IDS, answers, strict=True):
+        given = list(ids)
+        for step, token in enumerate(answer.tokens.tolist()):
+            logits = draw_logits(model, given)
+            mixed = mixture(logits.log_softmax(-1))
+            torch.testing.assert_close(answer.log_probs[step], mixed, **CLOSE)
+
+            def penalised(scores, given=given):
+                seen = torch.zeros(64, dtype=bool)
+                seen[given] = True
+                small = torch.where(scores > 0, scores / penalty, scores * penalty)
+                return int(torch.where(seen, small, scores).argmax())
+
+            assert token == penalised(mixed + logits.logsumexp(-1).mean())
+            differ += token != penalised(mixed)
+            given.append(token)
+    assert differ  # log-probabilities would have given another text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3, "length_penalty": 0.5}, {"do_sample": True, "temperature": 2.0}],
+    ids=["greedy", "beams", "sampled"],
+)
+def test_with_one_draw_every_option_sees_the_models_own_logits(tokenizer, options):
+    options = options | {"max_new_tokens": 12, "repetition_penalty": 1.3}
+    texts = []
+    for seed in range(4):
+        model = stir(adapted_lm(), seed).eval()
+        model.get_base_model().lm_head.weight.data *= 0.5
+        answer = bara.generate(model, tokenizer, PROMPTS[0], deterministic=True, **options)[0]
+        torch.manual_seed(0)
+        own = model.generate(input_ids=torch.tensor([IDS[0]]), pad_token_id=0, **options)[0, 5:]
+        assert answer.tokens.tolist() == own.tolist()
+        if "num_beams" not in options:
+            stream = bara.generate_stream(
+                model, tokenizer, PROMPTS[0], deterministic=True, **options
+            )
+            assert [token.token for token in stream] == own.tolist()
+        texts.append(answer.text)
+    assert len(set(texts)) > 1
+
+
 def test_the_output_layer_is_given_contiguous_rows(model, tokenizer):
     """A view has PyTorch copy the layer's weights for each row."""
     found = []

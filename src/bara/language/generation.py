@@ -283,9 +283,10 @@ class DrawSampler:
     def mixed(self) -> Iterator[list[Step]]:
         """Calls of the model inside take n rows and return the mixture's n distributions.
 
-        The rows are repeated for the S draws on the way in, and the logits averaged on the way
-        out; the cache holds S n rows. So every decoding strategy sees one model. What an encoder
-        made has S n rows too.
+        The rows are repeated for the S draws on the way in, and their probabilities averaged on the
+        way out, as logits with the mean of the draws' normalisers; the cache holds S n rows. So
+        every decoding strategy sees one model, and with one draw exactly its logits. What an
+        encoder made has S n rows too.
 
         Yields:
             The list that every call's last position is added to.
@@ -315,12 +316,15 @@ class DrawSampler:
         def mix(_: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             nonlocal inside
             inside = False
-            draws = blocks.split(require_finite(output.logits.float().log_softmax(-1)))
-            output.logits = log_mean_exp(draws)
+            logits = blocks.split(require_finite(output.logits.float()))
+            level = logits.logsumexp(-1, keepdim=True)
+            # as high as the draws' logits: repetition_penalty, for one, depends on it
+            output.logits = log_mean_exp(logits - (level - level.mean(0)))
             if self.encodes and "encoder_outputs" not in kwargs:
                 return  # Whisper finds out the language
-            last = output.logits[:, -1]
-            total, aleatoric = entropy(last).cpu(), entropy(draws[:, :, -1]).mean(0).cpu()
+            draws = logits[:, :, -1].log_softmax(-1)
+            last = log_mean_exp(draws)
+            total, aleatoric = entropy(last).cpu(), entropy(draws).mean(0).cpu()
             steps.append(Step(last.cpu(), total, aleatoric, kwargs[decoder_ids].shape[1]))
 
         def reorder(cache: Any, beams: Tensor) -> Any:
