@@ -32,7 +32,8 @@ def position_weights_of(model: nn.Module, given: dict[str, Any]) -> Iterator[Ten
     """For each padding mask what a position counts in a mean over its row, (B, T).
 
     A decoder behind an encoder is rarely given a mask: there the labels tell what is padding. A
-    layer finds its mask by its length, so that the encoder's is taken where both are as long.
+    mask over sound comes once more as the layers see it, over frames. A layer finds its mask by its
+    length, so that the encoder's is taken where both are as long.
     """
     dim = 3 if _is_multiple_choice(given) else 2
     for name in MASKS:
@@ -46,6 +47,8 @@ def position_weights_of(model: nn.Module, given: dict[str, Any]) -> Iterator[Ten
         else:
             continue
         yield _weights(tokens)
+        if name == MASKS[0]:
+            yield from map(_weights, _frames(model, tokens))
     labels = given.get("labels")
     if (
         isinstance(labels, Tensor)
@@ -58,6 +61,24 @@ def position_weights_of(model: nn.Module, given: dict[str, Any]) -> Iterator[Ten
 
 def _weights(tokens: Tensor) -> Tensor:
     return tokens / tokens.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def _frames(model: nn.Module, mask: Tensor) -> Iterator[Tensor]:
+    """What a mask (B, T) over the samples of sounds leaves of a speech model's frames, (B, T'), as
+    the model itself shortens it; twice where an adapter of its own makes them fewer."""
+    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+        return
+    speech: Any
+    for speech in model.modules():  # the model, its encoder, or what prepares the encoder's input
+        if hasattr(speech, "_get_feature_vector_attention_mask"):
+            break
+    else:
+        return
+    shortens = getattr(speech.config, "add_adapter", False)
+    for options in ({"add_adapter": False}, {}) if shortens else ({},):
+        samples = torch.tensor(mask.shape[1])
+        frames = int(speech._get_feat_extract_output_lengths(samples, **options))
+        yield speech._get_feature_vector_attention_mask(frames, mask.long(), **options).bool()
 
 
 def _tokens(mask: Tensor) -> Tensor:
