@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -202,6 +203,29 @@ def test_a_merged_adapter_can_be_saved(encoder_dir, tmp_path):
     encoder = BertModel.from_pretrained(tmp_path / "encoder-only")
     expected = merged.encoder(**inputs()).last_hidden_state
     torch.testing.assert_close(encoder(**inputs()).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("max_length", [6, 100])
+def test_a_merged_folder_cuts_texts_where_the_adapter_does(encoder_dir, tmp_path, run, max_length):
+    """At the task's length, and where the tokeniser's is shorter (64) at that."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    file = encoder_dir / "sentence_bert_config.json"
+    file.write_text('{"max_seq_length": 9, "do_lower_case": false}')  # of the base model
+    recipe = TrainRecipe(model=str(encoder_dir), method="balora")
+    task = replace(TASK, max_length=max_length)
+    model, tokenizer = build_model(recipe, METHODS[recipe.method], task)
+    save_adapter(tmp_path / "adapter", stir(model), tokenizer, task, recipe)
+    merged = tmp_path / "merged"
+    run("export", tmp_path / "adapter", "--mode", "merged", "--output", merged)
+    text = "the film was great , a bad plot and cold food ! it is not good ."
+    cut = tokenizer(text, truncation=True, max_length=min(64, max_length), return_tensors="pt")
+    assert cut["input_ids"].shape[1] == (6 if max_length == 6 else 19)
+    with torch.no_grad():
+        expected = model.eval()(**cut).logits
+    loaded = sentence_transformers.SentenceTransformer(str(merged), device="cpu")
+    assert loaded.max_seq_length == min(64, max_length)
+    found = torch.tensor(loaded.encode([text], show_progress_bar=False))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["lora", "bara"])

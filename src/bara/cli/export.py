@@ -53,6 +53,7 @@ def export(
     """Write plain LoRA adapters, or a merged model, that load without `bara`."""
     from bara.cards.adapter_files import RECIPE_FILE, TASK_FILE
     from bara.cli.terminal import calibration_inputs, require_output, say_next
+    from bara.data.text_task import TextTask
     from bara.errors import BaraError
     from bara.export.export_lora import check_mode, export_lora
     from bara.export.servers import check_server
@@ -60,6 +61,8 @@ def export(
     from bara.finetuning.task_inputs import read_table
     from bara.language.tasks import LanguageTask
     from bara.machine import quieten_libraries
+    from bara.models.sentence import SentenceClassifier, save_max_length
+    from bara.prediction.outputs import base_of
     from bara.prediction.temperature import save_temperature
 
     quieten_libraries()
@@ -93,6 +96,8 @@ def export(
             save_temperature(model, folder)
         if chosen != "merged":  # a classifier's temperature, if it had one, is in the head now
             (folder / RECIPE_FILE).write_text(recipe.to_yaml(), "utf-8")
+        elif isinstance(task, TextTask) and isinstance(base_of(model), SentenceClassifier):
+            save_max_length(folder, min(task.max_length, tokenizer.model_max_length))
 
     exported = export_lora(
         model,

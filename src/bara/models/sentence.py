@@ -134,7 +134,7 @@ def save_sentence_transformer(model: SentenceClassifier, folder: Path) -> None:
     """Writes the model as a sentence-transformers folder whose embedding of a text is its logits.
 
     The encoder's own files are those of a plain transformers model. The tokeniser has to be saved
-    beside them.
+    beside them, and where texts are cut (`save_max_length`), else it is where the tokeniser says.
     """
     head = model.classifier
     model.encoder.save_pretrained(str(folder))
@@ -163,3 +163,9 @@ def save_sentence_transformer(model: SentenceClassifier, folder: Path) -> None:
     weights = {f"linear.{name}": tensor for name, tensor in head.state_dict().items()}
     save_file(weights, folder / "2_Dense" / "model.safetensors", metadata={"format": "pt"})
     (folder / "modules.json").write_text(json.dumps(modules, indent=2), "utf-8")
+
+
+def save_max_length(folder: Path, max_length: int) -> None:
+    """Has sentence-transformers cut the texts for a folder's model to so many tokens."""
+    config = {"max_seq_length": max_length, "do_lower_case": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(config, indent=2), "utf-8")
