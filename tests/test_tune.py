@@ -5,25 +5,30 @@ import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import bara
 from bara.cli.tune import verdict
+from bara.data.tables import load_table, table_digest
 from bara.errors import BaraError
 from bara.evaluation.metrics import measure
 from bara.finetuning import runners, trials
 from bara.finetuning import tune as tuning
 from bara.finetuning.load import load_adapter
 from bara.finetuning.search import (
+    MAXIMISED,
     METRICS,
     OF_CLASSES,
+    OF_ENTITIES,
     Score,
     _pooled,
+    check_metric,
     paired_difference,
     search_space,
     split_tables,
@@ -32,7 +37,9 @@ from bara.finetuning.task_inputs import predict_table
 from bara.finetuning.tune import tune
 from bara.methods.recipe import TrainRecipe
 from bara.methods.table import check_recipe
+from bara.prediction.multi_label import MultiLabelPredictive
 from bara.prediction.predictive import ClassificationPredictive, RegressionPredictive
+from bara.prediction.words import TokenPredictive
 from conftest import next_commands
 from encoder_decoders import ending_tokenizer, tiny_seq2seq
 from helpers import TinyNet, start_ray
@@ -94,6 +101,19 @@ def test_the_space_is_around_the_recipe():
             search_space(recipe_for("m", method), given)
     with pytest.raises(BaraError, match="no learning rate, epochs or strength"):
         search_space(TrainRecipe(model="m", method="probe"), {})
+
+
+def test_epochs_that_a_number_of_steps_overrides_are_not_searched(tmp_path, quick):
+    recipe = recipe_for("m").with_options({"training.max_steps": 3})
+    assert set(search_space(recipe, {})) == {"learning_rate", "strength"}
+    with pytest.raises(BaraError, match=r"training\.max_steps=3 is how long .*\(--epochs\)"):
+        search_space(recipe, {"epochs": (1, 2)})
+    assert "epochs" in search_space(recipe.with_options({"training.max_steps": -1}), {})
+    tuned = tune(recipe, tmp_path, TABLE, num_trials=8)
+    assert {r.training["num_train_epochs"] for r in quick[1:]} == {4}
+    assert "epochs" not in tuned.best.choice
+    saved = TrainRecipe.load(tmp_path / "recipe.yaml").training
+    assert (saved["max_steps"], saved["num_train_epochs"]) == (3, 4)  # the recipe's own
 
 
 def test_every_row_is_held_out_once_and_every_fold_knows_all_classes():
@@ -208,6 +228,55 @@ def test_a_search_goes_on_and_runs_again_what_a_kill_cut_off(tmp_path, quick, mo
         tune(recipe_for("m", "lora"), tmp_path / "cut", TABLE, num_trials=5)
 
 
+def test_a_search_does_not_go_on_with_another_table(tmp_path, quick):
+    rows = TABLE.to_list()
+    other = [*rows[:5], rows[5] | {"text": "a warm film"}, *rows[6:]]
+    swapped = [row | {"label": rows[(i + 1) % len(rows)]["label"]} for i, row in enumerate(rows)]
+    assert swapped != rows
+    file = tmp_path / "train.csv"
+    Dataset.from_list(rows).to_csv(file, index=False)
+    recipe = recipe_for("m").with_options({"data": str(file)})
+
+    def go_on(folder, *tables, **options):
+        return tune(recipe, tmp_path / folder, *tables, num_trials=1, **options)
+
+    go_on("folds", num_folds=2)
+    seen = len(quick)
+    go_on("folds", num_folds=2)  # the file is read again
+    held_out = TABLE.select(range(4, 12))
+    go_on("split", TABLE, held_out)
+    go_on("split", Dataset.from_list(rows), Dataset.from_list(held_out.to_list()))
+    assert len(quick) == 2 * seen
+    for changed in (other, swapped, rows[::-1]):
+        Dataset.from_list(changed).to_csv(file, index=False)
+        with pytest.raises(BaraError, match=r"holds a search with another table: .*--output"):
+            go_on("folds", num_folds=2)
+    with pytest.raises(BaraError, match="another number of folds"):
+        go_on("folds", num_folds=3)
+    with pytest.raises(BaraError, match="another table"):
+        go_on("split", TABLE, Dataset.from_list(other[4:12]))
+    assert len(quick) == 2 * seen
+
+
+def test_a_table_s_digest_is_that_of_its_content(tmp_path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(2100)]
+    table = Dataset.from_list(rows)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    digest = table_digest(table)
+    assert table_digest(load_table(tmp_path / "t.csv")) == digest
+    assert table_digest(Dataset.from_list(rows[::-1]).select(range(2099, -1, -1))) == digest
+    different = [
+        table.select(range(2099)),
+        table.rename_column("text", "sentence"),
+        Dataset.from_list([*rows[:-1], rows[-1] | {"label": "a"}]),
+        *(
+            table.class_encode_column("label").cast_column("label", ClassLabel(names=names))
+            for names in (["a", "b"], ["c", "d"])
+        ),
+    ]
+    assert len({digest, *map(table_digest, different)}) == 6
+
+
 def test_no_trial_that_succeeds_is_an_error_with_its_reason(tmp_path, quick):
     ranges = {"learning_rate": (0.1, 0.2)}
     with pytest.raises(BaraError, match=r"no trial was finished: the loss is nan"):
@@ -257,6 +326,60 @@ def test_a_metric_is_refused_before_the_first_fit(tmp_path, task_folders):
     for table, metric in ((TABLE, "rmse"), (numbers, "accuracy")):  # there is no model "m"
         with pytest.raises(BaraError, match=rf"has the metrics .*not '{metric}' \(--metric\)"):
             tune(recipe_for("m"), tmp_path / metric, table, metric=metric)
+
+
+def test_a_right_prediction_is_better_than_a_wrong_one_in_every_metric(task_folders):
+    """Of several labels, answers and entities; in the direction that a search takes."""
+    model, tokenizer, task = load_adapter(task_folders["answers"])
+    table = Dataset.from_dict(TASK_TABLES["answers"])
+    found = predict_table(model, tokenizer, task, table, num_draws=1)
+    first = [answer.spans[0] for answer in found.answers]
+    assert any(first)
+
+    def with_references(spans):
+        pairs = zip(found.passages, spans, strict=True)
+        passages = [
+            replace(p, answers=(s,) if s else (), texts=(p.text(s),) if s else ()) for p, s in pairs
+        ]
+        return replace(found, passages=tuple(passages))
+
+    others = [
+        answer.spans[1] if span is None else None
+        for answer, span in zip(found.answers, first, strict=True)
+    ]
+    labels = torch.tensor([[1, 0], [0, 1], [1, 1]])
+    logits = (8.0 * labels - 4)[None]
+    tags = ("O", "B-x", "I-x")
+    words = torch.tensor([0, 1, 2, 0])
+    scores = (4 * torch.nn.functional.one_hot(words)).float().log_softmax(-1)
+
+    def tagged(predicted):
+        part = ClassificationPredictive(scores[predicted][None], words, tags)
+        return TokenPredictive(part, torch.tensor([4]))
+
+    right_and_wrong = {
+        "question-answering": (with_references(first), with_references(others)),
+        "multi-label": [MultiLabelPredictive(sign * logits, labels) for sign in (1, -1)],
+        "token-classification": (tagged([0, 1, 2, 3]), tagged([1, 0, 0, 2])),
+    }
+    for task, pair in right_and_wrong.items():
+        right, wrong = (measure(one).metrics for one in pair)
+        names = METRICS.get(task, (*OF_CLASSES, *OF_ENTITIES))
+        for name in set(names) - {"ece"}:
+            assert (right[name] > wrong[name]) == (name in MAXIMISED), (task, name)
+            assert right[name] != wrong[name]
+
+
+def test_metrics_of_entities_are_for_tags_that_mark_them():
+    recipe = recipe_for("m").with_options({"task": "token-classification"})
+    for tags, known in ((["O", "B-x"], True), (["O", "B"], False)):
+        table = Dataset.from_list([{"tokens": ["a", "b"], "tags": tags}] * 2)
+        check_metric("accuracy", recipe, table)
+        if known:
+            check_metric("f1", recipe, table)
+        else:
+            with pytest.raises(BaraError, match=r"has the metrics nll, .*, not 'f1'"):
+                check_metric("f1", recipe, table)
 
 
 def test_an_encoder_decoder_is_tuned_by_its_likelihood(tmp_path):

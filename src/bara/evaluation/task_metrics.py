@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -115,11 +116,16 @@ def tag_scores(predictive: TokenPredictive) -> dict[str, dict[str, float]] | Non
     }
 
 
+def marks_entities(tags: Sequence[str]) -> bool:
+    """Whether tags mark entities: O, and others that say where one begins or goes on."""
+    return "O" in tags and all(ENTITY_TAG.fullmatch(name) for name in tags if name != "O")
+
+
 def _entities(predictive: TokenPredictive) -> dict[str, Any]:
     """seqeval's report on the words that have a label; empty if the tags mark no entities."""
     words = predictive.labelled
     names = words.label_names or ()
-    if "O" not in names or not all(ENTITY_TAG.fullmatch(name) for name in names if name != "O"):
+    if not marks_entities(names):
         return {}
     if find_spec("seqeval") is None:
         raise BaraError("the scores of entities need a package: pip install 'bara-peft[tasks]'")

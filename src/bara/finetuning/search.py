@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import TrainerCallback
 
+from bara.data.tag_task import TagTask
 from bara.data.text_task import TextTask
 from bara.errors import BaraError
 from bara.evaluation.metrics import measure
+from bara.evaluation.task_metrics import marks_entities
 from bara.finetuning.finetune import finetune, read_train, task_of
 from bara.finetuning.load import load_adapter
 from bara.finetuning.task_inputs import predict_table, read_table
@@ -30,13 +32,19 @@ from bara.prediction.predictive import ClassificationPredictive, RegressionPredi
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAXIMISED = ("accuracy", "spearman")
+OF_ENTITIES = ("f1", "precision", "recall")
+"""Further metrics of tags that mark entities."""
+MAXIMISED = (
+    *("accuracy", "spearman", "subset_accuracy", "f1_micro", "f1_macro", "exact_match"),
+    *OF_ENTITIES,
+)
 """Metrics of which more is better; of the others to choose by less is."""
 OF_CLASSES = ("nll", "accuracy", "ece", "brier", "aurc")
+OF_LABELS = ("subset_accuracy", "hamming", "f1_micro", "f1_macro", "label_nll")
 METRICS = {
     "regression": ("nll", "aurc", "rmse", "mae", "spearman"),
-    "multi-label": ("nll", "ece", "brier", "aurc"),
-    "question-answering": ("nll", "ece", "aurc"),
+    "multi-label": ("nll", "ece", "brier", "aurc", *OF_LABELS),
+    "question-answering": ("nll", "ece", "aurc", "exact_match", "f1"),
     **dict.fromkeys(GENERATING_TASKS, ("nll", "perplexity", "accuracy")),
 }
 """Metrics to choose by, where they are not those of classes."""
@@ -66,7 +74,8 @@ def search_space(recipe: TrainRecipe, given: dict[str, Range]) -> dict[str, Rang
         given: ranges to take instead.
 
     Raises:
-        BaraError: the method has nothing to search, or no use for a range that is given.
+        BaraError: the method has nothing to search, or it or the number of steps leaves no use for
+            a range that is given.
     """
     method, tempered = parse_method(recipe.method)
     if not method.by_steps:
@@ -80,10 +89,14 @@ def search_space(recipe: TrainRecipe, given: dict[str, Range]) -> dict[str, Rang
             "+temperature (--method), and add it when you train with the recipe"
         )
     rate, epochs = (recipe.training[n] for n in ("learning_rate", "num_train_epochs"))
-    space = {
-        "learning_rate": (rate / RATES, rate * RATES),
-        "epochs": (max(1, round(epochs / FEWER_EPOCHS)), max(1, round(epochs))),
-    }
+    space = {"learning_rate": (rate / RATES, rate * RATES)}
+    if (steps := recipe.training.get("max_steps", 0)) <= 0:
+        space["epochs"] = (max(1, round(epochs / FEWER_EPOCHS)), max(1, round(epochs)))
+    elif "epochs" in given:
+        raise BaraError(
+            f"training.max_steps={steps} is how long every trial trains, whatever the epochs "
+            "(--epochs): leave out one of the two"
+        )
     if method.has_strength:
         space["strength"] = (1 / STRENGTHS, STRENGTHS)
     for name, (low, high) in given.items():
@@ -97,10 +110,14 @@ def search_space(recipe: TrainRecipe, given: dict[str, Range]) -> dict[str, Rang
 
 def check_metric(metric: str, recipe: TrainRecipe, train: Dataset) -> None:
     """Raises BaraError for a metric that nothing can be chosen by in the task of a table."""
-    task = task_of(recipe, train).task
-    known = METRICS.get(task, OF_CLASSES)
+    task = task_of(recipe, train)
+    known = METRICS.get(task.task, OF_CLASSES)
+    if isinstance(task, TagTask) and marks_entities(task.label_names):
+        known += OF_ENTITIES
     if metric not in known:
-        raise BaraError(f"{task} has the metrics {', '.join(known)}, not {metric!r} (--metric)")
+        raise BaraError(
+            f"{task.task} has the metrics {', '.join(known)}, not {metric!r} (--metric)"
+        )
 
 
 def with_choice(recipe: TrainRecipe, choice: dict[str, float]) -> TrainRecipe:

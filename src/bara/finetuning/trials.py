@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bara.data.tables import table_digest
 from bara.errors import BaraError, first_line
 from bara.finetuning.search import (
     MAXIMISED,
@@ -67,10 +68,10 @@ class Search:
     def settings(self) -> dict[str, Any]:
         """What must not change when a search goes on."""
         recipe = {k: v for k, v in asdict(self.recipe).items() if k != "output"}
-        sizes = [[len(table) for table in part] for part in self.parts]
+        tables = [[table_digest(table) for table in part] for part in self.parts]
         space = {name: list(values) for name, values in self.space.items()}
         return {
-            **{"recipe": recipe, "rows": sizes, "space": space},
+            **{"recipe": recipe, "number of folds": len(tables), "table": tables, "space": space},
             **{"metric": self.metric, "num_draws": self.num_draws},
         }
 
