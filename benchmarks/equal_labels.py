@@ -183,7 +183,7 @@ def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
         + " / ".join(f"{means[name][metric]:.3f}" for metric in METRICS)
         for name in order
     )
-    where = f"seed {', '.join(map(str, sorted(seeds)))}, {len(tasks)} tasks: {', '.join(tasks)}"
+    where = f"seeds {', '.join(map(str, sorted(seeds)))}; {len(tasks)} tasks: {', '.join(tasks)}"
     ours = means["bara as it is"]["nll"]
     others = [name for name in order if name not in (*METHODS, CHOSE)]
     below = [f"{1 - ours / means[name]['nll']:.0%}" for name in others]
