@@ -258,6 +258,23 @@ def test_a_search_does_not_go_on_with_another_table(tmp_path, quick):
     assert len(quick) == 2 * seen
 
 
+def test_a_search_of_an_earlier_version_does_not_go_on(tmp_path, quick, monkeypatch):
+    """It kept the numbers of rows alone: whether the tables are the same cannot be said."""
+    now = trials.Search.settings
+
+    def earlier(search):
+        kept = {k: v for k, v in now(search).items() if k not in ("number of folds", "table")}
+        return kept | {"rows": [[len(table) for table in part] for part in search.parts]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials.Search, "settings", earlier)
+        tune(recipe_for("m"), tmp_path, TABLE, num_trials=1)
+    seen = len(quick)
+    with pytest.raises(BaraError, match=r"holds a search of another version of bara.*--output"):
+        tune(recipe_for("m"), tmp_path, TABLE, num_trials=2)
+    assert len(quick) == seen
+
+
 def test_a_table_s_digest_is_that_of_its_content(tmp_path):
     rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(2100)]
     table = Dataset.from_list(rows)

@@ -112,7 +112,12 @@ def begin_or_go_on(search: Search, study: Study) -> None:
             {name: min(max(own[name], low), high) for name, (low, high) in search.space.items()}
         )
     earlier = study.user_attrs[SETTINGS]
-    if changed := [name for name in settings if settings[name] != earlier.get(name)]:
+    if settings.keys() != earlier.keys():
+        raise BaraError(
+            f"{search.folder} holds a search of another version of bara, which cannot go on: give "
+            "another --output"
+        )
+    if changed := [name for name in settings if settings[name] != earlier[name]]:
         raise BaraError(
             f"{search.folder} holds a search with another {changed[0]}: it can only go on as it "
             "was; give another --output"
