@@ -187,6 +187,13 @@ def test_evaluate_measures_and_detects(model):
     assert {"ece", "brier", "aurc", "ood_auroc", "ood_fpr95"} <= evaluation.metrics.keys()
 
 
+def test_a_batch_with_an_adapter_for_each_row_is_refused(model):
+    """The active adapter would answer for all of them."""
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "adapter_names": ["default"] * 2}
+    with pytest.raises(BaraError, match=r"adapter_names.*set_adapter"):
+        bara.predict(model, batch, num_draws=2)
+
+
 def test_regression_moments_are_those_of_the_draws():
     torch.manual_seed(0)
     model = stir(adapt(TinyNet(6, 1), target_modules=["layer"])).eval()

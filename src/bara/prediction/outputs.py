@@ -41,12 +41,18 @@ def outputs_of_draws(
         given those of that it takes, but for the labels; and the numbers of its n rows.
 
     Raises:
-        BaraError: logits that are not finite, or not one row for each input and draw.
+        BaraError: logits that are not finite, or not one row for each input and draw, or a batch
+            with a name of an adapter for each row.
     """
     device = next(model.parameters()).device
     takes = accepted(model)
     inputs = draws.inputs(batch_size)
     for batch, index in batches(data, model, inputs, collate_fn, progress):
+        if "adapter_names" in batch:
+            raise BaraError(
+                "a batch names an adapter for each row (adapter_names), and all rows are predicted "
+                "by the active one: predict each adapter's rows after model.set_adapter(name)"
+            )
         known = {k: v for k, v in batch.items() if k not in NO_INPUTS}
         known = {k: v for k, v in known.items() if takes is None or k in takes}
         run = partial(_outputs, model, to_device(known, device), num_rows(known), read)

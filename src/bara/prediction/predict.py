@@ -39,9 +39,8 @@ def predict(
     """Predictive distribution of a model for texts or images.
 
     A model without a posterior, or whose adapter is merged or disabled, is predicted with as it is,
-    as one draw. An ensemble has as many
-    draws as members, whatever `num_draws`. A temperature that was fitted for the model
-    (`bara.methods.set_temperature`) is applied to every draw.
+    as one draw. An ensemble has as many draws as members, whatever `num_draws`. A temperature that
+    was fitted for the model (`bara.methods.set_temperature`) is applied to every draw.
 
     Args:
         model: any transformers (or PEFT) model whose output has `logits` of shape (n, outputs), or
