@@ -168,7 +168,6 @@ def beside_peers() -> list[dict[str, Any]]:
 
 def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
     """The means of `beside_peers`, and the answer in a sentence."""
-    seeds = {row["seed"] for row in rows}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     means = {
@@ -183,7 +182,7 @@ def peers(rows: list[dict[str, Any]]) -> tuple[str, str]:
         + " / ".join(f"{means[name][metric]:.3f}" for metric in METRICS)
         for name in order
     )
-    where = f"seeds {', '.join(map(str, sorted(seeds)))}; {len(tasks)} tasks: {', '.join(tasks)}"
+    where = f"seeds {seeds_of(rows)}; {len(tasks)} tasks: {', '.join(tasks)}"
     ours = means["bara as it is"]["nll"]
     others = [name for name in order if name not in (*METHODS, CHOSE)]
     below = [f"{1 - ours / means[name]['nll']:.0%}" for name in others]

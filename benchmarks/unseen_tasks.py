@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 Rows = list[dict[str, str]]
@@ -44,11 +45,15 @@ def committed(repository: Path, path: str) -> str:
         return text.decode("latin-1")
 
 
+def _with_text(pairs: Iterable[tuple[str, str]]) -> Rows:
+    rows = [{"text": text.strip(), "label": label} for text, label in pairs]
+    return [row for row in rows if row["text"]]
+
+
 def sentences(repository: Path, file: str, classes: tuple[str, ...]) -> Rows:
     lines = committed(repository, f"data/{file}").split("\n")
     split = [line.split(" ", 1) for line in lines if line.strip()]
-    rows = [{"text": text.strip(), "label": classes[int(label)]} for label, text in split]
-    return [row for row in rows if row["text"]]
+    return _with_text((text, classes[int(label)]) for label, text in split)
 
 
 def tweets(repository: Path, task: str, split: str) -> Rows:
@@ -58,8 +63,7 @@ def tweets(repository: Path, task: str, split: str) -> Rows:
     texts = committed(repository, f"{folder}/{split}_text.txt").rstrip("\n").split("\n")
     labels = committed(repository, f"{folder}/{split}_labels.txt").split()
     pairs = zip(texts, labels, strict=True)
-    rows = [{"text": text.strip(), "label": names[label]} for text, label in pairs]
-    return [row for row in rows if row["text"]]
+    return _with_text((text, names[label]) for text, label in pairs)
 
 
 def main() -> None:

@@ -32,18 +32,16 @@ ROUTED = {
 """Those whose linear layers read some tokens of some inputs, (tokens, features)."""
 
 
-def is_inside(model: nn.Module, layer: str, kinds: set[str]) -> bool:
-    """Whether a layer of this name is part of a module of one of these kinds."""
+def reads(model: nn.Module, layer: str) -> Reads | None:
+    """What a linear layer of this name reads; None for tokens of several inputs together."""
     parents = [layer.rsplit(".", depth)[0] for depth in range(1, layer.count(".") + 1)]
-    classes = (type(model.get_submodule(parent)) for parent in parents)
-    return any(f"{c.__module__.rpartition('.')[2]}.{c.__qualname__}" in kinds for c in classes)
-
-
-def reads(model: nn.Module, layer: str) -> Reads:
-    """What a linear layer of this name reads."""
-    if is_inside(model, layer, TIME_FIRST):
+    classes = [type(model.get_submodule(parent)) for parent in parents]
+    inside = {f"{c.__module__.rpartition('.')[2]}.{c.__qualname__}" for c in classes}
+    if inside & ROUTED:
+        return None
+    if inside & TIME_FIRST:
         return "time first"
-    return "positions too" if is_inside(model, layer, POSITIONS) else "inputs first"
+    return "positions too" if inside & POSITIONS else "inputs first"
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from bara.adapter.layer import (
     posteriors,
     renamed_key,
 )
-from bara.adapter.layout import ROUTED, is_inside, reads
+from bara.adapter.layout import reads
 from bara.adapter.peft_020 import (
     enter_into_enumeration,
     refuse_conversion,
@@ -158,7 +158,8 @@ class BayesianLoraModel(LoraModel):
                 f"{type(lora_config).__name__} cannot adapt {current_key} ({type(base).__name__}): "
                 "target linear and convolution layers only (exclude_modules leaves this one out)."
             )
-        if is_inside(self.model, current_key, ROUTED):
+        layer_reads = reads(self.model, current_key)
+        if layer_reads is None:
             raise BaraError(
                 f"{type(lora_config).__name__} cannot adapt {current_key}: an expert reads tokens "
                 "of several inputs together, so that no draw can be told from another "
@@ -179,8 +180,7 @@ class BayesianLoraModel(LoraModel):
             granularity = "sequence"  # a gate per image, not per pixel
         frozen = {adapter_name: lora_config.FROZEN}
         layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, **frozen}
-        variant = RankSpaceVariant(current_key, self.elbo, reads(self.model, current_key))
-        layer.lora_variant[adapter_name] = variant
+        layer.lora_variant[adapter_name] = RankSpaceVariant(current_key, self.elbo, layer_reads)
         # plain LoRA on the same layer needs PEFT's cast; ours shares one among its siblings
         layer.cast_input_dtype_enabled = not all(
             isinstance(layer.lora_variant.get(name), RankSpaceVariant) for name in layer.lora_A

@@ -105,8 +105,7 @@ def largest_noise(
         loss: of the model's mixture over draws, with the same draws whenever it is called. It is
             called first without noise.
         tolerance: bound on (loss(sigma) - loss(0)) / |loss(0)|.
-        rounds: of bisection: the precision is 10^4 to the power of
-            2^-rounds.
+        rounds: of bisection: the precision is 10^4 to the power of 2^-rounds.
 
     Returns:
         sigma, from 1e-4, also if even that exceeds the tolerance, to 1.
