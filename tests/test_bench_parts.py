@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from PIL import Image
 from scipy import stats
 
 from bara import BaraError, ClassificationPredictive, RegressionPredictive
@@ -281,6 +282,27 @@ def test_questions_with_a_choice_twice_are_left_out(tmp_path: Path):
     splits = load_task("quiz", tmp_path)
     assert splits.kind == splits.recipe_task == "multiple-choice"
     assert splits.test["question"] == splits.train["question"] == ["b?"]
+
+
+def test_image_tasks_from_files_are_pixels_and_their_version_is_of_the_images_too(tmp_path: Path):
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    colours = {"red": (255, 0, 0), "grey": (51, 51, 51)}
+    for name, colour in colours.items():
+        Image.new("RGB", (20, 30), colour).save(folder / f"{name}.png")
+    rows = [{"image": f"{name}.png", "label": name} for name in colours]
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    splits = load_task("colours", tmp_path)
+    assert splits.kind == "image"
+    assert splits.train.features["label"].names == ["grey", "red"]
+    pixels = splits.train["pixel_values"][:]  # 0 to 255 become -1 to 1, channels first
+    assert pixels.shape == (2, 3, 64, 64)
+    assert torch.allclose(pixels[0], torch.tensor([1.0, -1, -1])[:, None, None])
+    assert torch.allclose(pixels[1], torch.tensor(-0.6))
+    before = task_version("colours", tmp_path)
+    Image.new("RGB", (20, 30), (0, 0, 255)).save(folder / "red.png")
+    assert task_version("colours", tmp_path) != before
 
 
 def test_package_tasks():

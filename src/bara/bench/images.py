@@ -1,16 +1,19 @@
-"""The image path: handwritten digits on EfficientNet-Lite0, with adapters on its convolutions."""
+"""The image path: EfficientNet-Lite0, with adapters on its convolutions, and its images."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from bara.data.images import located, opened
 from bara.errors import BaraError, first_line
 
 if TYPE_CHECKING:
@@ -86,6 +89,25 @@ def load_digits_table() -> Dataset:
     )
     names = [str(name) for name in digits.target_names]
     return table.cast_column("label", ClassLabel(names=names)).with_format("torch")
+
+
+def with_pixels(table: Dataset, folder: Path) -> Dataset:
+    """A table whose column `image` names files in the folder, with their pixels in its place.
+
+    `pixel_values` (3, 64, 64) in [-1, 1]. All are in memory: 48 KiB an image.
+
+    Raises:
+        BaraError: a file is missing or no image.
+    """
+    from datasets import Dataset
+
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    files = located(table, folder)["image"]
+    pixels = [np.asarray(opened(file).resize(size), dtype=np.float32) for file in files]
+    scaled = np.stack(pixels).transpose(0, 3, 1, 2) / 127.5 - 1
+    columns = {"pixel_values": scaled, "label": table["label"][:]}
+    made = Dataset.from_dict(columns).cast_column("label", table.features["label"])
+    return made.with_format("torch")
 
 
 def image_inputs(table: Dataset, *, labels: bool = True) -> Dataset:

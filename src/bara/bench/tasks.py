@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bara.bench.hub import HUB_TASKS, load_hub_task
+from bara.data.images import SUFFIXES
 from bara.errors import BaraError
 from bara.schema import refuse_unknown
 
@@ -83,7 +84,8 @@ def load_task(name: str, data: str | Path = ".") -> Splits:
 
     Args:
         name: one of `TASKS`, `hub:` and one of `HUB_TASKS`, or a folder in `data` with
-            `train.jsonl`, `test.jsonl` and perhaps `validation.jsonl`.
+            `train.jsonl`, `test.jsonl` and perhaps `validation.jsonl`; a column
+            `image` names files in that folder.
         data: folder of the file tasks.
 
     Raises:
@@ -123,8 +125,9 @@ def task_version(name: str, data: str | Path = ".") -> str:
                 f"task {name} needs the package {package}; run `pip install {package}`"
             ) from error
     digest = hashlib.sha256()
-    for file in sorted((Path(data) / name).glob("*.jsonl")):
-        digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted((Path(data) / name).rglob("*")):
+        if file.suffix.lower() in (".jsonl", *SUFFIXES):
+            digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -140,6 +143,10 @@ def _load_files(folder: Path) -> Splits:
         tables = _with_classes(tables)
     if "choices" in tables["train"].column_names:
         tables = {split: table.filter(_choices_differ) for split, table in tables.items()}
+    if "image" in tables["train"].column_names:
+        from bara.bench.images import with_pixels
+
+        tables = {split: with_pixels(table, folder) for split, table in tables.items()}
     return Splits(tables["train"], tables["test"], tables.get("validation"))
 
 
