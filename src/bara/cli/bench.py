@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,6 @@ from bara.cli.terminal import console, say_next, say_without_dry_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from rich.console import Console
 
     from bara.bench.results import Row
     from bara.bench.spec import Cell
@@ -75,7 +74,7 @@ def bench(
         with only_writer(output):
             if cells := pending(benchmarks, output):
                 rows = run_cells(cells, output, execute)
-                failures = _follow(rows, len(cells), console(stderr=True))
+                failures = _follow(rows, len(cells))
     shown = write_outputs(benchmarks, output, baseline=baseline)
     if page is not None:
         update_pages(page, shown, output)
@@ -89,19 +88,16 @@ def bench(
     say_next(["bara", "train", "--model", "MODEL", "--data", "TABLE", "--method", "METHOD"])
 
 
-def _follow(rows: Iterable[Row], total: int, terminal: Console) -> list[Row]:
+def _follow(rows: Iterable[Row], total: int) -> list[Row]:
     """Show every row as it comes, and a bar on a terminal; returns the cells that failed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from tqdm.auto import tqdm
 
     failures = []
-    columns = ("cells", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
-        bar = progress.add_task("cells", total=total)
-        for row in rows:
+    with tqdm(rows, "cells", total, disable=None) as bar:
+        for row in bar:
             if "error" in row:
                 failures.append(row)
-            terminal.print(_line(row), soft_wrap=True)
-            progress.advance(bar)
+            bar.write(_line(row), file=sys.stderr)
     return failures
 
 

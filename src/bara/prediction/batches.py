@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from bara.errors import BaraError
 
@@ -161,9 +159,9 @@ def progress_bar(
         progress: show a bar; None decides by whether standard error is a terminal.
         total: the number of items, if they have no length.
     """
-    show = sys.stderr.isatty() if progress is None else progress
-    console = Console(stderr=True)
-    return track(items, description, total, console=console, transient=True, disable=not show)
+    hidden = None if progress is None else not progress
+    bar: Iterable[Item] = tqdm(items, description, total, leave=False, disable=hidden)
+    return bar
 
 
 def _require_numbers(row: Any) -> None:
