@@ -16,8 +16,14 @@ from bara.posteriors.posterior import Kl
 
 HEAD_CONTAINER = "lora_head"
 """Name of the module dict that holds a head's posteriors."""
-LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Heads that PEFT adds to `modules_to_save` by the task, but only when the adapter is attached."""
+SAVED_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Heads that PEFT adds to `modules_to_save` by its task type."""
+LATE = ("TOKEN_CLS", "QUESTION_ANS")
+"""Task types for which it does so only when the adapter is attached."""
 
 
 class PosteriorHead(nn.Module, BaseTunerLayer):
@@ -58,7 +64,7 @@ def _trainable(module: nn.Module) -> bool:
 def with_late_heads(config: Any) -> list[str] | None:
     """The `modules_to_save` that an adapter is going to have, known before it is attached."""
     given = list(config.modules_to_save or ())
-    late = LATE_HEADS.get(config.task_type, ())
+    late = SAVED_HEADS[config.task_type] if config.task_type in LATE else ()
     return given + [name for name in late if name not in given] or None
 
 

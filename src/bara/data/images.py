@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from bara.data.tables import load_table, refuse_split
-from bara.data.task_file import TaskFile
+from bara.data.task_file import Names, TaskFile
 from bara.data.text_task import Column, TextTask
 from bara.errors import BaraError, first_line
 from bara.schema import STRICT, shown
@@ -55,6 +55,10 @@ class ImageTask(TaskFile):
             table, text_column="image", label_column=label_column, task="classification"
         )
         return cls(found.label_names, found.label_column)
+
+    @property
+    def names(self) -> Names:
+        return Names("AutoModelForImageClassification", None, "single_label_classification")
 
     @property
     def num_labels(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from bara.data.questions import QuestionWindows, question_windows
-from bara.data.task_file import TaskFile
+from bara.data.task_file import Names, TaskFile
 from bara.data.text_task import Column, find_column
 from bara.errors import BaraError
 from bara.schema import STRICT
@@ -79,6 +79,10 @@ class QuestionTask(TaskFile):
         )
         given = [row for row in dataset[label] if isinstance(row, dict)]
         return replace(described, unanswerable=any(not row.get("text") for row in given))
+
+    @property
+    def names(self) -> Names:
+        return Names("AutoModelForQuestionAnswering", "QUESTION_ANS")
 
     @property
     def text_columns(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from bara.data.multi_label_task import class_names, refuse_unseen
-from bara.data.task_file import TaskFile
+from bara.data.task_file import Names, TaskFile
 from bara.data.text_task import Column, find_column, label_name
 from bara.errors import BaraError
 from bara.schema import STRICT, shown
@@ -71,6 +71,10 @@ class TagTask(TaskFile):
         if len(names) < 2:
             raise BaraError(f"column {label!r} needs two different tags or more, not {len(names)}")
         return cls(text, label, label_names=names, max_length=max_length)
+
+    @property
+    def names(self) -> Names:
+        return Names("AutoModelForTokenClassification", "TOKEN_CLS")
 
     @property
     def num_labels(self) -> int:

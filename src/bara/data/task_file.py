@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from bara.errors import BaraError
 from bara.schema import read_json
@@ -16,8 +16,28 @@ if TYPE_CHECKING:
 MEND = "it does not describe a task as `bara train` writes it; restore the file"
 
 
+class Names(NamedTuple):
+    """What others call a task.
+
+    Attributes:
+        auto_class: of transformers; its `from_pretrained` makes a model for the task.
+        peft: `task_type` of PEFT; None where it has none.
+        problem: `problem_type` of transformers, which decides a model's own loss; None where that
+            is one in any case.
+    """
+
+    auto_class: str
+    peft: str | None
+    problem: str | None = None
+
+
 class TaskFile:
-    """A task, which is a dataclass: its file, and its inputs."""
+    """A task, which is a dataclass: its file, its inputs, and what others call it."""
+
+    @property
+    def names(self) -> Names:
+        """What others call it."""
+        raise NotImplementedError
 
     def save(self, path: Path) -> None:
         """Write the description as JSON."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import ConfigDict, Field
 
-from bara.data.task_file import TaskFile
+from bara.data.task_file import Names, TaskFile
 from bara.errors import BaraError
 from bara.schema import STRICT, shown
 
@@ -25,6 +25,11 @@ LARGEST_TARGET = 1e15
 """Variances are squares of the targets' unit, and have to fit 32-bit numbers."""
 SMALLEST_STD = 1e-15
 
+PROBLEMS: dict[TaskType, str] = {
+    "classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
+}
 Column = Annotated[str, Field(min_length=1)]
 
 
@@ -116,6 +121,10 @@ class TextTask(TaskFile):
                 )
             return replace(described, target_mean=mean, target_std=std)
         raise BaraError(f"task must be 'classification' or 'regression', not {task!r}")
+
+    @property
+    def names(self) -> Names:
+        return Names("AutoModelForSequenceClassification", "SEQ_CLS", PROBLEMS[self.task])
 
     @property
     def num_labels(self) -> int:

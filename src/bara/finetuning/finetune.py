@@ -57,18 +57,6 @@ if TYPE_CHECKING:
 MEMBER_SEEDS = 1000
 """Distance of the seeds of an ensemble's members, so that ensembles of seeds 0, 1, ... differ."""
 
-_TASK_TYPES = {
-    "classification": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "multi-label": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "question-answering": "QUESTION_ANS",
-    "causal-lm": "CAUSAL_LM",
-    "multiple-choice": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-    IMAGE_TASK: None,  # PEFT has no type for images
-}
-
 ATTENTION_PROJECTIONS = (
     *("query", "key", "value"),
     *("q_proj", "k_proj", "v_proj"),
@@ -332,7 +320,7 @@ def build_model(recipe: TrainRecipe, method: Method, task: Task) -> tuple[Any, A
     if method.config is None:
         return base, tokenizer
     options = method.config_options(recipe.method_options)
-    options["task_type"] = _TASK_TYPES[task.task]
+    options["task_type"] = task.names.peft
     if options.get("target_modules") is None:
         options["target_modules"] = attention_projections(base)
     # What the checkpoint lacks is random: it has to come back with the adapter.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 from pydantic import ConfigDict
 
 from bara.data.images import ImageTask
-from bara.data.task_file import TaskFile
+from bara.data.task_file import Names, TaskFile
 from bara.data.tasks import TableTask
 from bara.errors import BaraError
 from bara.language.prompts import (
@@ -56,6 +56,12 @@ class LanguageTask(TaskFile):
             raise BaraError(
                 f"the longest input must be at least 2 tokens, not {self.max_length} (--max-length)"
             )
+
+    @property
+    def names(self) -> Names:
+        if is_seq2seq(self):
+            return Names("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM")
+        return Names("AutoModelForCausalLM", "CAUSAL_LM")
 
     def inputs(
         self,

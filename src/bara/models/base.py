@@ -6,21 +6,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoImageProcessor,
     AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
-from bara.data.images import IMAGE_TASK, ImageTask
+from bara.adapter.heads import SAVED_HEADS
+from bara.data.images import ImageTask
 from bara.data.question_task import QuestionTask
-from bara.data.tag_task import TagTask
 from bara.data.tasks import TableTask
 from bara.data.text_task import TextTask, listed
 from bara.errors import BaraError, first_line
@@ -33,24 +30,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HEADS = {
-    "token-classification": ("classifier", "score"),
-    "question-answering": ("qa_outputs",),
-}
-"""Modules that PEFT saves with every adapter of a task; those of the others are the first."""
-
 
 def auto_class(task: Task) -> Any:
     """The class of transformers whose `from_pretrained` makes a model for the task."""
-    if isinstance(task, LanguageTask):
-        return AutoModelForSeq2SeqLM if is_seq2seq(task) else AutoModelForCausalLM
-    if isinstance(task, ImageTask):
-        return AutoModelForImageClassification
-    if isinstance(task, TagTask):
-        return AutoModelForTokenClassification
-    if isinstance(task, QuestionTask):
-        return AutoModelForQuestionAnswering
-    return AutoModelForSequenceClassification
+    return getattr(transformers, task.names.auto_class)
 
 
 def load_base(
@@ -108,17 +91,8 @@ def load_base(
         )
     if isinstance(task, ImageTask):  # PEFT knows no heads of image models
         return model, heads(model, modules)
-    known = HEADS.get(task.task, HEADS["token-classification"])
+    known = SAVED_HEADS[task.names.peft or ""]
     return model, [m for m in modules if not any(m.split(".")[0].endswith(h) for h in known)]
-
-
-PROBLEMS = {
-    "classification": "single_label_classification",
-    "regression": "regression",
-    "multi-label": "multi_label_classification",
-    IMAGE_TASK: "single_label_classification",
-}
-"""What transformers calls a task; it decides a model's own loss."""
 
 
 def _head(task: TableTask | ImageTask) -> dict[str, Any]:
@@ -126,8 +100,8 @@ def _head(task: TableTask | ImageTask) -> dict[str, Any]:
     if isinstance(task, QuestionTask):
         return {"num_labels": 2}  # start and end, whatever classes the checkpoint's model had
     head: dict[str, Any] = {"num_labels": task.num_labels}
-    if task.task in PROBLEMS:
-        head["problem_type"] = PROBLEMS[task.task]
+    if problem := task.names.problem:
+        head["problem_type"] = problem
     if task.label_names:
         names = dict(enumerate(task.label_names))
         head |= {"id2label": names, "label2id": {label: i for i, label in names.items()}}
