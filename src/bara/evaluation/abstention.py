@@ -42,10 +42,11 @@ class Threshold:
     num_examples: int
 
     def abstains(self, uncertainty: Tensor | float) -> Any:
-        """True where the model should not answer, in the shape of the uncertainty."""
+        """True where the model should not answer, in the shape of the uncertainty; also where that
+        is NaN."""
         if self.uncertainty is None:
             return torch.ones_like(torch.as_tensor(uncertainty), dtype=torch.bool)
-        return torch.as_tensor(uncertainty, dtype=torch.float64) > self.uncertainty
+        return ~(torch.as_tensor(uncertainty, dtype=torch.float64) <= self.uncertainty)
 
     def take_back(self, records: list[dict[str, Any]], uncertainty: Tensor) -> None:
         """Marks the records (n) of uncertain (n,) predictions as abstained, without prediction."""
