@@ -171,8 +171,8 @@ def calibrate_conformal(predictive: Predictive) -> Conformal:
         What gives sets (classification) or intervals (regression) of any coverage.
 
     Raises:
-        BaraError: predictions of another kind, no labels, a label that is no class or is NaN, or
-            for regression a variance of 0.
+        BaraError: predictions of another kind, no labels, a label that is no class, NaN or
+            infinite, or for regression a variance of 0.
     """
     if not isinstance(predictive, ClassificationPredictive | RegressionPredictive):
         raise BaraError(KINDS)
