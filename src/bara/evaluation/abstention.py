@@ -12,13 +12,14 @@ from typing import Any, Required
 import torch
 from torch import Tensor
 
+from bara.cards.adapter_files import ABSTENTION_FILE
 from bara.errors import BaraError
 from bara.evaluation.metrics import selection
 from bara.files import atomic_write_text
 from bara.prediction.predictive import Predictive, RegressionPredictive
 from bara.schema import field_types, mapping_of, read_json
 
-FILE = "abstention.json"
+FILE = ABSTENTION_FILE
 LEARNING_SHARE = 4
 """One example in so many chooses the order of the tests; the others are tested."""
 
