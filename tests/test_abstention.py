@@ -1,6 +1,7 @@
 """The guarantee of bara.calibrate_threshold, by simulation with known risks."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -94,6 +95,12 @@ def test_abstains_above_the_threshold_only():
     assert never.abstains(torch.tensor([0.0, 1.0])).all()
     wrong = (torch.rand(200), torch.ones(200))
     assert bara.calibrate_threshold(wrong).uncertainty is None
+
+
+def test_an_uncertainty_that_is_no_number_is_not_answered():
+    threshold = Threshold(0.5, 0.1, 0.1, 1.0, 40)
+    assert threshold.abstains(torch.tensor([0.2, math.nan, 0.5, 0.7])).tolist() == [0, 1, 0, 1]
+    assert bool(threshold.abstains(math.nan))
 
 
 def test_saved_beside_the_adapter_and_loaded_under_the_same_conditions(tmp_path):

@@ -27,7 +27,15 @@ from bara.bench.measure import (
 from bara.bench.page import update_pages
 from bara.bench.results import append_row, read_rows, write_csv
 from bara.bench.spec import Benchmark
-from bara.bench.summary import by_seed, estimate, overview, paired_difference, tables
+from bara.bench.summary import (
+    by_seed,
+    estimate,
+    metric_groups,
+    number,
+    overview,
+    paired_difference,
+    tables,
+)
 from bara.bench.tasks import Splits, load_task, task_version
 from bara.language.question import Question
 from bara.ranks.effective_rank import EffectiveRank
@@ -310,6 +318,27 @@ def test_package_tasks():
     assert len(splits.train.features["label"].names) == 5
     assert not set(splits.train["text"]) & set(splits.test["text"])
     assert load_task("digits").kind == "image"
+
+
+def test_labels_of_file_tasks_are_read_as_train_reads_them(tmp_path):
+    folder = tmp_path / "task"
+    folder.mkdir()
+    rows = [{"text": "good", "label": 1}, {"text": "bad", "label": 2}]
+    write_jsonl(folder / "train.jsonl", rows)
+    write_jsonl(folder / "test.jsonl", [{"text": "fine", "label": 2.0}])  # as pandas writes them
+    splits = load_task("task", tmp_path)
+    assert splits.train.features["label"].names == ["1", "2"]
+    assert splits.test["label"][:] == [1]
+    write_jsonl(folder / "train.jsonl", [*rows, {"text": "?", "label": None}])  # no class "None"
+    with pytest.raises(BaraError, match="empty, NaN or infinite in row 3"):
+        load_task("task", tmp_path)
+
+
+def test_a_number_of_a_task_with_a_dot_in_its_name():
+    row = {"nll": 1.0, "temperature": {"nll": 2.0}, "transfer": {"reviews.v2": {"nll": 3.0}}}
+    names = ("nll", "temperature.nll", "transfer.reviews.v2.nll", "transfer.reviews.nll", "other")
+    assert [number(row, name) for name in names] == [1, 2, 3, None, None]
+    assert "transfer.reviews.v2.nll" in metric_groups([row])["transfer"]
 
 
 def test_a_target_is_a_regression_whatever_its_numbers():

@@ -16,6 +16,8 @@ from transformers import BertModel
 import bara
 from bara import BaraError
 from bara.cards.loading_code import SavedAdapter, loading_code
+from bara.evaluation.abstention import load_threshold, save_threshold
+from bara.evaluation.conformal import load_conformal, save_conformal
 from bara.models.sentence import SentenceClassifier
 from conftest import tiny_bert_config
 from helpers import adapt, stir, tiny_llama
@@ -59,6 +61,21 @@ def test_balora_and_a_second_adapter_have_their_own(tiny_bert, tmp_path):
     other = (tmp_path / "other" / "README.md").read_text()
     assert "# BaLoRA adapter" in other
     assert "| r | 2 |" in other
+
+
+def test_saving_again_removes_what_was_calibrated_on_earlier_weights(model, data, tmp_path):
+    model.save_pretrained(tmp_path)
+    predictive = bara.predict(model, data, num_draws=2)
+    few = predictive.select([0, 1, 2] * 20)
+    save_conformal(tmp_path, bara.calibrate_conformal(few), num_draws=2, seed=0)
+    save_threshold(tmp_path, bara.calibrate_threshold(few, risk=0.5), num_draws=2, seed=0)
+    (tmp_path / "temperature.json").write_text("{}")
+    stir(model, 0.1).save_pretrained(tmp_path)
+    with pytest.raises(BaraError, match="has no conformal calibration"):
+        load_conformal(tmp_path, num_draws=2, seed=0)
+    with pytest.raises(BaraError, match="has no threshold"):
+        load_threshold(tmp_path, 0.5, num_draws=2, seed=0)
+    assert (tmp_path / "temperature.json").exists()
 
 
 def test_measurements_are_added_replaced_and_removed(model, data, tmp_path):

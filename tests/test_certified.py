@@ -345,6 +345,33 @@ def test_every_prediction_has_a_draw_of_its_own(monkeypatch):
     assert sorted(used) == list(range(12 * 5))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_labels": 1, "problem_type": "regression"},
+        {"num_labels": 2, "problem_type": "regression"},
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ],
+)
+def test_what_has_no_error_rate_is_not_certified(options):
+    """The largest output of a regression is always its first, "class" 0."""
+    several = options["problem_type"] != "regression"
+    labels = torch.zeros(12, *([3] if several else []), dtype=torch.float)
+    data = {name: part.repeat(2, 1) for name, part in INPUTS.items()} | {"labels": labels}
+    torch.manual_seed(0)
+    model = certified(BertForSequenceClassification(tiny_bert_config(**options)))
+    with pytest.raises(BaraError, match="one class for each input"):
+        bara.certify(model.eval(), data, num_draws=2)
+
+
+@pytest.mark.parametrize("label", [3, -100])
+def test_a_label_that_is_no_class_is_not_certified_on(label):
+    data = {name: part.repeat(2, 1) for name, part in INPUTS.items()}
+    data["labels"] = torch.cat([LABELS, LABELS[:5], torch.tensor([label])])
+    with pytest.raises(BaraError, match=f"label {label} is not a class"):
+        bara.certify(certified().eval(), data, num_draws=2)
+
+
 def test_a_vacuous_bound_is_called_vacuous():
     model = stir(certified(), scale=0.3)
     result = bara.certify(model, labelled(2), num_draws=2)

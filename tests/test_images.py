@@ -61,6 +61,12 @@ def test_folders_without_classes_and_tables(pictures, tmp_path):
     table = write_jsonl(plain / "table.jsonl", rows)  # files relative to the table
     data = bara.load_images(table, processor, label_column="kind")
     assert [row["labels"] for row in data] == [0, 0, 1, 1]
+    usual = write_jsonl(
+        plain / "usual.jsonl", [{"file": r["file"], "labels": r["kind"]} for r in rows]
+    )
+    for options in ({}, {"label_names": sorted({row["kind"] for row in rows})}):
+        found = bara.load_images(usual, processor, **options)
+        assert [row["labels"] for row in found] == [0, 0, 1, 1]
     open_images = [Image.open(plain / name) for name in names]  # as hub data sets have them
     parquet = tmp_path / "table.parquet"
     Dataset.from_dict({"image": open_images, "label": [0, 0, 1, 1]}).to_parquet(parquet)
@@ -127,6 +133,13 @@ def test_standard_input_and_rank(base, pictures, tmp_path, run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"image": str(file)}) + "\n"))
     record = json.loads(run("predict", out, "--num-draws", 2))
     assert record["image"] == str(file)
+    table = write_jsonl(pictures / "table.jsonl", [{"image": f"red/{file.name}", "id": 7}])
+    for kept in ("id", "image"):  # which every line has anyway
+        files = ["--executor", "local", "--output", tmp_path / kept, "--keep-column", kept]
+        run("predict", out, "--data", table, "--num-draws", 2, *files)
+        line = json.loads((tmp_path / kept / "table.jsonl").read_text("utf-8"))
+        assert line == record | ({"id": 7} if kept == "id" else {})
+    table.unlink()
     run("ranks", out, "--data", pictures, "--output", tmp_path / "ranks", "--num-draws", 1)
     assert file.name in (tmp_path / "ranks" / "report.html").read_text("utf-8")
 

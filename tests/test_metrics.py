@@ -185,6 +185,7 @@ def test_evaluation_prints_and_serialises():
             "out-of-distribution",
         ),
         (lambda: regression_metrics(regressor(3), torch.tensor([1, torch.nan, 2])), "NaN"),
+        (lambda: regression_metrics(regressor(3), torch.tensor([1, torch.inf, 2])), "infinite"),
         (lambda: risk_coverage(torch.zeros(2), torch.zeros(3)), "shapes"),
     ],
 )

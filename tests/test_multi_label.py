@@ -129,6 +129,18 @@ def test_of_many_labels_it_is_estimated_from_sets_that_are_drawn():
     assert certain.joint_total_uncertainty.tolist() == [0, 0]
 
 
+def test_metrics_of_a_single_label():
+    logits, labels = (
+        torch.tensor([[[2.0], [-1.0], [0.5], [3.0]]]),
+        torch.tensor([[1], [1], [0], [1]]),
+    )
+    found = bara.evaluation.metrics.measure(MultiLabelPredictive(logits, labels)).to_dict()
+    right, predicted = labels.numpy(), (logits[0] > 0).int().numpy()
+    assert found["hamming"] == pytest.approx(hamming_loss(right, predicted))
+    assert found["f1_micro"] == found["f1_macro"] == pytest.approx(f1_score(right, predicted))
+    assert found["nll"] == pytest.approx(found["label_nll"])
+
+
 def test_metrics_are_those_of_scikit_learn_and_of_sums(predictive):
     metrics = bara.evaluation.metrics.measure(predictive)
     right, predicted = predictive.labels.int().numpy(), predictive.prediction.int().numpy()

@@ -144,6 +144,9 @@ def test_bad_input_is_one_clear_line(tokenizer, tiny_bert):
     refused("list of texts under 'choices'", [{"question": "a", "choices": "ab"}])
     refused("2 to 26 choices", [{"question": "a", "choices": ["b"]}])
     refused("text of one of", [{"question": "a", "choices": ["b", "b", "c"], "answer": "b"}])
+    for answer in (float("nan"), float("inf"), 0.5):
+        rows = [{"question": "a", "choices": ["b", "c"], "answer": answer}]
+        refused(f"answer {answer}, which is no index from 0 to 1", rows)
     refused(
         "answer 4, which is no index from 0 to 1",
         [{"question": "a", "choices": ["b", "c"], "answer": 4}],

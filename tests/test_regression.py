@@ -1,6 +1,7 @@
 """Regression with learned noise: its likelihood, its ELBO under a Trainer, and the commands."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -166,6 +167,29 @@ def test_elbo_loss_needs_labels():
         bara.elbo_loss(model, bara.gaussian_nll)(two_outputs(torch.zeros(2, 2)), None)
 
 
+def test_targets_that_vary_little_around_a_large_mean():
+    """In float32 every prediction and every target was the mean, and RMSE was 0."""
+    model = bayesian().eval()
+    standard = bara.predict(model, rows(), num_draws=3)
+    mean, std = 1.7e9, 10.0
+    model.config.target_mean, model.config.target_std = mean, std
+    found = bara.evaluate(model, rows(), num_draws=3)
+    predictive = found.predictive
+    torch.testing.assert_close(
+        predictive.mean, mean + std * standard.mean.double(), rtol=1e-14, atol=0
+    )
+    torch.testing.assert_close(
+        predictive.epistemic_variance.float(),
+        std**2 * standard.epistemic_variance,
+        rtol=1e-4,
+        atol=0,
+    )
+    plain = bara.evaluation.metrics.measure(standard).metrics
+    assert found.metrics["rmse"] == pytest.approx(std * plain["rmse"], rel=1e-5)
+    assert found.metrics["nll"] == pytest.approx(plain["nll"] + math.log(std), rel=1e-5)
+    assert found.metrics["coverage_90"] == plain["coverage_90"]
+
+
 # --- from a table to intervals ---
 
 
@@ -260,4 +284,4 @@ def test_predict_has_the_least_variance_of_the_training_loss_in_its_units():
     torch.testing.assert_close(free, torch.full((8,), -20.0).exp())
     model.config.target_mean, model.config.target_std = 5.0, 3.0
     held = bara.predict(model, inputs).aleatoric_variance
-    torch.testing.assert_close(held, 9 * torch.full((8,), -10.0).exp())
+    torch.testing.assert_close(held, 9 * torch.full((8,), -10.0).double().exp())

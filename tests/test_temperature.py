@@ -56,6 +56,29 @@ def test_labels_are_needed():
         fit_temperature(ClassificationPredictive(torch.zeros(1, 2, 2).log_softmax(-1)))
 
 
+@pytest.mark.parametrize("label", [math.nan, math.inf])
+def test_targets_of_which_no_temperature_is_the_best_are_refused(label):
+    """Every temperature's likelihood is NaN or 0: the lowest one was taken."""
+    labels = torch.tensor([0.0, label, 1.0])
+    with pytest.raises(bara.BaraError, match="NaN or infinite"):
+        fit_temperature(RegressionPredictive(torch.zeros(2, 3), torch.ones(2, 3), labels))
+
+
+def test_a_temperature_of_no_label_is_refused():
+    none = torch.zeros(1, 0, 2), torch.zeros(0, dtype=torch.long)
+    with pytest.raises(bara.BaraError, match="one label or more"):
+        fit_temperature(ClassificationPredictive(*none))
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [(2, "label 2"), (-100, "label -100"), (0.5, "whole")]
+)
+def test_labels_that_are_no_classes_are_refused(label, message):
+    log_probs = torch.zeros(1, 2, 2).log_softmax(-1)
+    with pytest.raises(bara.BaraError, match=message):
+        fit_temperature(ClassificationPredictive(log_probs, torch.tensor([0, label])))
+
+
 def test_predict_tempers_every_draw(tiny_bert):
     from helpers import adapt, stir
 

@@ -129,9 +129,12 @@ class Estimate:
 
 
 def number(row: Row, metric: str) -> float | None:
-    """A number of a row; `shift.typo-1.nll` is nested."""
+    """A number of a row; `shift.typo-1.nll` is nested. What stands in the middle, such as the name
+    of a task, may have dots of its own."""
     value: Any = row
-    for part in metric.split("."):
+    first, *middle = metric.split(".")
+    name, last = ".".join(middle[:-1]), middle[-1:]
+    for part in (first, *([name] if name else []), *last):
         value = value.get(part) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) else None
 

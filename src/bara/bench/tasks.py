@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bara.bench.hub import HUB_TASKS, load_hub_task
 from bara.data.images import SUFFIXES
+from bara.data.text_task import label_name, refuse_missing
 from bara.errors import BaraError
 from bara.schema import refuse_unknown
 
@@ -159,11 +160,13 @@ def _with_classes(tables: dict[str, Dataset]) -> dict[str, Dataset]:
     """The same classes in every table, so that few training examples need not hold them all."""
     from datasets import ClassLabel
 
-    names = sorted({str(label) for label in tables["train"]["label"]})
+    for table in tables.values():
+        refuse_missing(list(table["label"]), "label")
+    names = sorted({label_name(label) for label in tables["train"]["label"]})
     feature = ClassLabel(names=names)
 
     def encode(table: Dataset) -> Dataset:
-        texts = [str(label) for label in table["label"]]
+        texts = [label_name(label) for label in table["label"]]
         if unknown := sorted(set(texts) - set(names)):
             raise BaraError(f"label {unknown[0]!r} is not in the training data")
         return table.remove_columns("label").add_column(

@@ -19,6 +19,8 @@ TASK_FILE = "text_task.json"
 RECIPE_FILE = "recipe.yaml"
 TOKENIZER_FILE = "tokenizer_config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
+CALIBRATIONS = ABSTENTION_FILE, CONFORMAL_FILE = ("abstention.json", "conformal.safetensors")
+"""What was calibrated on an adapter's weights, and holds for these alone."""
 LOADED_FILES = (CONFIG_FILE, WEIGHTS_FILE, "config.json", MODEL_FILE)
 """What PEFT and transformers take a folder for, an adapter's or a model's."""
 MEND = "train again or restore the file"

@@ -30,11 +30,14 @@ from bara.posteriors.certified import (
     GaussianLinear,
 )
 from bara.prediction.batches import Batch, Collate, batches, to_device
+from bara.prediction.predictive import check_classes
 
 NUM_PRIORS = len(PRIOR_STDS) ** 2
 """Priors in the union bound: a standard deviation for B and one for the heads."""
 COVERED = (".lora_A.", ".lora_B.", ".lora_posterior.", ".lora_head.")
 """Parts of an adapter that a certificate accounts for."""
+CLASSIFICATION = "single_label_classification"
+"""The `problem_type` of a configuration."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ def certify(
         collate_fn, progress: as in `bara.predict`.
 
     Raises:
-        BaraError: the adapter was not trained in the certified mode, a number is out of range, or
-            fewer than 8 examples.
+        BaraError: the adapter was not trained in the certified mode, the model is no classifier of
+            whole inputs, a label is no class, a number is out of range, or fewer than 8 examples.
     """
     if not 0 < delta < 1:
         raise BaraError(f"delta must be in (0, 1), got {delta}")
@@ -227,12 +230,25 @@ def _errors_of_draws(
             if not isinstance(batch.get("labels"), Tensor):
                 raise BaraError("certify needs labelled data: add a `labels` column")
             target = batch.pop("labels").cpu()
-            labels += target.tolist()
+            labels += target.flatten().tolist()
             moved = to_device(batch, device)
 
             def run(blocks: Blocks, moved: Batch = moved, target: Tensor = target) -> int:
                 logits = model(**blocks.repeat(moved))["logits"]
+                _require_classes(model, logits, target)
                 return int((blocks.split(logits.argmax(-1).cpu()) != target).sum())
 
             errors += sum(draws.map(run, len(target), batch_size))
     return errors, labels
+
+
+def _require_classes(model: nn.Module, logits: Tensor, labels: Tensor) -> None:
+    """Refuses what has no errors to count: anything but one class of several for each input."""
+    config: Any = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None) or CLASSIFICATION
+    if logits.dim() != 2 or logits.shape[1] < 2 or labels.dim() != 1 or problem != CLASSIFICATION:
+        raise BaraError(
+            "a certificate bounds the error rate of a classifier with one class for each input: "
+            "a regression, several labels, or a class for each word has none"
+        )
+    check_classes(labels, logits.shape[1])

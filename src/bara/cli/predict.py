@@ -95,7 +95,7 @@ def predict(
     from bara.evaluation.conformal import load_conformal
     from bara.files import atomic_write_text
     from bara.finetuning.load import load_adapter, read_task
-    from bara.finetuning.task_inputs import predict_table
+    from bara.finetuning.task_inputs import predict_table, records_of
     from bara.language.tasks import is_seq2seq
     from bara.machine import quieten_libraries
     from bara.prediction.predictive import RegressionPredictive
@@ -140,9 +140,7 @@ def predict(
             predictive: Any = predict_table(
                 model, tokenizer, task, table, labels=False, first_row=first_row, **options
             )
-            found = predictive.to_records()
-            if isinstance(task, ImageTask):
-                found = _named(found, table["image"])
+            found = records_of(predictive, task, table)
             if threshold is not None:
                 if isinstance(predictive, RegressionPredictive):
                     raise BaraError("--abstain-at-risk is not for regression: leave it out")
@@ -193,14 +191,6 @@ def _stream(lines: Iterable[str]) -> None:
         sys.stdout.write(line)
         if number % CHUNK == 0:
             sys.stdout.flush()
-
-
-def _named(records: list[dict[str, Any]], images: Iterable[Any]) -> list[dict[str, Any]]:
-    """The records of images, each with its file's name where it came from a file."""
-    return [
-        {"image": image, **record} if isinstance(image, str) else record
-        for image, record in zip(images, records, strict=True)
-    ]
 
 
 def _read(data: str, split: str | None, task: Any, files: ExitStack) -> Iterable[dict[str, Any]]:

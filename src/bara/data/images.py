@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 
 from bara.data.tables import load_table, refuse_split
 from bara.data.task_file import Names, TaskFile
-from bara.data.text_task import Column, TextTask
+from bara.data.text_task import LABEL_COLUMNS, Column, TextTask
 from bara.errors import BaraError, first_line
 from bara.schema import STRICT, shown
 
@@ -121,14 +121,15 @@ def load_images(
         BaraError: there are no images, a file is missing or no image, or a class is unknown.
     """
     table = image_table(source, split=split)
-    if label_names is not None:
-        task = ImageTask(tuple(label_names), label_column or "label")
-    elif label_column is None and "label" not in table.column_names:
+    usual = (name for name in LABEL_COLUMNS if name in table.column_names)
+    label = label_column or next(usual, None)
+    if label is None:
         return image_inputs(table, processor, None)
-    else:
-        task = ImageTask.infer(table, label_column=label_column)
-    labelled = task.label_column in table.column_names
-    return image_inputs(table, processor, task if labelled else None)
+    if label_names is None:
+        return image_inputs(table, processor, ImageTask.infer(table, label_column=label))
+    labelled = label in table.column_names
+    task = ImageTask(tuple(label_names), label) if labelled else None
+    return image_inputs(table, processor, task)
 
 
 def image_table(source: str | Path, *, split: str | None = None) -> Dataset:

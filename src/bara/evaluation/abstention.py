@@ -12,13 +12,14 @@ from typing import Any, Required
 import torch
 from torch import Tensor
 
+from bara.cards.adapter_files import ABSTENTION_FILE
 from bara.errors import BaraError
 from bara.evaluation.metrics import selection
 from bara.files import atomic_write_text
 from bara.prediction.predictive import Predictive, RegressionPredictive
 from bara.schema import field_types, mapping_of, read_json
 
-FILE = "abstention.json"
+FILE = ABSTENTION_FILE
 LEARNING_SHARE = 4
 """One example in so many chooses the order of the tests; the others are tested."""
 
@@ -42,10 +43,11 @@ class Threshold:
     num_examples: int
 
     def abstains(self, uncertainty: Tensor | float) -> Any:
-        """True where the model should not answer, in the shape of the uncertainty."""
+        """True where the model should not answer, in the shape of the uncertainty; also where that
+        is NaN."""
         if self.uncertainty is None:
             return torch.ones_like(torch.as_tensor(uncertainty), dtype=torch.bool)
-        return torch.as_tensor(uncertainty, dtype=torch.float64) > self.uncertainty
+        return ~(torch.as_tensor(uncertainty, dtype=torch.float64) <= self.uncertainty)
 
     def take_back(self, records: list[dict[str, Any]], uncertainty: Tensor) -> None:
         """Marks the records (n) of uncertain (n,) predictions as abstained, without prediction."""

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
+from bara.cards.adapter_files import CONFORMAL_FILE
 from bara.errors import BaraError
 from bara.evaluation.abstention import require_conditions
 from bara.evaluation.metrics import selection
@@ -26,7 +27,7 @@ from bara.prediction.predictive import (
     RegressionPredictive,
 )
 
-FILE = "conformal.safetensors"
+FILE = CONFORMAL_FILE
 CONDITIONS = "conditions"
 KINDS = "conformal sets and intervals are for classification, multiple choice and regression"
 
@@ -171,8 +172,8 @@ def calibrate_conformal(predictive: Predictive) -> Conformal:
         What gives sets (classification) or intervals (regression) of any coverage.
 
     Raises:
-        BaraError: predictions of another kind, no labels, a label that is no class or is NaN, or
-            for regression a variance of 0.
+        BaraError: predictions of another kind, no labels, a label that is no class, NaN or
+            infinite, or for regression a variance of 0.
     """
     if not isinstance(predictive, ClassificationPredictive | RegressionPredictive):
         raise BaraError(KINDS)

@@ -20,7 +20,12 @@ from bara.evaluation.task_metrics import (
     token_metrics,
 )
 from bara.prediction.multi_label import MultiLabelPredictive
-from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predictive import (
+    ClassificationPredictive,
+    Predictive,
+    RegressionPredictive,
+    check_classes,
+)
 from bara.prediction.spans import SpanPredictive
 from bara.prediction.words import TokenPredictive
 
@@ -146,7 +151,7 @@ def regression_metrics(
         if all variances are equal).
 
     Raises:
-        BaraError: no inputs, no labels, NaN among them, or a noise variance of 0.
+        BaraError: no inputs, no labels, NaN or infinity among them, or a noise variance of 0.
     """
     from torchmetrics.functional import spearman_corrcoef
 
@@ -249,19 +254,12 @@ def _labels(predictive: Predictive, labels: Tensor | None, num_inputs: int) -> T
 
 def _class_labels(predictive: ClassificationPredictive, labels: Tensor | None) -> Tensor:
     labels = _labels(predictive, labels, predictive.log_probs_draws.shape[1])
-    if labels.is_floating_point():
-        raise BaraError("the labels of a classification must be whole numbers, the classes")
-    outside = labels[(labels < 0) | (labels >= predictive.num_classes)]
-    if len(outside):
-        raise BaraError(
-            f"label {outside[0].item()} is not a class: the model knows "
-            f"0 to {predictive.num_classes - 1}"
-        )
+    check_classes(labels, predictive.num_classes)
     return labels.long()
 
 
 def _targets(predictive: RegressionPredictive, labels: Tensor | None) -> Tensor:
     labels = _labels(predictive, labels, predictive.mean_draws.shape[1]).to(predictive.mean.dtype)
-    if labels.isnan().any():
-        raise BaraError(f"{int(labels.isnan().sum())} of the {len(labels)} targets are NaN")
+    if bad := int((~labels.isfinite()).sum()):
+        raise BaraError(f"{bad} of the {len(labels)} targets are NaN or infinite")
     return labels

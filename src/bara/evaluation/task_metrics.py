@@ -21,6 +21,9 @@ from bara.prediction.words import IGNORED, TokenPredictive
 ENTITY_TAG = re.compile(r"[BIESLU]-.+")
 """A tag of a scheme that marks where an entity begins, goes on and ends; O is outside of all."""
 
+MEANS_OVER_LABELS = {"f1_macro": "f1", "label_nll": "nll", "ece": "ece", "brier": "brier"}
+"""Metrics of an input's labels, and the scores of each label that they are means of."""
+
 
 def multi_label_metrics(predictive: MultiLabelPredictive) -> dict[str, float]:
     """Metrics of the mixture over draws.
@@ -41,24 +44,21 @@ def multi_label_metrics(predictive: MultiLabelPredictive) -> dict[str, float]:
     Raises:
         BaraError: no inputs or no labels.
     """
-    from torchmetrics.functional.classification import (
-        multilabel_f1_score,
-        multilabel_hamming_distance,
-    )
+    from torchmetrics.functional.classification import binary_f1_score
 
-    labels = _known(predictive.labels)
-    predicted, count = predictive.prediction.long(), predictive.num_labels
+    labels = _known(predictive.labels).long()
+    predicted = predictive.prediction.long()
     scores = list(label_scores(predictive).values())
     uncertainty, errors = task_selection(predictive)
     return {
         "subset_accuracy": 1 - errors.mean().item(),
-        "hamming": float(multilabel_hamming_distance(predicted, labels.long(), count)),
-        "f1_micro": float(multilabel_f1_score(predicted, labels.long(), count, average="micro")),
-        "f1_macro": float(multilabel_f1_score(predicted, labels.long(), count, average="macro")),
+        # torchmetrics' scores of several labels refuse a single one
+        "hamming": (predicted != labels).double().mean().item(),
+        "f1_micro": float(binary_f1_score(predicted.flatten(), labels.flatten())),
         "nll": -predictive.log_prob(labels).mean().item(),
         **{
-            name: sum(score[key] for score in scores) / count
-            for name, key in (("label_nll", "nll"), ("ece", "ece"), ("brier", "brier"))
+            name: sum(score[key] for score in scores) / len(scores)
+            for name, key in MEANS_OVER_LABELS.items()
         },
         "aurc": risk_coverage(uncertainty, errors)[1].mean().item(),
     }

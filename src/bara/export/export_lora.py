@@ -21,10 +21,9 @@ from bara.adapter.inspection import (
     one_adapter,
     require_untied,
 )
-from bara.cards.adapter_files import LOADED_FILES, WEIGHTS_FILE
+from bara.cards.adapter_files import CALIBRATIONS, LOADED_FILES, WEIGHTS_FILE
 from bara.draws.draws import check_draws, draw_source
 from bara.errors import BaraError
-from bara.evaluation import abstention, conformal
 from bara.evaluation.difference import Difference, difference
 from bara.export import client
 from bara.export.card import write_export_card, write_merged_card
@@ -247,7 +246,7 @@ def _task(model: PeftModel) -> tuple[str, list[str] | None]:
 def _outdated(folder: str | Path) -> list[str]:
     """Names that an earlier export left and that would not belong to the new files."""
     draws = [p.name for p in Path(folder).glob("draw-*") if re.fullmatch(r"draw-\d+", p.name)]
-    left = [abstention.FILE, conformal.FILE, *LOADED_FILES, *draws]
+    left = [*CALIBRATIONS, *LOADED_FILES, *draws]
     return left + ([MANIFEST_FILE, CLIENT_FILE] if draws else [])
 
 

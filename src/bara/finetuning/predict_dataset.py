@@ -13,15 +13,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from tqdm.auto import tqdm
 
-from bara.cards.adapter_files import CONFIG_FILE, RECIPE_FILE, TASK_FILE
+from bara.cards.adapter_files import CONFIG_FILE, CONFORMAL_FILE, RECIPE_FILE, TASK_FILE
 from bara.data.images import ImageTask
 from bara.data.tables import FILE_SUFFIXES, csv_text, parquet_rows
 from bara.errors import BaraError, last_line
-from bara.evaluation import conformal
 from bara.files import atomic_write_bytes, atomic_write_text, only_writer
 from bara.finetuning.load import load_adapter, read_task
 from bara.finetuning.prediction_parts import CHUNK, Unit, join, units_of
-from bara.finetuning.task_inputs import predict_table, read_table
+from bara.finetuning.task_inputs import predict_table, read_table, records_of
 from bara.machine import Executor, check_executor, gpus_each, ray_cluster
 from bara.methods.recipe import TrainRecipe
 from bara.prediction.temperature import TEMPERATURE_FILE
@@ -101,8 +100,10 @@ class Job:
                 progress=False,
             )
             kept = part.select_columns(list(self.keep_columns)).to_list()
-            for row, record in zip(kept or [{}] * len(part), predictive.to_records(), strict=True):
-                if twice := sorted(row.keys() & record.keys()):
+            records = records_of(predictive, task, part)
+            for row, record in zip(kept or [{}] * len(part), records, strict=True):
+                both = row.keys() & record.keys()
+                if twice := sorted(name for name in both if row[name] != record[name]):
                     raise BaraError(
                         f"a prediction has a {twice[0]!r} too; rename the column to keep "
                         "(--keep-column)"
@@ -279,7 +280,7 @@ def _digest(adapter: Path) -> str:
     """
     digest = hashlib.sha256()
     for folder in [adapter, *sorted(adapter.glob("member-*"))]:  # of an ensemble
-        weights = [p for p in folder.glob("*.safetensors") if p.name != conformal.FILE]
+        weights = [p for p in folder.glob("*.safetensors") if p.name != CONFORMAL_FILE]
         others = [folder / name for name in DECIDING_FILES if (folder / name).is_file()]
         for path in [*sorted(weights), *others]:
             digest.update(path.name.encode())

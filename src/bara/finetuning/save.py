@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from bara.cards.adapter_files import LOADED_FILES, RECIPE_FILE, TASK_FILE
+from bara.cards.adapter_files import CALIBRATIONS, LOADED_FILES, RECIPE_FILE, TASK_FILE
 from bara.draws.draws import draw_source
 from bara.errors import BaraError
-from bara.evaluation import abstention, conformal
 from bara.files import atomic_directory
 from bara.language.tasks import Task
 from bara.methods.recipe import TrainRecipe
@@ -22,7 +21,7 @@ from bara.prediction.temperature import save_temperature
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-OF_EARLIER_WEIGHTS = (abstention.FILE, conformal.FILE, *LOADED_FILES)
+OF_EARLIER_WEIGHTS = (*CALIBRATIONS, *LOADED_FILES)
 """Files of an earlier run that this one does not write over: what was calibrated on its weights,
 and its adapter where a whole model comes, which transformers would load instead."""
 

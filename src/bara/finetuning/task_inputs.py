@@ -128,3 +128,15 @@ def predict_table(
         words = task.words(table, first_row=first_row)
         return replace(predictive, texts=tuple(tuple(row) for row in words))
     return predictive
+
+
+def records_of(predictive: Predictive, task: Task, table: Dataset) -> list[dict[str, Any]]:
+    """What `bara predict` writes of a table's rows: the records of their predictions, those of
+    images with the file's name, where it came from a file."""
+    records = predictive.to_records()
+    if not isinstance(task, ImageTask):
+        return records
+    return [
+        {"image": image, **record} if isinstance(image, str) else record
+        for image, record in zip(table["image"], records, strict=True)
+    ]

@@ -79,6 +79,6 @@ def _answer_index(answer: Any, choices: list[str]) -> int | None:
             return choices.index(answer) if choices.count(answer) == 1 else None
         letter = LETTERS.find(answer.strip().upper()) if len(answer.strip()) == 1 else -1
         return letter if 0 <= letter < len(choices) else None
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and answer == int(answer):
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and answer % 1 == 0:
         return int(answer) if 0 <= answer < len(choices) else None
     return None

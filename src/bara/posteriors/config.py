@@ -6,10 +6,12 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 
+from bara.cards.adapter_files import CALIBRATIONS
 from bara.cards.method_card import write_method_card
 from bara.errors import BaraError
 
@@ -289,9 +291,12 @@ class BayesianConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes the configuration; beside it the README.md gets the method and how to load it.
 
-        `PeftModel.save_pretrained` calls this after it has written its own model card.
+        What was measured or calibrated on earlier weights is removed. `PeftModel.save_pretrained`
+        calls this after it has written its own model card.
         """
         super().save_pretrained(save_directory, **kwargs)
+        for name in CALIBRATIONS:
+            (Path(save_directory) / name).unlink(missing_ok=True)
         about = self.ABOUT
         write_method_card(
             save_directory,

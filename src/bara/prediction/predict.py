@@ -163,16 +163,19 @@ def _predictive(
     if problem == "regression" or outputs == 1:
         if outputs > 2:
             raise BaraError(f"Regression with {outputs} outputs is not supported: one, or two.")
+        standardised = hasattr(config, "target_std")
+        if standardised:  # float32 has no digits for targets that vary little around a large mean
+            logits = logits.double()
         mean = logits[..., 0]
         shift = getattr(config, "target_mean", 0.0)
         scale = getattr(config, "target_std", 1.0)
         if outputs == 2:
             # standardised targets have the likelihood of gaussian_nll, with its least variance
-            floor = MIN_LOG_VARIANCE if hasattr(config, "target_std") else -math.inf
+            floor = MIN_LOG_VARIANCE if standardised else -math.inf
             variance = logits[..., 1].clamp(min=floor).exp()
         else:
             variance = torch.full_like(mean, noise_variance)
-        target = None if labels is None else labels.float().flatten() * scale + shift
+        target = None if labels is None else labels.to(mean.dtype).flatten() * scale + shift
         variance = variance * scale**2 * temperature
         return RegressionPredictive(mean * scale + shift, variance, target)
     return ClassificationPredictive((logits / temperature).log_softmax(-1), labels, names)

@@ -189,7 +189,8 @@ class RegressionPredictive(Predictive):
     """A Gaussian for each of n inputs and S posterior draws: together a mixture of Gaussians.
 
     Attributes:
-        mean_draws: (S, n) means, in the unit of the target.
+        mean_draws: (S, n) means, in the unit of the target; float64 where a model's targets were
+            standardised.
         variance_draws: (S, n) variances of the noise, in that unit squared; 0 where no noise
             model is known (there is then no density, see `log_prob`).
         labels: (n,) targets, float, or None.
@@ -328,6 +329,17 @@ def check_not_nan(draws: Tensor) -> None:
         raise BaraError(
             f"the model's output is NaN for {len(inputs)} of {bad.shape[1]} inputs (the first is "
             f"number {inputs[0]}): look for NaN in the data or in the adapter's weights"
+        )
+
+
+def check_classes(labels: Tensor, num_classes: int) -> None:
+    """Raises BaraError if labels are no classes: fractions, or none of 0 to num_classes - 1."""
+    if labels.is_floating_point():
+        raise BaraError("the labels of a classification must be whole numbers, the classes")
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise BaraError(
+            f"label {outside[0].item()} is not a class: the model knows 0 to {num_classes - 1}"
         )
 
 

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from bara.errors import BaraError
 from bara.prediction.multi_label import MultiLabelPredictive
-from bara.prediction.predictive import ClassificationPredictive, Predictive, RegressionPredictive
+from bara.prediction.predictive import (
+    ClassificationPredictive,
+    Predictive,
+    RegressionPredictive,
+    check_classes,
+)
 from bara.prediction.words import TokenPredictive
 from bara.schema import Positive, mapping_of, read_json
 
@@ -47,10 +52,18 @@ def fit_temperature(predictive: Predictive) -> float:
         predictive: the untempered prediction of held-out data, with labels.
 
     Raises:
-        BaraError: there are no labels.
+        BaraError: there are no labels, or they are no classes, NaN or infinite.
     """
     if predictive.labels is None:
         raise BaraError("a temperature is fitted to labels: give labelled held-out data")
+    scored = predictive.labelled if isinstance(predictive, TokenPredictive) else predictive
+    if isinstance(scored, ClassificationPredictive) and scored.labels is not None:
+        check_classes(scored.labels, scored.num_classes)
+    if not negative_log_likelihood(scored).isfinite():  # of which no temperature is the best
+        raise BaraError(
+            "a temperature is fitted to one label or more, none of them NaN or infinite: fill "
+            "these in or drop them"
+        )
     low, high = torch.tensor(RANGE, dtype=torch.float64).log()
     for _ in range(8):
         grid = torch.linspace(float(low), float(high), 21, dtype=torch.float64)
