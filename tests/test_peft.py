@@ -39,9 +39,9 @@ def logits(model, seed=None, **inputs):
     model.eval()
     with torch.no_grad():
         if seed is None:
-            return model(**inputs).logits
+            return model(**inputs)["logits"]
         with bara.sampling(model, seed=seed):
-            return model(**inputs).logits
+            return model(**inputs)["logits"]
 
 
 # -- what we rely on in PEFT ---------------------------------------------------------------------
@@ -150,6 +150,28 @@ def test_add_set_disable_and_delete_adapters(method):
     model.delete_adapter("other")
     assert not any(".other" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(logits(model, seed=0), first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_that_joins_a_model_in_evaluation_mode_is_at_its_mean(method):
+    model = adapt(tiny_llama(), method, task_type="CAUSAL_LM").eval()
+    model.add_adapter("other", CONFIGS[method](r=2, num_observations=9, task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    stir(model, scale=0.5)
+    with torch.no_grad():
+        as_it_is = model(input_ids=IDS).logits
+    torch.testing.assert_close(as_it_is, logits(model), atol=0, rtol=0)
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_trains_in_the_mode_it_was_loaded_in_is_told():
+    """transformers loads in evaluation mode, in which there is no KL: PEFT's LoRA trains all the
+    same, so that a loop without train() is easily written."""
+    model = adapt(tiny_llama().eval(), task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match=r"Call model.train\(\)"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert bara.adapter.elbo.elbo_of(model).last is None
 
 
 def test_disabled_adapters_train_without_kl_and_without_complaint():

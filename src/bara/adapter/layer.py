@@ -52,7 +52,7 @@ class RankSpaceVariant(LoraVariant):
         attached, old = self.elbo.adapters[adapter_name], posteriors(module)[adapter_name]
         a, b = (getattr(module, part)[adapter_name].weight for part in ("lora_A", "lora_B"))
         setup = LayerSetup(attached.config, attached.resolved, a, b, old.granularity)
-        add_posterior(module, adapter_name, type(old)(setup))
+        add_posterior(module, adapter_name, type(old)(setup).train(old.training))
         attached.layers[self.layer] = module, posteriors(module)[adapter_name]
 
     def forward(  # type: ignore[override]

@@ -117,6 +117,8 @@ class BayesianLoraModel(LoraModel):
             with torch.random.fork_rng(devices=[]), empty():
                 torch.set_rng_state(layer.rng_state)
                 posterior = family.posterior(setup)
+            # one that joins a model in evaluation mode draws no noise there
+            posterior.train(model.training)
             add_posterior(layer.module, adapter_name, posterior)
             attached.layers[layer.name] = layer.module, posterior
             active = adapter_name in layer.module.active_adapters
