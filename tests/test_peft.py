@@ -10,7 +10,11 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.tuners import lora
+from peft.tuners.lora.aqlm import AqlmLoraLinear
+from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.tuners.lora.te import TeLinear
 from safetensors.torch import load_file
 from torch import nn
 
@@ -39,9 +43,9 @@ def logits(model, seed=None, **inputs):
     model.eval()
     with torch.no_grad():
         if seed is None:
-            return model(**inputs).logits
+            return model(**inputs)["logits"]
         with bara.sampling(model, seed=seed):
-            return model(**inputs).logits
+            return model(**inputs)["logits"]
 
 
 # -- what we rely on in PEFT ---------------------------------------------------------------------
@@ -150,6 +154,28 @@ def test_add_set_disable_and_delete_adapters(method):
     model.delete_adapter("other")
     assert not any(".other" in name for name, _ in model.named_parameters())
     torch.testing.assert_close(logits(model, seed=0), first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_that_joins_a_model_in_evaluation_mode_is_at_its_mean(method):
+    model = adapt(tiny_llama(), method, task_type="CAUSAL_LM").eval()
+    model.add_adapter("other", CONFIGS[method](r=2, num_observations=9, task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    stir(model, scale=0.5)
+    with torch.no_grad():
+        as_it_is = model(input_ids=IDS).logits
+    torch.testing.assert_close(as_it_is, logits(model), atol=0, rtol=0)
+    model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_trains_in_the_mode_it_was_loaded_in_is_told():
+    """transformers loads in evaluation mode, in which there is no KL: PEFT's LoRA trains all the
+    same, so that a loop without train() is easily written."""
+    model = adapt(tiny_llama().eval(), task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match=r"Call model.train\(\)"):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert bara.adapter.elbo.elbo_of(model).last is None
 
 
 def test_disabled_adapters_train_without_kl_and_without_complaint():
@@ -391,6 +417,72 @@ def test_a_sequence_gate_on_a_language_model_is_refused():
 def test_embeddings_are_refused():
     with pytest.raises(BaraError, match=r"cannot adapt .*embed_tokens"):
         adapt(tiny_llama(), target_modules=["embed_tokens"])
+
+
+def test_parameters_are_refused():
+    """PEFT's `target_parameters`, which its wrapper adapts without knowing what layer it is in."""
+    with pytest.raises(BaraError, match=r"the parameter layer\.weight: leave target_parameters"):
+        get_peft_model(TinyNet(), BaraConfig(target_parameters=["layer.weight"]))
+
+
+class OwnForward(lora.Linear):
+    """A layer of the user's, as `_register_custom_module` takes it, that computes plain LoRA."""
+
+    def forward(self, x):
+        a, b = (getattr(self, part)["default"] for part in ("lora_A", "lora_B"))
+        return self.base_layer(x) + b(a(x)) * self.scaling["default"]
+
+
+class CallsSuper(lora.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class OwnMerge(lora.Linear):
+    """Merges as PEFT's layers of torchao do."""
+
+    def merge(self, safe_merge=False, adapter_names=None):
+        self.base_layer.weight.data += self.get_delta_weight("default")
+        self.merged_adapters.append("default")
+
+
+@pytest.mark.parametrize("kind", [TeLinear, AwqLoraLinear, AqlmLoraLinear, OwnForward])
+@pytest.mark.parametrize("method", ["bara", "balora", "mc-dropout"])
+def test_layers_that_would_go_past_the_posterior_are_refused(kind, method):
+    config = CONFIGS[method](target_modules=["layer"], num_observations=9)
+    config._register_custom_module({nn.Linear: kind})
+    with pytest.raises(BaraError, match=f"cannot adapt layer: {kind.__name__} computes plain LoRA"):
+        get_peft_model(TinyNet(), config)
+
+
+def test_layers_of_the_user_that_ask_the_posterior_have_one():
+    x = torch.randn(4, 6)
+    outputs = {}
+    for kind in (lora.Linear, CallsSuper, OwnMerge):
+        torch.manual_seed(0)
+        config = BaraConfig(target_modules=["layer"], num_observations=9)
+        config._register_custom_module({nn.Linear: kind})
+        model = stir(get_peft_model(TinyNet(), config)).eval()
+        assert type(model.base_model.model.layer) is kind
+        outputs[kind] = logits(model, seed=1, x=x)
+        assert not torch.equal(outputs[kind], logits(model, seed=2, x=x))
+    torch.testing.assert_close(outputs[CallsSuper], outputs[lora.Linear])
+    torch.testing.assert_close(outputs[OwnMerge], outputs[lora.Linear])
+
+
+@pytest.mark.parametrize("method", ["scalabl", "balora"])
+def test_a_merge_that_would_leave_the_factors_scale_out_is_refused(method):
+    config = CONFIGS[method](r=2, target_modules=["layer"], num_observations=9)
+    config._register_custom_module({nn.Linear: OwnMerge})
+    model = stir(get_peft_model(TinyNet(), config)).eval()
+    x = torch.randn(4, 6)
+    before = logits(model, x=x)
+    if method == "scalabl":  # its mean multiplies the factors
+        with pytest.raises(BaraError, match="OwnMerge merges A and B without"):
+            model.merge_adapter()
+    else:  # its mean is A and B
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model, x=x), before, atol=1e-5, rtol=1e-5)
 
 
 def test_a_configuration_survives_json(tmp_path):

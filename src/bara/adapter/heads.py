@@ -101,7 +101,7 @@ def add_heads(
         if type(layer) is nn.Linear:
             parent, _, name = path.rpartition(".")
             head = PosteriorHead(layer, path, adapter, make(layer, config), config, elbo)
-            setattr(model.get_submodule(parent), name, head)
+            setattr(model.get_submodule(parent), name, head.train(model.training))
         elif list(layer.parameters(recurse=False)):
             raise BaraError(
                 f"{type(config).__name__} cannot train {path} ({type(layer).__name__}): linear "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class RankSpaceVariant(LoraVariant):
         attached, old = self.elbo.adapters[adapter_name], posteriors(module)[adapter_name]
         a, b = (getattr(module, part)[adapter_name].weight for part in ("lora_A", "lora_B"))
         setup = LayerSetup(attached.config, attached.resolved, a, b, old.granularity)
-        add_posterior(module, adapter_name, type(old)(setup))
+        add_posterior(module, adapter_name, type(old)(setup).train(old.training))
         attached.layers[self.layer] = module, posteriors(module)[adapter_name]
 
     def forward(  # type: ignore[override]
@@ -342,6 +343,18 @@ def already_there(adapter: str) -> str:
         f"The model has a Bayesian adapter {adapter!r} already: call unload() on the PEFT model, "
         "or load the base model again, before giving it to get_peft_model once more."
     )
+
+
+def asks_variant(layer: type[LoraLayer], method: str) -> bool:
+    """Whether a method of a class of PEFT's layers asks the layer's variant: those of some
+    quantised and parallel layers compute plain LoRA, whatever the variant."""
+    for kind in layer.__mro__:
+        if method in vars(kind):
+            code = getattr(inspect.unwrap(vars(kind)[method]), "__code__", None)
+            names = code.co_names if code else ()
+            if "lora_variant" in names or "super" not in names:
+                return "lora_variant" in names
+    return False
 
 
 def add_posterior(module: LoraLayer, adapter: str, posterior: Posterior) -> None:

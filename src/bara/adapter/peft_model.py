@@ -27,6 +27,7 @@ from bara.adapter.layer import (
     adapted_layers,
     add_posterior,
     already_there,
+    asks_variant,
     posteriors,
     renamed_key,
 )
@@ -117,6 +118,8 @@ class BayesianLoraModel(LoraModel):
             with torch.random.fork_rng(devices=[]), empty():
                 torch.set_rng_state(layer.rng_state)
                 posterior = family.posterior(setup)
+            # one that joins a model in evaluation mode draws no noise there
+            posterior.train(model.training)
             add_posterior(layer.module, adapter_name, posterior)
             attached.layers[layer.name] = layer.module, posterior
             active = adapter_name in layer.module.active_adapters
@@ -153,7 +156,12 @@ class BayesianLoraModel(LoraModel):
     ) -> None:
         granularity = resolve_granularity(lora_config, self.model)
         base = target.get_base_layer() if isinstance(target, LoraLayer) else target
-        if parameter_name is not None or isinstance(base, (nn.Embedding, nn.MultiheadAttention)):
+        if parameter_name is not None:
+            raise BaraError(
+                f"{type(lora_config).__name__} cannot adapt the parameter {current_key}: leave "
+                "target_parameters out, and target linear and convolution layers (target_modules)."
+            )
+        if isinstance(base, (nn.Embedding, nn.MultiheadAttention)):
             raise BaraError(
                 f"{type(lora_config).__name__} cannot adapt {current_key} ({type(base).__name__}): "
                 "target linear and convolution layers only (exclude_modules leaves this one out)."
@@ -176,6 +184,12 @@ class BayesianLoraModel(LoraModel):
         )
         layer = parent.get_submodule(target_name)
         assert isinstance(layer, LoraLayer)
+        if not asks_variant(type(layer), "forward"):
+            raise BaraError(
+                f"{type(lora_config).__name__} cannot adapt {current_key}: {type(layer).__name__} "
+                "computes plain LoRA, past the posterior. Leave it out (exclude_modules), or load "
+                "the base model unquantised or with bitsandbytes."
+            )
         if lora_config.granularity == "auto" and isinstance(base, CONVOLUTIONS):
             granularity = "sequence"  # a gate per image, not per pixel
         frozen = {adapter_name: lora_config.FROZEN}
@@ -230,8 +244,14 @@ class BayesianLoraModel(LoraModel):
         require_untied(self.model, names)
         for module in self.model.modules():
             for name in names:
-                if isinstance(module, LoraLayer) and name in module.lora_variant:
-                    posteriors(module)[name].mean_scale()
+                if not isinstance(module, LoraLayer) or name not in module.lora_variant:
+                    continue
+                scale = posteriors(module)[name].mean_scale()
+                if scale is not None and not asks_variant(type(module), "merge"):
+                    raise BaraError(
+                        f"{type(module).__name__} merges A and B without what scales the factors: "
+                        "merge into a base model that is not quantised."
+                    )
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of adapters has no posterior of the same family."""
