@@ -22,7 +22,17 @@ from transformers import (
 )
 
 import bara
-from helpers import CONFIGS, TinyNet, adapt, gradients, layer_posterior, stir, tiny_gpt2, tiny_llama
+from helpers import (
+    CONFIGS,
+    TinyConv,
+    TinyNet,
+    adapt,
+    gradients,
+    layer_posterior,
+    stir,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 METHODS = list(CONFIGS)
 WITH_KL = [method for method in METHODS if method != "mc-dropout"]
@@ -76,6 +86,15 @@ def test_left_alone_more_than_36_layers_share_kl_and_noise(num_layers):
     assert alpha == pytest.approx([0.5 * share] * 4)
     expected = data + share * (terms["kl_global"] / (6 * 50) + 0.001 * terms["kl_local"])
     torch.testing.assert_close(outputs.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_left_alone_convolutions_have_a_tenth_of_the_kl_and_all_of_the_noise():
+    for targets, part in ((["conv"], 0.1), (["conv", "head"], 0.55), (["head"], 1.0)):
+        model = adapt(TinyConv(), target_modules=targets)
+        resolved = model.peft_config["default"].resolved
+        assert resolved.kl_weight == pytest.approx(part / 6)
+        assert resolved.local_kl_weight == pytest.approx(part * 0.001)
+        assert (resolved.weight_noise, resolved.init_noise) == (4.0, 0.5)
 
 
 def test_kl_loss_gives_the_same_step_for_a_loss_of_ones_own():

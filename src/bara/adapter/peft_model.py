@@ -108,7 +108,9 @@ class BayesianLoraModel(LoraModel):
         )
         new, self._new = self._new, []
         family = family_of(config)
-        config.resolved = resolved = config.resolve(len(new))
+        linear = sum(isinstance(layer.module.lora_A[adapter_name], nn.Linear) for layer in new)
+        convolutions = 1 - linear / len(new) if new else 0.0
+        config.resolved = resolved = config.resolve(len(new), convolutions)
         attached = AttachedAdapter(config, resolved)
         self.elbo.adapters[adapter_name] = attached
         empty = init_empty_weights if low_cpu_mem_usage else nullcontext

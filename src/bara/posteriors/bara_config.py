@@ -13,6 +13,8 @@ WHOLE = {"kl_weight": 1 / 6, "local_kl_weight": 0.001, "init_noise": 0.5, "weigh
 """The defaults of numbers of which a short training has only a part."""
 LAYERS = 36
 """Adapted layers that have all of them; more share what these have, since both add up."""
+CONVOLUTION = 0.1
+"""Part of the KL's weights in a network of convolutions, whose gates they would close."""
 FEW_STEPS, MANY_STEPS = 40, 120
 """Steps up to which defaults that go by them have their least part, and from which all of it."""
 LEAST = 1 / 8
@@ -96,8 +98,9 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Weight of KL_global / N; 1 is the ELBO, 0 switches it off. >= 0. None stands "
-            "for 1/6, with more than 36 adapted layers for 6 / layers. A short training has only a "
-            "part of it, at least 1/8: see weight_noise."
+            "for 1/6, with more than 36 adapted layers for 6 / layers; where they are convolutions "
+            "for a tenth of that. A short training has only a part of it, at least 1/8: see "
+            "weight_noise."
         },
     )
     local_kl_weight: float | None = field(
@@ -152,19 +155,20 @@ class BaraConfig(BayesianConfig):
         default=None,
         metadata={
             "help": "Where the factors' relative variance alpha > 0 starts. None stands for 0.5, "
-            "shared as kl_weight is. A short training has only a part of it, at least 1/8: see "
-            "weight_noise."
+            "with more than 36 adapted layers for 18 / layers. A short training has only a part of "
+            "it, at least 1/8: see weight_noise."
         },
     )
     weight_noise: float | None = field(
         default=None,
         metadata={
             "help": "Variance c >= 0 of the noise on an element of A, relative to its square. It "
-            "is fixed, so that it has no KL; 0 switches it off. None stands for 4, shared as "
-            "kl_weight is. Few steps cannot average it out: bara.BayesianCallback, or "
-            "bara.set_progress with num_steps, takes only the part (steps - 40) / 80 of it, at "
-            "least 0 and at most 1. Steps count for less at learning rates below 1e-3, in "
-            "proportion, and where a new head is left slow (see head_input_std)."
+            "is fixed, so that it has no KL; 0 switches it off. None stands for 4, with more than "
+            "36 adapted layers for 144 / layers. Few steps cannot average it out: "
+            "bara.BayesianCallback, or bara.set_progress with num_steps, takes only the part "
+            "(steps - 40) / 80 of it, at least 0 and at most 1. Steps count for less at learning "
+            "rates below 1e-3, in proportion, and where a new head is left slow (see "
+            "head_input_std)."
         },
     )
     prior_std: float | None = field(
@@ -228,9 +232,11 @@ class BaraConfig(BayesianConfig):
         """Whether there is a posterior besides the fixed noise."""
         return self.global_gate or self.local_gate or self.factor_noise
 
-    def defaults(self, num_layers: int) -> dict[str, Any]:
+    def defaults(self, num_layers: int, convolutions: float) -> dict[str, Any]:
         share = min(1.0, LAYERS / num_layers)
         whole = {name: share * value for name, value in WHOLE.items()}
+        for name in ("kl_weight", "local_kl_weight"):
+            whole[name] *= 1 - convolutions + CONVOLUTION * convolutions
         return {**whole, "whole": whole if self._learns_noise() else {}}
 
 

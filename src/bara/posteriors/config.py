@@ -263,12 +263,13 @@ class BayesianConfig(LoraConfig):
                     stacklevel=4,  # where the configuration is made
                 )
 
-    def resolve(self, num_layers: int) -> Resolved:
+    def resolve(self, num_layers: int, convolutions: float = 0.0) -> Resolved:
         """The numbers in force on an adapter of this many layers, before training.
 
         What was saved with an adapter is taken over; a field that is set has the last word.
         """
-        resolved = self.RESOLVED(**self.defaults(max(1, num_layers)))  # PEFT allows none
+        num_layers = max(1, num_layers)  # PEFT allows none
+        resolved = self.RESOLVED(**self.defaults(num_layers, convolutions))
         names = [number.name for number in fields(resolved)]
         if self.resolved is not None:
             resolved = copy.copy(self.resolved)
@@ -284,8 +285,13 @@ class BayesianConfig(LoraConfig):
         if isinstance(resolved, Resolved) and value is not None and name in vars(resolved):
             resolved.give(name, value)
 
-    def defaults(self, num_layers: int) -> dict[str, Any]:
-        """What the fields left at None stand for on this many layers, by name."""
+    def defaults(self, num_layers: int, convolutions: float) -> dict[str, Any]:
+        """What the fields left at None stand for on this many layers, by name.
+
+        Args:
+            num_layers: adapted layers.
+            convolutions: the part of them that are convolutions.
+        """
         return {}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
